@@ -1,0 +1,48 @@
+"""Turn what `pytest bench --benchmark-only --benchmark-json FILE` wrote into the rows under `bench/results/`.
+
+    python bench/collect.py FILE [--into bench/results]
+
+`bench/test_NAME.py` becomes `NAME.json`: machine, versions, commit and date once, then one row for each benchmark. A file
+is replaced as a whole, so that its rows always come from one run.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def collect(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Content of each results file, by name, from one run's JSON."""
+    commit = run["commit_info"]
+    head = {
+        "date": run["datetime"][:19] + "Z",
+        "commit": commit.get("id"),
+        "uncommitted_changes": commit.get("dirty"),
+        "machine": run["machine_info"],
+    }
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for bench in run["benchmarks"]:
+        stem = Path(bench["fullname"].split("::")[0]).stem.removeprefix("test_")
+        rows[stem].append({"bench": bench["name"], **bench["extra_info"].get("row", bench["extra_info"])})
+    return {name: {**head, "rows": entries} for name, entries in rows.items()}
+
+
+def main() -> None:
+    """Read one run and write its results files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="JSON written by --benchmark-json")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the results files")
+    options = parser.parse_args()
+    options.into.mkdir(parents=True, exist_ok=True)
+    for name, content in collect(json.loads(options.run.read_text())).items():
+        path = options.into / f"{name}.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{path.name}: {len(content['rows'])} rows")
+
+
+if __name__ == "__main__":
+    main()

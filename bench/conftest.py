@@ -1,0 +1,52 @@
+"""What all benchmarks share: an anonymous description of the machine, and the rows that go to `bench/results/`."""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Record = Callable[..., None]
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """Replace pytest-benchmark's description, which names the host."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "triton")},
+    }
+
+
+@pytest.fixture
+def record(benchmark: Any) -> Record:
+    """`record(call, row)`: let pytest-benchmark time `call` once and file `row` under its name; `row` is printed."""
+
+    def write(call: Callable[[], object], row: dict[str, Any]) -> None:
+        benchmark.pedantic(call, rounds=1)
+        benchmark.extra_info["row"] = row
+        print("\n" + "  ".join(f"{name}={value}" for name, value in row.items()))
+
+    return write

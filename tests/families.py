@@ -1,0 +1,134 @@
+"""Tiny random models of every family and ragged batches for them, built from ``tiny_configs.json``."""
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+CONFIGS: dict[str, Any] = json.loads((Path(__file__).parent / "tiny_configs.json").read_text())["families"]
+FAMILIES = tuple(CONFIGS)
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+STACKED = ("aya_vision", "gemma3", "internvl", "ovis2", "paligemma", "paligemma2", "perception_lm", "video_llava", "vipllava")
+IMAGE, PAD, DIM = 100, 0, 32
+
+# A row is a sequence of text lengths (int) and images (h, w), as they stand in the prompt.
+Row = tuple[int | tuple[int, int], ...]
+RAGGED: tuple[Row, ...] = ((3, (3, 4), 4, (2, 2), 3), (5, (3, 4), 2), (6, (2, 2), 1, (2, 2), 5))
+EVEN: tuple[Row, ...] = ((3, (3, 4), 4), (2, (3, 4), 5))
+
+
+def implementations(family: str) -> tuple[str, ...]:
+    return ("eager",) if family == "paligemma2" else ("sdpa", "eager")
+
+
+@cache
+def _model(family: str, implementation: str, overrides: str) -> nn.Module:
+    raw = copy.deepcopy(CONFIGS[family])
+    for part, fields in json.loads(overrides).items():
+        raw[part].update(fields)
+    config = AutoConfig.for_model("paligemma" if family == "paligemma2" else family, **raw)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                std = 1.0 if "embed" in name else 0.25
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def tiny(family: str, implementation: str = "sdpa", **overrides: dict[str, Any]) -> nn.Module:
+    """A tiny random model, a fresh copy for each call. `text_config={...}` and the like override the configuration."""
+    return copy.deepcopy(_model(family, implementation, json.dumps(overrides)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a batch and where its rows' tokens stand."""
+
+    inputs: dict[str, Any]
+    pads: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+def features_of(row: Row, *, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(h * w, DIM, generator=generator) for h, w in (part for part in row if isinstance(part, tuple))]
+
+
+def _row_ids(family: str, row: Row, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    parts = []
+    for part in row:
+        if isinstance(part, int):
+            parts.append(torch.randint(5, 95, (part,), generator=generator))
+        else:
+            parts.append(torch.full((part[0] * part[1],), IMAGE))
+    return torch.cat(parts)
+
+
+def _encoded(family: str, images: list[Tensor], seeds: list[int]) -> BaseModelOutputWithPooling:
+    if family in STACKED:
+        same = len({len(image) for image in images}) == 1
+        pooled: Any = torch.stack(images) if same else torch.cat(images)[None]
+    else:
+        pooled = images
+    if family == "qwen3_vl":
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        planes = [[image.roll(layer + 1, -1) * 0.5 for image in images] for layer in range(2)]
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=planes)
+    if family == "ovis2":
+        from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures
+
+        indicators = torch.randn(5, DIM, generator=torch.Generator().manual_seed(3))
+        return BaseModelOutputWithVisualIndicatorFeatures(pooler_output=pooled, visual_indicator_features=indicators)
+    return BaseModelOutputWithPooling(pooler_output=pooled)
+
+
+def batch(family: str, rows: tuple[Row, ...] = RAGGED, *, seeds: tuple[int, ...] | None = None, extra: Tensor | None = None) -> Batch:
+    """Left-padded inputs with image features in place of pixels.
+
+    Args:
+        family: which family.
+        rows: what stands in each row.
+        seeds: a seed for the content of each row, so that a row alone is the row of a batch.
+        extra: `[B, n]` ids that follow the prompt (tokens generated so far).
+    """
+    seeds = tuple(range(len(rows))) if seeds is None else seeds
+    ids = [_row_ids(family, row, seed) for row, seed in zip(rows, seeds, strict=True)]
+    length = max(map(len, ids))
+    pads = tuple(length - len(row) for row in ids)
+    input_ids = torch.stack([torch.cat([torch.full((pad,), PAD), row]) for pad, row in zip(pads, ids, strict=True)])
+    mask = torch.stack([torch.arange(length) >= pad for pad in pads]).long()
+    if extra is not None:
+        input_ids, mask = torch.cat([input_ids, extra], 1), torch.cat([mask, torch.ones_like(extra)], 1)
+    images = [image for row, seed in zip(rows, seeds, strict=True) for image in features_of(row, seed=seed)]
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "mm_encoder_outputs": {"image": _encoded(family, images, list(seeds))},
+    }
+    visual = (input_ids == IMAGE).long()
+    if family in MROPE:
+        grids = [part for row in rows for part in row if isinstance(part, tuple)]
+        inputs["image_grid_thw"] = torch.tensor([(1, 2 * h, 2 * w) for h, w in grids])
+    if family in (*MROPE, "molmo2"):
+        inputs["mm_token_type_ids"] = visual
+    if family == "gemma3":
+        inputs["token_type_ids"] = visual
+    if family in ("paligemma", "paligemma2"):
+        inputs["token_type_ids"] = torch.zeros_like(visual)  # the prompt sees itself in both directions, what follows does not
+        if extra is not None:
+            inputs["token_type_ids"][:, length:] = 1
+    return Batch(inputs, pads, rows)

@@ -1,0 +1,86 @@
+"""The independent oracle: the unpatched model, without any cache, on the kept tokens of one row, recomputed in full for every token.
+
+Nothing here uses the library. What the dense model hands to its decoder is captured; the rows and columns of the kept tokens are taken out by
+plain indexing; masks are explicit; and the row stands alone, without padding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from families import MROPE, Batch
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def explicit_mask(decoder: nn.Module, given: Any, kept: Tensor, length: int) -> Any:
+    """The mask over the kept tokens of an unpadded row: rows and columns of the dense one."""
+    eager = decoder.config._attn_implementation == "eager"
+
+    def causal(window: int | None) -> Tensor:
+        query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        seen = (key <= query) if window is None else (key <= query) & (query - key < window)
+        seen = seen[kept][:, kept][None, None]
+        return additive(seen, torch.float32) if eager else seen
+
+    def one(mask: Any, window: int | None) -> Tensor:
+        if mask is None or mask.ndim == 2:
+            return causal(window)
+        return mask[:, :, kept][:, :, :, kept]
+
+    kinds = getattr(decoder.config, "layer_types", None)
+    window = getattr(decoder.config, "sliding_window", None)
+    if isinstance(given, dict):
+        return {kind: one(mask, window if "sliding" in kind else None) for kind, mask in given.items()}
+    if given is not None and given.ndim == 4:
+        return one(given, None)
+    if kinds and len(set(kinds)) > 1:
+        return {kind: causal(window if "sliding" in kind else None) for kind in set(kinds)}
+    return causal(window if kinds is None or "sliding" in kinds[0] else None)
+
+
+@contextmanager
+def only_kept(model: nn.Module, kept: Tensor, *, packed: bool = False) -> Iterator[None]:
+    """Within the block the decoder of `model` runs on the tokens `kept` `[m]` of its single row."""
+    decoder = model.get_decoder()
+
+    def shorten(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        length = embeds.shape[1]
+        if positions is None:
+            positions = torch.arange(length)[None]
+        changed = dict(kwargs, inputs_embeds=embeds[:, kept], past_key_values=None, use_cache=False)
+        changed["position_ids"] = torch.arange(len(kept))[None] if packed else positions[..., kept]
+        changed["attention_mask"] = explicit_mask(module, kwargs.get("attention_mask"), kept, length)
+        if kwargs.get("visual_pos_masks") is not None:
+            visual = kwargs["visual_pos_masks"][0]
+            left = torch.isin(visual.nonzero()[:, 0], kept)
+            changed["visual_pos_masks"] = visual[None, kept]
+            changed["deepstack_visual_embeds"] = [plane[left] for plane in kwargs["deepstack_visual_embeds"]]
+        return (), changed
+
+    handle = decoder.register_forward_pre_hook(shorten, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reference_logits(model: nn.Module, family: str, row: Batch, kept: Tensor, *, packed: bool = False) -> Tensor:
+    """Logits `[m, V]` of the kept tokens of a single unpadded row, by the unpatched model."""
+    inputs = dict(row.inputs, mm_encoder_outputs=dict(row.inputs["mm_encoder_outputs"]), use_cache=False)
+    if family not in MROPE:
+        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
+    with only_kept(model, kept, packed=packed), torch.no_grad():
+        return model(**inputs).logits[0]
+
+
+def kept_of_row(traces: Any, row: int, pad: int, length: int) -> Tensor:
+    """Positions that go on in row `row` of a patched batch, counted without its padding; `length` tokens in the row."""
+    dropped = set(traces[0].visual_indices[row].tolist()) - set(traces[-1].kept_indices[row].tolist())
+    return torch.tensor([i for i in range(length) if i + pad not in dropped])

@@ -1,0 +1,37 @@
+"""tokenprune: one line makes a vision-language model faster and smaller at inference by pruning its visual tokens."""
+
+from tokenprune.api import list_families, list_methods, patch, unpatch
+from tokenprune.errors import (
+    BackendError,
+    InputError,
+    OptionError,
+    TokenPruneError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from tokenprune.methods import DivPrune, Method, Random, Uniform
+from tokenprune.report import Report
+from tokenprune.session import Session
+from tokenprune.signals import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "DivPrune",
+    "InputError",
+    "Method",
+    "OptionError",
+    "Random",
+    "Report",
+    "Session",
+    "TokenPruneError",
+    "Trace",
+    "Uniform",
+    "UnknownMethodError",
+    "UnsupportedModelError",
+    "list_families",
+    "list_methods",
+    "patch",
+    "unpatch",
+]

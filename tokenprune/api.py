@@ -1,0 +1,176 @@
+"""``patch`` and ``unpatch``: find the method and the adapter, check everything, then install."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, UnsupportedModelError
+from tokenprune.methods import METHODS, Method
+from tokenprune.models.base import Adapter
+from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
+from tokenprune.session import Session, session_of
+
+_POSITIONS = ("original", "packed")
+
+
+def list_methods() -> tuple[str, ...]:
+    """Names that :func:`patch` takes."""
+    return tuple(sorted(METHODS))
+
+
+def list_families() -> tuple[str, ...]:
+    """Families of models that :func:`patch` takes, as transformers' `model_type` has them."""
+    return tuple(sorted(family.name for family in FAMILIES))
+
+
+def build_method(method: str | Method, **options: Any) -> Method:
+    """Make a method out of its name and options.
+
+    Raises:
+        UnknownMethodError: no method has this name.
+        OptionError: an option is unknown or out of range, or options come with a method that is built already.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise OptionError(
+                f"options {sorted(options)} were given beside {type(method).__name__}(...), which has its own; "
+                f"write patch(model, {type(method).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())}))"
+            )
+        return method
+    if not isinstance(method, str):
+        raise OptionError(
+            f"a method is one of the names {list(list_methods())} or an instance such as tokenprune.DivPrune(keep=0.25), got "
+            f"{method!r}"
+        )
+    if method not in METHODS:
+        close = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UnknownMethodError(f"unknown method {method!r}; known methods are {', '.join(list_methods())}{hint}")
+    cls = METHODS[method]
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(options) - set(known)):
+        raise OptionError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    return cls(**options)
+
+
+def patch(
+    model: nn.Module, method: str | Method | Sequence[str | Method] = "divprune", *, positions: str = "original", **options: Any
+) -> Session:
+    """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
+
+    Args:
+        model: a vision-language model of transformers, see :func:`list_families`. Its class, parameters and configuration stay as they
+            are; only hooks are added.
+        method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
+        positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the dropped tokens had
+            never been there.
+        **options: options of the method, when it is given by name; `keep` is the one that matters.
+
+    Returns:
+        The session: traces, report, pause; as a context manager it unpatches at the end of the block.
+
+    Raises:
+        UnknownMethodError: no method has this name.
+        OptionError: an option is unknown, out of range, or cannot be honoured by this model.
+        UnsupportedModelError: the model is of a kind that cannot be pruned. In all three cases nothing was touched.
+    """
+    if isinstance(method, str | Method):
+        methods: tuple[Method, ...] = (build_method(method, **options),)
+    elif isinstance(method, Sequence) and method:
+        methods = tuple(build_method(one, **options) for one in method)
+    else:
+        raise OptionError(f"give a method or a list of at least one, got {method!r}; known methods are {', '.join(list_methods())}")
+    if positions not in _POSITIONS:
+        raise OptionError(f"positions must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}")
+    adapter = find_adapter(model)
+    sites = tuple(dict.fromkeys(site for one in methods for site in one.sites()))
+    if idle := [type(one).__name__ for one in methods if not one.sites()]:
+        raise OptionError(f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm")
+    adapter.preflight(sites=sites, positions=positions)
+    unpatch(model)
+    session = Session(model, methods, adapter, positions=positions)
+    session.install()
+    return session
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not patched."""
+    for module in model.modules():
+        if (session := session_of(module)) is not None:
+            session.remove()
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter for `model`; touches nothing.
+
+    Raises:
+        UnsupportedModelError: there is none; says what was found and what is supported.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
+    name = type(model).__name__
+    _refuse_compiled(model)
+    supported = f"supported families are {', '.join(list_families())}"
+    if (refused := refusal(model)) is not None:
+        raise UnsupportedModelError(f"{name} cannot be pruned: {refused[1]}; {supported}")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are pruned; {supported}")
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    root = None if decoder is None else _parent(model, decoder)
+    if not isinstance(decoder, nn.Module) or root is None:
+        raise UnsupportedModelError(
+            f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune; {supported}"
+        )
+    family = family_of(model)
+    if family is None:
+        return _untabled(model, root, decoder, supported)
+    return DecoderAdapter(root, decoder, family)
+
+
+def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: str) -> Adapter:
+    """An adapter with defaults for a family that has no row, if it passes the self-check."""
+    from tokenprune.testing import self_check
+
+    name = type(model).__name__
+    fields = tuple(
+        field for field in ("image_token_id", "video_token_id") if isinstance(getattr(root.config, field, None), int)
+    )
+    if not fields:
+        raise UnsupportedModelError(
+            f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot be found; {supported}"
+        )
+    family = Family(min(ancestors(model), default=name).lower(), name, fields, square=0)
+    adapter = DecoderAdapter(root, decoder, family)
+    try:
+        self_check(adapter)
+    except TokenPruneError as error:
+        raise UnsupportedModelError(f"{name} is not in the table of families and failed the self-check: {error}; {supported}") from error
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} is not in the table of families and its decoder cannot be called as one of theirs "
+            f"({type(error).__name__}: {error}); {supported}"
+        ) from error
+    return adapter
+
+
+def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
+    """The module that holds `child` as a direct child."""
+    return next((module for module in model.modules() if any(one is child for one in module.children())), None)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(
+        getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, torch._dynamo.OptimizedModule)
+        for module in model.modules()
+    )
+    if compiled:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then compile: "
+            "tokenprune.patch(model, ...); model = torch.compile(model)"
+        )

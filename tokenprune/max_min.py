@@ -1,0 +1,227 @@
+"""The torch version of `tokenprune.ops.max_min_select`, a row at a time; `tokenprune.ops` is the door to it.
+
+A row is worked on by itself and without its invalid tokens, so that every product has the shape, and every sum the
+rounding, that the row has alone. Products run where the features lie; the greedy choice itself, a few operations on
+short vectors per token, runs in NumPy, whose calls cost a fraction of torch's.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+MEMORY = (
+    64 << 20
+)  # Extra memory that may always be taken; beyond it, as much as the features of the row take themselves.
+_BLOCK = 8 << 20  # No temporary of the blockwise paths is larger.
+_SAME = 2.0**-20  # A cosine distance below this is fp32 noise and counts as 0.
+_SUSPECT = (
+    2.0**-10
+)  # Equal vectors come out closer than this however wide they are; only such tokens are fingerprinted.
+
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int64]
+_Stop = Callable[[int, float], bool]
+
+
+class _Units:
+    """The unit vectors `[n, D]` of the valid tokens of one row in fp32, held whole where the memory bound allows it.
+
+    Where it does not, they are made block by block: half-precision features would need twice their own bytes.
+    """
+
+    def __init__(self, tokens: Tensor, position: Tensor | None) -> None:
+        self.tokens, self.position = tokens, position
+        self.n = len(tokens) if position is None else len(position)
+        width = tokens.shape[1]
+        memory = max(MEMORY, self.n * width * tokens.element_size())
+        self.step = max(1, min(1024, _BLOCK // (4 * width)))
+        self.holds_similarity = tokens.device.type == "cpu" and 4 * self.n * (self.n + width) + _BLOCK // 4 <= memory
+        self.whole: Tensor | None = None
+        if self.holds_similarity or 4 * self.n * width + 3 * _BLOCK <= memory:
+            whole = torch.empty(self.n, width, dtype=torch.float32, device=tokens.device)
+            for i in range(0, self.n, self.step):
+                _unit(self._raw(slice(i, i + self.step)), out=whole[i : i + self.step])
+            self.whole = whole
+
+    def _raw(self, where: slice | Tensor) -> Tensor:
+        if self.position is not None:
+            where = self.position[where]
+        rows = self.tokens[where] if isinstance(where, slice) else self.tokens.index_select(0, where)
+        return rows.float().contiguous()
+
+    def at(self, where: slice | Tensor) -> Tensor:
+        """The unit vectors `[m, D]` at a slice or an index."""
+        return _unit(self._raw(where)) if self.whole is None else self.whole[where]
+
+    def similarity(self) -> Tensor:
+        """All cosines `[n, n]`, one half computed and mirrored, with `-inf` on the diagonal."""
+        out = torch.empty(self.n, self.n, dtype=torch.float32)
+        step = self.n if self.n < 2048 else -(-self.n // 4)  # Small products gain nothing from halving.
+        for i in range(0, self.n, step):
+            j = min(i + step, self.n)
+            torch.mm(self.at(slice(i, j)), self.at(slice(i, self.n)).T, out=out[i:j, i:])
+            out[j:, i:j] = out[i:j, j:].T
+        return out.fill_diagonal_(-torch.inf)
+
+    def nearest(self) -> Tensor:
+        """The largest cosine `[n]` of every token to another one, from one half of the blocks."""
+        out = torch.full((self.n,), -torch.inf, device=self.tokens.device)
+        for i in range(0, self.n, self.step):
+            rows, mine = self.at(slice(i, i + self.step)), out[i : i + self.step]
+            torch.maximum(mine, (rows @ rows.T).fill_diagonal_(-torch.inf).amax(1), out=mine)
+            for j in range(i + self.step, self.n, self.step):
+                block, theirs = rows @ self.at(slice(j, j + self.step)).T, out[j : j + self.step]
+                torch.maximum(mine, block.amax(1), out=mine)
+                torch.maximum(theirs, block.amax(0), out=theirs)
+        return out
+
+    def nearest_of(self, index: list[int]) -> _Floats:
+        """The largest cosine `[n]` of every token to one of the tokens `index`."""
+        rows = self.at(torch.tensor(index, device=self.tokens.device))
+        parts = [(rows @ self.at(slice(i, i + self.step)).T).amax(0) for i in range(0, self.n, self.step)]
+        return _numpy(torch.cat(parts))
+
+    def fingerprint(self, index: _Ints) -> _Ints:
+        """A hash `[m]` of the bits of tokens: integer arithmetic, so equal tokens agree wherever they stand."""
+        draw = torch.Generator().manual_seed(0)
+        weight = torch.randint(-(2**62), 2**62, (self.tokens.shape[1],), generator=draw) * 2 + 1
+        weight, where = weight.to(self.tokens.device), torch.from_numpy(index).to(self.tokens.device)
+        step = max(1, self.step // 4)  # The products are 64 bits wide.
+        parts = (self._raw(where[i : i + step]) + 0.0 for i in range(0, len(index), step))
+        return np.concatenate([(part.view(torch.int32) * weight).sum(1).cpu().numpy() for part in parts])
+
+
+def _unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows `[m, D]` in fp32 divided by their lengths; a zero vector stays zero, one that is not finite becomes zero."""
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    unit = torch.div(rows, length.clamp_min(1e-12), out=out)
+    broken = ~length[:, 0].isfinite()
+    return unit.masked_fill_(broken[:, None], 0.0) if broken.any() else unit
+
+
+def _numpy(vector: Tensor) -> _Floats:
+    array: _Floats = vector.cpu().numpy()
+    return array
+
+
+def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: float = -1.0) -> tuple[Tensor, Tensor]:
+    """Choose tokens of one row, on the host's side one round at a time.
+
+    Args:
+        tokens: `[N, D]`, any float dtype, any strides.
+        valid: `[N]` bool, at least `least` of them true; all tokens by default.
+        most: tokens to choose at most; as many as are valid where that is less.
+        least: tokens to choose at least; only from there on may the radius end the search.
+        radius: the covering radius at which to end; none by default.
+
+    Returns:
+        The tokens `[M]` int64 as they were chosen, and the covering radius `[M]` fp32 after each; both on the CPU.
+    """
+    units = _Units(tokens, None if valid is None else valid.nonzero()[:, 0])
+
+    def stop(count: int, best: float) -> bool:
+        return count >= most or best < _SAME or (best <= radius and count >= least)
+
+    with torch.autocast(units.tokens.device.type, enabled=False):
+        sim = units.similarity() if units.holds_similarity else None
+        gap = 1 - _numpy(units.nearest() if sim is None else sim.amax(1))
+        equal, repeats = _equal(units, np.flatnonzero(gap < _SUSPECT))
+        gap[equal] = 0
+        order, reach = [int(np.where(gap < _SAME, 0, gap).argmax())], [np.inf]
+        # A token equal to an earlier one cannot win before it and is at distance 0 after it: it may be from the start.
+        gap[:] = np.inf
+        gap[repeats] = 0
+        if sim is None:
+            _pick_lazily(units, gap, order, reach, stop)
+        else:
+            np.minimum(gap, 1 - sim[order[0]].numpy(), out=gap)
+            gap[order] = -1
+            _pick(sim.numpy(), gap, np.arange(units.n), order, reach, stop)
+    final = float(gap.max())
+    if len(order) < least:  # What is left ties at distance 0.
+        order += np.flatnonzero(gap >= 0)[: least - len(order)].tolist()
+    path = reach[1:] + [final if final >= _SAME else 0.0] * (1 + len(order) - len(reach))
+    chosen = torch.tensor(order)
+    if units.position is not None:
+        chosen = units.position.cpu()[chosen]
+    return chosen, torch.tensor(path, dtype=torch.float32)
+
+
+def _equal(units: _Units, suspects: _Ints) -> tuple[_Ints, _Ints]:
+    """Of tokens close to another one: those that equal another one bit for bit, and those that equal an earlier one."""
+    if not len(suspects):
+        return suspects, suspects
+    prints = units.fingerprint(suspects)
+    _, first, group, size = np.unique(prints, return_index=True, return_inverse=True, return_counts=True)
+    return suspects[size[group] > 1], np.delete(suspects, first)
+
+
+def _pick(
+    sim: _Floats,
+    gap: _Floats,
+    index: _Ints,
+    order: list[int],
+    reach: list[float],
+    stop: _Stop,
+    bar: tuple[float, int] = (-1.0, 0),
+) -> None:
+    """Choose among the candidates `index` `[c]` until `stop`, or until a token that is no candidate might win.
+
+    Args:
+        sim: `[c, c]`, the cosines among the candidates.
+        gap: `[c]`, their distance to the chosen set, `-1` for the chosen themselves; brought up to date in place.
+        index: `[c]`, ascending.
+        order: the tokens chosen, appended to.
+        reach: how far each was from the ones before it, appended to.
+        stop: says whether to stop, from the number chosen and the largest distance left.
+        bar: the largest distance among all other tokens and the first token that has it.
+    """
+    row = np.empty_like(gap)
+    while True:
+        j = int(gap.argmax())
+        best, token = float(gap[j]), int(index[j])
+        if stop(len(order), best) or (best, -token) < (bar[0], -bar[1]):
+            return
+        order.append(token)
+        reach.append(best)
+        np.subtract(1, sim[j], out=row)
+        np.minimum(gap, row, out=gap)
+        gap[j] = -1
+
+
+def _pick_lazily(units: _Units, gap: _Floats, order: list[int], reach: list[float], stop: _Stop) -> None:
+    """`_pick` over all tokens without their similarity: exact, and nearly all of its work is in large products.
+
+    Distances to the chosen set only shrink, so those of the last round bound the true ones from above. A round takes
+    the farthest tokens as candidates and chooses among them, from their own small similarity, for as long as the best
+    of them beats the bound of all the others; then one product brings every token up to date.
+    """
+    width, fresh = 32, order[:]
+    while True:
+        np.minimum(gap, 1 - units.nearest_of(fresh), out=gap)
+        gap[fresh] = -1
+        if stop(len(order), float(gap.max())):
+            return
+        index, bar = _farthest(gap, min(width, units.step))
+        where = torch.from_numpy(index).to(units.tokens.device)
+        rows = units.at(where)
+        n_before = len(order)
+        _pick(_numpy(rows @ rows.T), gap[index], index, order, reach, stop, bar)
+        fresh = order[n_before:]
+        width = min(2 * width, 256) if 2 * len(fresh) > width else max(width // 2, 32)
+
+
+def _farthest(gap: _Floats, width: int) -> tuple[_Ints, tuple[float, int]]:
+    """The `width` tokens of largest `gap`, ascending, ties to the lowest index; the best other one and its index."""
+    if width >= len(gap):
+        return np.arange(len(gap)), (-1.0, 0)
+    least = np.partition(gap, -width)[-width]
+    above, tied = np.flatnonzero(gap > least), np.flatnonzero(gap == least)
+    index = np.sort(np.concatenate([above, tied[: width - len(above)]]))
+    others = gap.copy()
+    others[index] = -1
+    first = int(others.argmax())
+    return index, (float(others[first]), first)

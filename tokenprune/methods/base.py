@@ -1,0 +1,39 @@
+"""What every method has in common."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokenprune.schedule import check_keep, count
+from tokenprune.signals import SITES, Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A frozen set of hyper-parameters that takes part at the sites whose names it defines as functions.
+
+    A site function is pure: `(self, signals: Signals, budget: Budget) -> Keep`. It sees the images of one size as one batch, and what
+    it keeps of an image must depend on that image and the options alone.
+
+    Args:
+        keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 = tokens kept.
+
+    Raises:
+        OptionError: `keep` is out of range.
+    """
+
+    name: ClassVar[str] = ""
+
+    keep: float | int | str = 0.25
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites at which this method takes part."""
+        return tuple(site for site in SITES if callable(getattr(self, site, None)))
+
+    def budget(self, n_tokens: int) -> Budget:
+        """How many of the `n_tokens` tokens of an image may go on."""
+        assert not isinstance(self.keep, str)  # a child that allows a word overrides this function
+        n_keep = count(self.keep, n_tokens)
+        return Budget(n_keep, n_keep)

@@ -1,0 +1,36 @@
+"""Random tokens: the baseline that every selection has to beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tokenprune.methods.base import Method
+from tokenprune.reduction import Keep
+from tokenprune.signals import Budget, Signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
+    """Keep tokens drawn at random, without looking at them.
+
+    The draw for an image depends on `seed`, the number of its tokens and the ordinal of the image within its row, so that a row gives the
+    same in any batch and on any device.
+
+    Args:
+        keep: see :class:`~tokenprune.methods.base.Method`.
+        seed: seed of the draws.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def before_llm(self, signals: Signals, budget: Budget) -> Keep:
+        """Draw `budget.high` of N tokens for each of the B images."""
+        n_tokens = signals.features.shape[1]
+        rows = []
+        for ordinal in signals.ids:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
+            rows.append(torch.randperm(n_tokens, generator=generator)[: budget.high].sort().values)
+        return Keep(torch.stack(rows).to(signals.features.device))

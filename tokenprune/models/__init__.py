@@ -1,0 +1,1 @@
+"""Families of models: where their tokens are and how they are taken out."""

@@ -1,0 +1,119 @@
+"""The families of models, one declarative row each, and the families that are refused, with the reason.
+
+A family is recognised by the names of the classes a model descends from, so nothing is imported to find out. To add a family whose text
+decoder stands apart (``model.get_decoder()``) and whose images enter it as placeholder tokens, add a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
+    """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field named."""
+
+    def tokens(config: Any) -> int:
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size
+        stride = getattr(config, names[0], halve) if names else halve
+        return int(-(-side // stride) ** 2)
+
+    return tokens
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the visual tokens of a family are found and told apart.
+
+    Attributes:
+        name: as transformers' `model_type` has it.
+        prefix: the family's classes descend from `<prefix>PreTrainedModel`.
+        ids: fields of the config that hold placeholder ids.
+        rows_are_images: encoder output stacked as `[n, N, D]` has a row for each image (else for each tile of one).
+        joins: an image's placeholders are broken into lines by other tokens, so that only its size tells where it ends.
+        frame_tokens: tokens of a video frame, where the frames of a video follow each other without text between.
+        square: tokens of an image that make a square grid, as a function of the config; None: any square number does; 0: never.
+        mrope: positions have several axes, so they cannot be renumbered.
+        video: takes videos.
+        note: what a user should know.
+    """
+
+    name: str
+    prefix: str
+    ids: tuple[str, ...] = ("image_token_id",)
+    rows_are_images: bool = False
+    joins: bool = False
+    frame_tokens: Callable[[Any], int] | None = None
+    square: Callable[[Any], int] | None | int = None
+    mrope: bool = False
+    video: bool = False
+    note: str = ""
+
+
+_BOTH = ("image_token_id", "video_token_id")
+_BLOCKS = "image tokens see each other in both directions"
+
+
+def _internvl_tile(config: Any) -> int:
+    vision = config.vision_config
+    sides = [int(size // patch * config.downsample_ratio) for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
+    return sides[0] * sides[1] if sides[0] == sides[1] else 0
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llava", "Llava", rows_are_images=True, joins=True),
+    Family("vipllava", "VipLlava", rows_are_images=True),
+    Family("llava_next", "LlavaNext", square=0, note="tiles and newline tokens count as part of their image"),
+    Family("llava_next_video", "LlavaNextVideo", _BOTH, frame_tokens=_square("spatial_pool_stride", halve=2), square=0, video=True),
+    Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_square(halve=2), square=0, video=True),
+    Family("video_llava", "VideoLlava", _BOTH, rows_are_images=True, video=True),
+    Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, video=True),
+    Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, video=True),
+    Family("qwen3_vl", "Qwen3VL", _BOTH, mrope=True, video=True, note="DeepStack features are shortened along"),
+    Family("glm4v", "Glm4v", _BOTH, mrope=True, video=True, note="two images a row with beams are wrong in transformers itself"),
+    Family("internvl", "InternVL", square=_internvl_tile, video=True, note="the tiles of an image count as one image"),
+    Family("aya_vision", "AyaVision"),
+    Family("perception_lm", "PerceptionLM", _BOTH, square=0, video=True),
+    Family("mistral3", "Mistral3", joins=True),
+    Family("ovis2", "Ovis2", square=0, note="visual indicator tokens are never pruned"),
+    Family("idefics3", "Idefics3", note="each tile of an image counts as an image"),
+    Family("smolvlm", "SmolVLM", video=True, note="each tile of an image, each frame of a video counts as an image"),
+    Family("gemma3", "Gemma3", rows_are_images=True, note=_BLOCKS),
+    Family("paligemma", "PaliGemma", rows_are_images=True, note=_BLOCKS),
+    Family("molmo2", "Molmo2", ("image_patch_id",), square=0, video=True, note=_BLOCKS),
+)
+
+REFUSED: dict[str, str] = {
+    "Mllama": "its images enter by cross-attention, so the decoder's sequence has no visual tokens to prune",
+    "Florence2": "it is an encoder-decoder whose visual tokens live in the encoder",
+    "InstructBlip": "its Q-Former has reduced the image to a few query tokens already",
+    "InstructBlipVideo": "its Q-Former has reduced the video to a few query tokens already",
+    "Blip2": "its Q-Former has reduced the image to a few query tokens already",
+    "Blip": "it is an encoder-decoder whose images enter by cross-attention",
+    "Kosmos2": "its resampler has reduced the image to a few query tokens already",
+    "Llama4": "its chunked attention counts positions that pruning would shift",
+    "Emu3": "its images are vocabulary ids that the decoder cannot tell from text",
+    "Chameleon": "its images are vocabulary ids that the decoder cannot tell from text",
+    "Janus": "it generates images with the same decoder",
+    "Gemma3n": "its decoder takes per-layer inputs for every token",
+    "Gemma4": "its decoder takes per-layer inputs for every token",
+    "Granite4Vision": "its decoder takes further tensors for every token",
+    "Ernie4_5_VLMoe": "its decoder routes by further tensors for every token",
+}
+
+
+def ancestors(model: object) -> set[str]:
+    """Prefixes of the `<prefix>PreTrainedModel` classes that `model` descends from."""
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return {name.removesuffix("PreTrainedModel") for name in names if name.endswith("PreTrainedModel")} - {""}
+
+
+def family_of(model: object) -> Family | None:
+    """The row of the family that `model` belongs to, None where there is none."""
+    found = ancestors(model)
+    return next((family for family in FAMILIES if family.prefix in found), None)
+
+
+def refusal(model: object) -> tuple[str, str] | None:
+    """Prefix and reason where `model` is of a family that is known and refused."""
+    return next(((prefix, REFUSED[prefix]) for prefix in sorted(ancestors(model)) if prefix in REFUSED), None)

@@ -1,0 +1,134 @@
+"""Selection at the decoder's entrance: from the images of a forward to the tokens of every row that go on."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError
+from tokenprune.models.base import Reducer
+from tokenprune.models.visual import Image
+from tokenprune.reduction import Keep, pack
+from tokenprune.signals import Signals, Trace
+
+SITE = "before_llm"
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+def skipped(reducers: tuple[Reducer, ...], reason: str) -> list[Trace]:
+    """A trace for each method that had nothing to do."""
+    return [Trace(SITE, None, reducer.name, status="skipped", reason=reason) for reducer in reducers]
+
+
+def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tuple[list[Image], Trace]:
+    """Let one method choose among the tokens of every image; images of one size go to it together.
+
+    Args:
+        images: the images of the forward, with the tokens that are left of them.
+        reducer: the method.
+        embeds: what the decoder was to get, `[B, L, D]`.
+
+    Returns:
+        The images with the tokens that go on, and the trace.
+
+    Raises:
+        InputError: a visual token holds NaN or infinite values.
+    """
+    started = time.perf_counter()
+    groups: dict[tuple[int, tuple[int, int] | None], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault((len(image.tokens), image.grid), []).append(i)
+    chosen = list(images)
+    radii: dict[int, float] = {}
+    for (n_tokens, grid), members in groups.items():
+        rows = torch.tensor([images[i].row for i in members], device=embeds.device)
+        tokens = torch.stack([images[i].tokens for i in members]).to(embeds.device)
+        features = embeds[rows[:, None], tokens]
+        finite = torch.isfinite(features).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            row = images[members[int((~finite).nonzero()[0])]].row
+            raise InputError(f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned")
+        keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members)))
+        index = keep.index.cpu()
+        valid = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
+        for member, i in enumerate(members):
+            kept = index[member][valid[member]]
+            chosen[i] = replace(images[i], tokens=images[i].tokens[kept], grid=grid if len(kept) == n_tokens else None)
+        if keep.radius is not None:
+            radii.update(zip(members, keep.radius.tolist(), strict=True))
+    return chosen, _trace(reducer.name, images, chosen, embeds.shape[0], radii, started)
+
+
+def _trace(
+    name: str, before: list[Image], after: list[Image], n_rows: int, radii: dict[int, float], started: float
+) -> Trace:
+    def by_row(images: list[Image]) -> tuple[Tensor, ...]:
+        rows = [[image.tokens for image in images if image.row == row] for row in range(n_rows)]
+        return tuple(torch.cat(row).sort().values if row else _NONE for row in rows)
+
+    members = [[i for i, image in enumerate(before) if image.row == row] for row in range(n_rows)]
+    seen, kept = by_row(before), by_row(after)
+    return Trace(
+        SITE,
+        None,
+        name,
+        n_in=tuple(map(len, seen)),
+        n_out=tuple(map(len, kept)),
+        kept_indices=kept,
+        visual_indices=seen,
+        images=tuple(tuple(len(before[i].tokens) for i in row) for row in members),
+        grids=tuple(tuple(before[i].grid for i in row) for row in members),
+        radius=tuple(tuple(radii[i] for i in row) for row in members) if radii else None,
+        overhead_ms=(time.perf_counter() - started) * 1e3,
+    )
+
+
+def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | None:
+    """Which tokens of this call are no padding, `[B, length]` bool on the CPU, None where all are.
+
+    Args:
+        mask: what the decoder was to get as `attention_mask`, in any of its forms.
+        past: tokens before this call.
+        length: tokens of this call.
+        offset: position of the first key that a 4-D mask covers.
+    """
+    if isinstance(mask, dict):
+        entries = [mask[kind] for kind in sorted(mask) if isinstance(mask[kind], Tensor)]
+        entries.sort(key=lambda entry: entry.ndim)
+        mask = entries[0] if entries else None
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return (mask[:, past : past + length] != 0).cpu()
+    # A token that is no padding sees itself.
+    own = mask[:, 0].diagonal(offset=past - offset, dim1=1, dim2=2)
+    return (own if own.dtype == torch.bool else own == 0).cpu()
+
+
+def keep_rows(
+    before: list[Image], after: list[Image], padding: Tensor | None, *, shape: tuple[int, int], device: torch.device
+) -> tuple[Keep, Tensor]:
+    """Tokens of each row that go on: the text and what is left of the images, but no padding that nothing needs.
+
+    Args:
+        before: the images of the forward, `after`: what is left of them.
+        after: see `before`.
+        padding: `[B, L]` bool on the CPU, False for padding, or None.
+        shape: B and L.
+        device: where the result is needed.
+
+    Returns:
+        The reduction (`valid` None where all rows are full) and the dropped visual tokens, `[B, L]` bool.
+    """
+    dropped = torch.zeros(shape, dtype=torch.bool)
+    for old, new in zip(before, after, strict=True):
+        dropped[old.row, old.tokens] = True
+        dropped[new.row, new.tokens] = False
+    real = ~dropped if padding is None or not bool(dropped.any()) else ~dropped & padding
+    rows = [row.nonzero()[:, 0] for row in real]
+    keep = pack(rows, length=shape[1])
+    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
+    valid = None if full or keep.valid is None else keep.valid.to(device)
+    return Keep(keep.index.to(device), valid), dropped.to(device)

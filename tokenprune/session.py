@@ -1,0 +1,184 @@
+"""The session: the only stateful thing. It installs hooks, takes them out again, and holds the traces of the last forward."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenprune.errors import InputError
+from tokenprune.methods.base import Method
+from tokenprune.models.base import Adapter, Reducer
+from tokenprune.reduction import Keep
+from tokenprune.signals import Signals, Trace
+
+_PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
+
+
+def _inert(*args: Any, **kwargs: Any) -> None:
+    """What a hook becomes in a copy of a patched model."""
+
+
+def _get_inert() -> Callable[..., None]:
+    return _inert
+
+
+class _Hook:
+    """A hook that knows its session and does not travel: copies and pickles of a patched model are unpatched."""
+
+    def __init__(self, session: "Session", function: Callable[..., Any]) -> None:
+        self.session = weakref.ref(session)
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_inert, ()
+
+
+@dataclass(frozen=True)
+class _Reducer:
+    """A method at one site, with its `keep` turned into counts and its answer checked."""
+
+    method: Method
+    site: str
+
+    @property
+    def name(self) -> str:
+        return self.method.name or type(self.method).__name__
+
+    def __call__(self, signals: Signals) -> Keep:
+        n_rows, n_tokens = signals.features.shape[:2]
+        budget = self.method.budget(n_tokens)
+        keep: Keep = getattr(self.method, self.site)(signals, budget)
+        if keep.index.shape[0] != n_rows or not budget.low <= keep.index.shape[1] <= budget.high:
+            raise InputError(
+                f"method {self.name!r} returned an index of shape {tuple(keep.index.shape)} at site {self.site!r}; {n_rows} rows of "
+                f"{budget.low} to {budget.high} of {n_tokens} tokens were due"
+            )
+        return keep
+
+
+class Session:
+    """A patched model. Made by :func:`tokenprune.patch`; as a context manager it unpatches when the block is left.
+
+    Attributes:
+        model: the model, as it was given to ``patch``.
+        methods: the methods, in order.
+        positions: `"original"` or `"packed"`.
+        family: name of the model's family.
+    """
+
+    def __init__(self, model: nn.Module, methods: tuple[Method, ...], adapter: Adapter, *, positions: str = "original") -> None:
+        self.model = model
+        self.methods = methods
+        self.positions = positions
+        self.forced = False
+        self._adapter = adapter
+        self._handles: list[RemovableHandle] = []
+        self._traces: tuple[Trace, ...] = ()
+        self._reducers = {
+            site: tuple(_Reducer(method, site) for method in methods if site in method.sites())
+            for method in methods
+            for site in method.sites()
+        }
+
+    @property
+    def family(self) -> str:
+        """Name of the model's family."""
+        return self._adapter.family
+
+    @property
+    def installed(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
+
+    @property
+    def active(self) -> bool:
+        """Whether new pruning takes place: False in this thread within :meth:`pause`."""
+        return id(self) not in _PAUSED.get()
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """What happened at each site of the last forward that had a prompt; decoding steps leave it as it was."""
+        return self._traces
+
+    def publish(self, traces: tuple[Trace, ...]) -> None:
+        """Make `traces` those of the last forward (called by adapters)."""
+        self._traces = traces
+
+    def reducers(self, site: str) -> tuple[Reducer, ...]:
+        """The methods that take part at `site`, in order (called by adapters)."""
+        return self._reducers.get(site, ())
+
+    def install(self) -> None:
+        """Put the hooks in place: all of them or, when that raises, none."""
+        register: dict[str, Callable[..., RemovableHandle]] = {
+            "pre": lambda module, hook: module.register_forward_pre_hook(hook, with_kwargs=True),
+            "post": lambda module, hook: module.register_forward_hook(hook, with_kwargs=True, always_call=True),
+        }
+        try:
+            for hook in self._adapter.hooks(self):
+                self._handles.append(register[hook.kind](hook.module, _Hook(self, hook.function)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the hooks out. The model is as it was before; calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Run without new pruning, in this thread, until the block is left. Caches that are pruned already go on."""
+        token = _PAUSED.set(_PAUSED.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _PAUSED.reset(token)
+
+    def report(self, inputs: dict[str, Any] | None = None, *, max_new_tokens: int = 16, repeats: int = 5) -> Any:
+        """What was pruned; with `inputs` also what it saved, measured by running dense and pruned in alternation.
+
+        Args:
+            inputs: keyword arguments of the model's ``generate``. None: only what the last forward left.
+            max_new_tokens: tokens to generate in each measured run.
+            repeats: measured runs of each kind.
+
+        Returns:
+            A :class:`tokenprune.Report`.
+
+        Raises:
+            OptionError: an argument is out of range or `inputs` holds no tensor.
+        """
+        from tokenprune import report
+
+        return report.build(self, inputs, max_new_tokens=max_new_tokens, repeats=repeats)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        methods = ", ".join(map(repr, self.methods))
+        return f"Session({self.family}, [{methods}], positions={self.positions!r}, installed={self.installed})"
+
+
+def session_of(module: nn.Module) -> Session | None:
+    """The session whose hooks sit on `module`, None where there is none."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _Hook):
+            return hook.session()
+    return None
