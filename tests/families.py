@@ -132,3 +132,31 @@ def batch(family: str, rows: tuple[Row, ...] = RAGGED, *, seeds: tuple[int, ...]
         if extra is not None:
             inputs["token_type_ids"][:, length:] = 1
     return Batch(inputs, pads, rows)
+
+
+def fresh(inputs: dict[str, Any], *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A copy for one call: transformers writes into `mm_encoder_outputs`. `dtype` converts the features."""
+    copied = copy.deepcopy(inputs)
+    if dtype is not None:
+        for output in copied["mm_encoder_outputs"].values():
+            for key, value in output.items():
+                output[key] = _cast(value, dtype)
+    return copied
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else [_cast(part, dtype) for part in value]
+
+
+def generate(model: nn.Module, inputs: dict[str, Any], n: int, **kwargs: Any) -> Any:
+    """`n` greedy tokens with their logits. Placeholder ids are not generated: a reference could not tell them from an image."""
+    options = {
+        "max_new_tokens": n,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "suppress_tokens": list(range(IMAGE, IMAGE + 15)),
+        **kwargs,
+    }
+    with torch.no_grad():
+        return model.generate(**fresh(inputs), **options)

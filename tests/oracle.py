@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from families import MROPE, Batch
+from families import MROPE, Batch, batch, fresh
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ def only_kept(model: nn.Module, kept: Tensor, *, packed: bool = False) -> Iterat
 
 def reference_logits(model: nn.Module, family: str, row: Batch, kept: Tensor, *, packed: bool = False) -> Tensor:
     """Logits `[m, V]` of the kept tokens of a single unpadded row, by the unpatched model."""
-    inputs = dict(row.inputs, mm_encoder_outputs=dict(row.inputs["mm_encoder_outputs"]), use_cache=False)
+    inputs = {**fresh(row.inputs), "use_cache": False}
     if family not in MROPE:
         inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
     with only_kept(model, kept, packed=packed), torch.no_grad():
@@ -84,3 +84,17 @@ def kept_of_row(traces: Any, row: int, pad: int, length: int) -> Tensor:
     """Positions that go on in row `row` of a patched batch, counted without its padding; `length` tokens in the row."""
     dropped = set(traces[0].visual_indices[row].tolist()) - set(traces[-1].kept_indices[row].tolist())
     return torch.tensor([i for i in range(length) if i + pad not in dropped])
+
+
+def check_steps(
+    dense: nn.Module, family: str, out: Any, traces: Any, prompt: Batch, n: int, *, packed: bool = False, tolerance: float = 1e-4
+) -> None:
+    """Compare the logits of each of `n` generated tokens of each row with a full recomputation by the unpatched model."""
+    length = out.sequences.shape[1] - n
+    for row, parts in enumerate(prompt.rows):
+        for step in range(n):
+            extra = out.sequences[row : row + 1, length : length + step]
+            single = batch(family, (parts,), seeds=(row,), extra=extra)
+            kept = kept_of_row(traces, row, prompt.pads[row], single.inputs["input_ids"].shape[1])
+            wanted = reference_logits(dense, family, single, kept, packed=packed)[-1]
+            torch.testing.assert_close(out.logits[step][row], wanted, atol=tolerance, rtol=tolerance)
