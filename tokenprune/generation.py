@@ -142,34 +142,3 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
         prefill_flops_g=flops[0] / 1e9,
         total_flops_g=meter.flops / 1e9,
     )
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the pruned model's answers are from the dense ones. One entry per row of the batch.
-
-    Attributes:
-        first_token_kl: KL divergence of the first token's distribution, dense from pruned, in nats.
-        equal_tokens: greedy tokens that agree before the first that does not.
-        compared_tokens: greedy tokens compared: up to the dense answer's end of sequence.
-    """
-
-    first_token_kl: tuple[float, ...]
-    equal_tokens: tuple[int, ...]
-    compared_tokens: tuple[int, ...]
-
-
-def drift(dense: Inspection, pruned: Inspection, *, eos: int | list[int] | None = None) -> Drift:
-    """Compare the answers of two runs on the same inputs; `eos` are the ids that end a sequence."""
-    expected, actual = (side.first_logits.double().log_softmax(-1) for side in (dense, pruned))
-    terms = expected.exp() * (expected - actual)
-    kl = torch.where(expected.exp() > 0, terms, 0.0).sum(-1)
-    ends = torch.isin(dense.new_ids, torch.tensor([] if eos is None else eos, dtype=dense.new_ids.dtype))
-    unequal = dense.new_ids != pruned.new_ids
-    compared = [_first(row, len(row) - 1) + 1 for row in ends.tolist()]
-    equal = [min(_first(row, len(row)), limit) for row, limit in zip(unequal.tolist(), compared, strict=True)]
-    return Drift(tuple(max(0.0, value) for value in kl.tolist()), tuple(equal), tuple(compared))
-
-
-def _first(flags: list[bool], otherwise: int) -> int:
-    return flags.index(True) if True in flags else otherwise

@@ -58,7 +58,7 @@ class _Units:
 
     def similarity(self) -> Tensor:
         """All cosines `[n, n]`, one half computed and mirrored, with `-inf` on the diagonal."""
-        out = torch.empty(self.n, self.n, dtype=torch.float32)
+        out = torch.empty(self.n, self.n, dtype=torch.float32, device=self.tokens.device)
         step = self.n if self.n < 2048 else -(-self.n // 4)  # Small products gain nothing from halving.
         for i in range(0, self.n, step):
             j = min(i + step, self.n)
@@ -68,7 +68,7 @@ class _Units:
 
     def nearest(self) -> Tensor:
         """The largest cosine `[n]` of every token to another one, from one half of the blocks."""
-        out = torch.full((self.n,), -torch.inf, device=self.tokens.device)
+        out = torch.full((self.n,), -torch.inf, dtype=torch.float32, device=self.tokens.device)
         for i in range(0, self.n, self.step):
             rows, mine = self.at(slice(i, i + self.step)), out[i : i + self.step]
             torch.maximum(mine, (rows @ rows.T).fill_diagonal_(-torch.inf).amax(1), out=mine)
@@ -86,9 +86,8 @@ class _Units:
 
     def fingerprint(self, index: _Ints) -> _Ints:
         """A hash `[m]` of the bits of tokens: integer arithmetic, so equal tokens agree wherever they stand."""
-        draw = torch.Generator().manual_seed(0)
-        weight = torch.randint(-(2**62), 2**62, (self.tokens.shape[1],), generator=draw) * 2 + 1
-        weight, where = weight.to(self.tokens.device), torch.from_numpy(index).to(self.tokens.device)
+        draw = np.random.default_rng(0).integers(-(2**62), 2**62, self.tokens.shape[1]) * 2 + 1
+        weight, where = (torch.from_numpy(array).to(self.tokens.device) for array in (draw, index))
         step = max(1, self.step // 4)  # The products are 64 bits wide.
         parts = (self._raw(where[i : i + step]) + 0.0 for i in range(0, len(index), step))
         return np.concatenate([(part.view(torch.int32) * weight).sum(1).cpu().numpy() for part in parts])
@@ -108,7 +107,7 @@ def _numpy(vector: Tensor) -> _Floats:
 
 
 def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: float = -1.0) -> tuple[Tensor, Tensor]:
-    """Choose tokens of one row, on the host's side one round at a time.
+    """Choose tokens of one row; see `tokenprune.ops.max_min_select` for the rule.
 
     Args:
         tokens: `[N, D]`, any float dtype, any strides.
@@ -144,10 +143,10 @@ def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: 
     if len(order) < least:  # What is left ties at distance 0.
         order += np.flatnonzero(gap >= 0)[: least - len(order)].tolist()
     path = reach[1:] + [final if final >= _SAME else 0.0] * (1 + len(order) - len(reach))
-    chosen = torch.tensor(order)
+    chosen = torch.tensor(order, device="cpu")
     if units.position is not None:
         chosen = units.position.cpu()[chosen]
-    return chosen, torch.tensor(path, dtype=torch.float32)
+    return chosen, torch.tensor(path, dtype=torch.float32, device="cpu")
 
 
 def _equal(units: _Units, suspects: _Ints) -> tuple[_Ints, _Ints]:

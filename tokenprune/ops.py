@@ -122,6 +122,7 @@ def max_min_cover(
     if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius <= 2:
         raise OptionError(f"max_min_cover needs a cosine distance between 0 and 2 as radius; got {radius!r}.")
     _check_enough("max_min_cover", "min_k", min_k, valid)
+    radius = torch.tensor(radius, dtype=torch.float32, device="cpu").item()  # What both backends compare in.
     kernel = _kernel("max_min_cover", backend, features)
     if kernel is not None:
         order, path = kernel.launch(features, valid, max_k, memory=max_min.MEMORY)
@@ -145,7 +146,7 @@ def _choose(
 def _stack(rows: list[Tensor], width: int, device: torch.device, *, fill: float) -> Tensor:
     """Rows of up to `width` entries as one tensor `[B, width]`, filled up at their ends."""
     dtype = torch.int64 if isinstance(fill, int) else torch.float32
-    out = torch.full((len(rows), width), fill, dtype=dtype)
+    out = torch.full((len(rows), width), fill, dtype=dtype, device="cpu")
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out.to(device)

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenprune.comparison import Cost, Drift, amounts, drift, latencies
 from tokenprune.errors import OptionError, UnsupportedModelError
-from tokenprune.generation import GREEDY, Drift, Generation, Inspection, drift, inspect_generation, time_generation
-from tokenprune.measure import Timing, rounds
+from tokenprune.generation import GREEDY, Generation, Inspection, inspect_generation, time_generation
+from tokenprune.measure import rounds
 from tokenprune.signals import Trace
 from tokenprune.tables import as_html, as_markdown, as_text, number, plain
 
@@ -70,38 +72,10 @@ class SiteReport:
     overhead_ms: float
 
     @classmethod
-    def of(cls, trace: Trace) -> "SiteReport":
-        """Take over what a trace says."""
-        return cls(**{entry.name: getattr(trace, entry.name) for entry in dataclasses.fields(cls)})
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One quantity, dense against pruned.
-
-    Attributes:
-        name: what was measured, its unit last (`prefill_latency_ms`).
-        dense: value without pruning; the median where it was timed.
-        pruned: value with pruning, likewise.
-        dense_range: 20 % and 80 % quantiles of the timed runs; None for what does not vary.
-        pruned_range: likewise.
-    """
-
-    name: str
-    dense: float
-    pruned: float
-    dense_range: tuple[float, float] | None = None
-    pruned_range: tuple[float, float] | None = None
-
-    @property
-    def saved(self) -> float | None:
-        """Fraction saved; negative where pruning costs more."""
-        return 1.0 - self.pruned / self.dense if self.dense else None
-
-    @property
-    def factor(self) -> float | None:
-        """Dense over pruned."""
-        return self.dense / self.pruned if self.pruned else None
+    def of(cls, *traces: Trace) -> "SiteReport":
+        """Take over what the traces of a site say, one trace a run; of their times the median counts."""
+        said = {entry.name: getattr(traces[-1], entry.name) for entry in dataclasses.fields(cls)}
+        return cls(**{**said, "overhead_ms": statistics.median(trace.overhead_ms for trace in traces)})
 
 
 @dataclass(frozen=True)
@@ -191,7 +165,7 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
         OptionError: an argument is out of range, `inputs` cannot be run, or the session has ended.
         UnsupportedModelError: the model has no ``generate``.
     """
-    model, methods = type(session.model).__name__, tuple(repr(method) for method in session.methods)
+    model, methods = type(session.model).__name__, tuple(map(_describe, session.methods))
     if inputs is None:
         return Report(model, methods, tuple(SiteReport.of(trace) for trace in session.traces))
     if not session.installed:
@@ -204,14 +178,26 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     for side in timed:
         with session.pause() if side == "dense" else nullcontext():
             inspected[side] = inspect_generation(session.model, inputs, max_new_tokens=max_new_tokens)
-    sites = tuple(SiteReport.of(trace) for trace in session.traces)
+    traces: list[Sequence[Trace]] = []
     for side in rounds(tuple(timed), repeats):
         with session.pause() if side == "dense" else nullcontext():
             timed[side].append(time_generation(session.model, inputs, max_new_tokens=max_new_tokens))
-    costs = (*_tokens(sites), *_latencies(timed), *_amounts(inspected, max_new_tokens))
+        if side == "pruned":
+            traces.append(session.traces)
+    sites = tuple(SiteReport.of(*run) for run in zip(*traces, strict=True))
+    costs = (*_tokens(sites), *latencies(timed), *amounts(**inspected))
     setting = {**_machine(session.model), "repeats": repeats, "max_new_tokens": max_new_tokens}
     eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
     return Report(model, methods, sites, setting, costs, drift(**inspected, eos=eos))
+
+
+def _describe(method: Any) -> str:
+    """A method with the options that differ from their defaults, and `keep`."""
+    if not dataclasses.is_dataclass(method):
+        return repr(method)
+    options = [(entry, getattr(method, entry.name)) for entry in dataclasses.fields(method) if entry.repr]
+    shown = [f"{entry.name}={value!r}" for entry, value in options if entry.name == "keep" or value != entry.default]
+    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def _check(model: nn.Module, inputs: Any, max_new_tokens: int, repeats: int) -> None:
@@ -243,35 +229,6 @@ def _tokens(sites: Sequence[SiteReport]) -> list[Cost]:
     return [Cost("visual_tokens", sum(seen[0].n_in), sum(seen[-1].n_out or seen[-1].n_in))] if seen else []
 
 
-def _latencies(timed: Mapping[str, Sequence[Generation]]) -> list[Cost]:
-    names = {
-        "prefill_latency_ms": "prefill_ms",
-        "encoder_latency_ms": "encoder_ms",
-        "decoder_prefill_latency_ms": "decoder_ms",
-        "decode_latency_ms": "decode_ms",
-        "total_latency_ms": "total_ms",
-    }
-    costs = []
-    for name, attribute in names.items():
-        dense, pruned = ([getattr(run, attribute) for run in timed[side]] for side in ("dense", "pruned"))
-        if None not in dense and None not in pruned:
-            sides = Timing(tuple(dense)), Timing(tuple(pruned))
-            ranges = [(side.quantile(0.2), side.quantile(0.8)) for side in sides]
-            costs.append(Cost(name, sides[0].median, sides[1].median, *ranges))
-    return costs
-
-
-def _amounts(inspected: Mapping[str, Inspection], max_new_tokens: int) -> list[Cost]:
-    dense, pruned = inspected["dense"], inspected["pruned"]
-    costs = [Cost("peak_mib", dense.peak_mib, pruned.peak_mib)]
-    if dense.kv_mib is not None and pruned.kv_mib is not None:
-        costs.append(Cost("kv_mib", dense.kv_mib, pruned.kv_mib))
-    costs.append(Cost("prefill_flops_g", dense.prefill_flops_g, pruned.prefill_flops_g))
-    if max_new_tokens > 1:
-        costs.append(Cost("total_flops_g", dense.total_flops_g, pruned.total_flops_g))
-    return costs
-
-
 def _machine(model: nn.Module) -> dict[str, Any]:
     weight = next(model.parameters())
     if weight.device.type == "cuda":
@@ -281,7 +238,7 @@ def _machine(model: nn.Module) -> dict[str, Any]:
 
 
 def _site_rows(site: SiteReport) -> list[list[str]]:
-    head = [site.site, "-" if site.layer is None else str(site.layer), site.method[:20], site.status[:20]]
+    head = [site.site, "-" if site.layer is None else str(site.layer), site.method[:14], site.status]
     rows = []
     for row, n_in in enumerate(site.n_in):
         n_out = site.n_out[row] if row < len(site.n_out) else n_in
