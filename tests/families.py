@@ -138,7 +138,7 @@ def fresh(inputs: dict[str, Any], *, dtype: torch.dtype | None = None) -> dict[s
     """A copy for one call: transformers writes into `mm_encoder_outputs`. `dtype` converts the features."""
     copied = copy.deepcopy(inputs)
     if dtype is not None:
-        for output in copied["mm_encoder_outputs"].values():
+        for output in copied.get("mm_encoder_outputs", {}).values():
             for key, value in output.items():
                 output[key] = _cast(value, dtype)
     return copied

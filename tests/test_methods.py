@@ -369,7 +369,7 @@ def test_the_message_about_a_wrong_shape_says_what_was_due(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", ["7", 1.5, None, True, 2**80])
-def test_a_seed_that_is_none_is_refused_before_anything_is_drawn(seed):
+def test_a_seed_that_the_generator_cannot_take_is_refused_when_the_method_is_made(seed):
     with pytest.raises(OptionError, match="seed"):
         Random(seed=seed)
 

@@ -140,8 +140,8 @@ def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: 
             gap[order] = -1
             _pick(sim.numpy(), gap, np.arange(units.n), order, reach, stop)
     final = float(gap.max())
-    if len(order) < least:  # What is left ties at distance 0.
-        order += np.flatnonzero(gap >= 0)[: least - len(order)].tolist()
+    if len(order) < least:  # What is left ties at distance 0, or a rounding below it.
+        order += np.flatnonzero(gap > -1)[: least - len(order)].tolist()
     path = reach[1:] + [final if final >= _SAME else 0.0] * (1 + len(order) - len(reach))
     chosen = torch.tensor(order, device="cpu")
     if units.position is not None:

@@ -7,8 +7,8 @@
   not give back: there the bytes of all tensors that operators create are followed, which is exact and repeatable but
   leaves out scratch memory inside an operator.
 * FLOPs come from the shapes that reach matrix products, convolutions and attention (2 per multiply-add; attention as
-  the full rectangle, whether or not a kernel skips its masked half). Kernels launched outside of torch's dispatcher
-  (Triton) are not seen. torch's own ``FlopCounterMode`` counts the same, but need not execute such kernels.
+  the full rectangle, whether or not a kernel skips its masked half). What runs outside of torch's dispatcher (Triton,
+  NumPy) is not seen. torch's own ``FlopCounterMode`` counts the same, but need not execute Triton kernels.
 """
 
 import statistics

@@ -4,6 +4,7 @@ A family is recognised by the names of the classes a model descends from, so not
 decoder stands apart (``model.get_decoder()``) and whose images enter it as placeholder tokens, add a row.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         stride = getattr(config, names[0], halve) if names else halve
-        return int(-(-side // stride) ** 2)
+        return math.ceil(side / stride) ** 2
 
     return tokens
 

@@ -1,0 +1,833 @@
+"""O6 and the laws of state: a patch leaves nothing behind, keeps to its own model and thread, and does not travel with copies."""
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families import EVEN, FAMILIES, RAGGED, batch, fresh, generate, implementations, tiny
+from oracle import check_steps
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+import tokenprune
+from tokenprune import Method
+from tokenprune.reduction import Keep
+
+FEW = ("llava", "qwen3_vl", "gemma3", "idefics3")
+EVERY = [(family, implementation) for family in FAMILIES for implementation in implementations(family)]
+LATER: tuple = ((2, (3, 4), 9), (4, (2, 2), 6, (2, 2), 1), (1, (4, 3), 3))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that hangs on the modules of `model`, by identity, and its configurations by value.
+
+    Objects are held, so that an identity is not given away a second time.
+    """
+    found: dict[str, Any] = {"state_dict": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name, "class"] = type(module)
+        for key, value in vars(module).items():
+            found[name, key] = Same(value)
+            if isinstance(value, dict):
+                found[name, key, "items"] = [(entry, Same(inner)) for entry, inner in value.items()]
+            elif isinstance(value, list | set | tuple):
+                found[name, key, "items"] = list(map(Same, value))
+        for field in ("config", "generation_config"):
+            if hasattr(vars(module).get(field), "to_dict"):
+                found[name, field, "values"] = vars(module)[field].to_dict()
+    return found
+
+
+class Same:
+    """Equal to the same object only."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __repr__(self) -> str:
+        return f"{type(self.value).__name__} at {id(self.value):#x}"
+
+
+def hook_counts(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Number of hooks of each kind on each module that has some."""
+    return {
+        (name, key): len(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "hooks" in key and isinstance(value, dict) and value
+    }
+
+
+def logits(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**fresh(inputs), **kwargs).logits
+
+
+def same_run(out: Any, wanted: Any) -> bool:
+    """Whether two generations agree bit for bit."""
+    pairs = zip(out.logits, wanted.logits, strict=True)
+    return torch.equal(out.sequences, wanted.sequences) and all(torch.equal(one, other) for one, other in pairs)
+
+
+class Interrupt:
+    """A hook on a decoder layer that raises while it is armed."""
+
+    def __init__(self, layer: nn.Module, error: type[BaseException] = RuntimeError, *, calls: int = 0) -> None:
+        self.armed, self.error, self.left = True, error, calls
+        layer.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.armed:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error("interrupted")
+
+
+class Moody(Method):
+    """Keeps the first tokens, unless `broken` is set."""
+
+    name: ClassVar[str] = "moody"
+    broken: ClassVar[bool] = False
+
+    def before_llm(self, signals: Any, budget: Any) -> Keep:
+        if self.broken:
+            raise ZeroDivisionError("no mood")
+        return Keep(torch.arange(budget.high).expand(len(signals.features), -1))
+
+
+# --- taking a patch out again ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_unpatching_leaves_the_model_as_it_was(family):
+    model, prompt = tiny(family), batch(family)
+    wanted = generate(model, prompt.inputs, 3)
+    before = snapshot(model)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    assert snapshot(model) != before
+    assert not same_run(generate(model, prompt.inputs, 3), wanted)
+    tokenprune.unpatch(model)
+    assert snapshot(model) == before
+    assert not session.installed
+    assert same_run(generate(model, prompt.inputs, 3), wanted)
+    assert snapshot(model) == before
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatching_leaves_a_model_of_every_family_as_it_was(family):
+    test_unpatching_leaves_the_model_as_it_was(family)
+
+
+def test_a_patch_adds_four_hooks_and_nothing_else():
+    model = tiny("llava")
+    before, classes = snapshot(model), [type(module) for module in model.modules()]
+    tokenprune.patch(model, "divprune", keep=0.5)
+    after = snapshot(model)
+    changed = {key for key in after if key not in before or after[key] != before[key]}
+    hooks = {key for key in changed if key[2:] == ("items",) and "hooks" in key[1]}
+    assert changed == hooks
+    assert {key[0] for key in hooks} == {"model", "model.language_model"}
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_patched_forward_leaves_nothing_on_the_modules():
+    model, prompt = tiny("qwen3_vl"), batch("qwen3_vl")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    generate(model, prompt.inputs, 2)
+    before = snapshot(model)
+    generate(model, prompt.inputs, 2)
+    assert snapshot(model) == before
+
+
+def test_no_class_of_another_library_is_touched():
+    model, prompt = tiny("qwen3_vl"), batch("qwen3_vl")
+    generate(model, prompt.inputs, 2)
+    instances = [*model.modules(), model.config, *DynamicCache(config=model.config).layers]
+    classes = {cls for instance in instances for cls in type(instance).__mro__} | {DynamicCache, StaticCache}
+    classes |= set(DynamicCache.__mro__)
+    before = {cls: {name: Same(value) for name, value in vars(cls).items()} for cls in classes}
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    out = generate(model, prompt.inputs, 2)
+    assert type(out.past_key_values) is not DynamicCache
+    for moment in ("patched", "unpatched"):
+        after = {cls: {name: Same(value) for name, value in vars(cls).items()} for cls in classes}
+        assert after == before, moment
+        session.remove()
+    assert type(DynamicCache()) is DynamicCache
+
+
+def test_the_session_as_a_context_manager_unpatches():
+    model, prompt = tiny("llava"), batch("llava")
+    wanted, before = logits(model, prompt.inputs), snapshot(model)
+    with tokenprune.patch(model, "divprune", keep=0.5) as session:
+        assert session.installed
+        assert not torch.equal(logits(model, prompt.inputs), wanted)
+    assert not session.installed
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, prompt.inputs), wanted)
+
+
+def test_leaving_the_context_by_an_exception_unpatches_and_lets_it_through():
+    model = tiny("llava")
+    before = snapshot(model)
+    with pytest.raises(KeyError, match="mine"), tokenprune.patch(model, "divprune", keep=0.5):
+        raise KeyError("mine")
+    assert snapshot(model) == before
+
+
+def test_unpatching_twice_and_unpatching_a_model_that_was_never_patched_do_nothing():
+    model = tiny("llava")
+    before = snapshot(model)
+    tokenprune.unpatch(model)
+    assert snapshot(model) == before
+    session = tokenprune.patch(model, "divprune")
+    tokenprune.unpatch(model)
+    tokenprune.unpatch(model)
+    session.remove()
+    assert snapshot(model) == before
+
+
+def test_hooks_of_others_stay_in_place_and_in_order():
+    model, prompt = tiny("llava"), batch("llava")
+    seen: list[str] = []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    tokenprune.patch(model, "divprune", keep=0.5)
+    decoder.register_forward_hook(lambda module, args, output: seen.append("after"))
+    logits(model, prompt.inputs)
+    tokenprune.unpatch(model)
+    logits(model, prompt.inputs)
+    assert seen == ["before", "after"] * 2
+    assert len(decoder._forward_pre_hooks) == len(decoder._forward_hooks) == 1
+
+
+def test_hooks_that_transformers_adds_while_the_model_is_patched_outlive_the_patch():
+    dense, prompt = tiny("llava"), batch("llava")
+    with torch.no_grad():
+        wanted = dense(**fresh(prompt.inputs), output_hidden_states=True)
+    model = tiny("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    with torch.no_grad():
+        pruned = model(**fresh(prompt.inputs), output_hidden_states=True)
+        assert len(pruned.hidden_states) == len(wanted.hidden_states)
+        tokenprune.unpatch(model)
+        out = model(**fresh(prompt.inputs), output_hidden_states=True)
+    assert hook_counts(model) == hook_counts(dense)
+    assert torch.equal(out.logits, wanted.logits)
+    for one, other in zip(out.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_patched_model_that_nobody_holds_is_freed():
+    model = tiny("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    generate(model, batch("llava").inputs, 1)
+    watched = weakref.ref(model), weakref.ref(session)
+    del model, session
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+
+
+def test_an_unpatched_model_does_not_hold_its_session():
+    model = tiny("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    generate(model, batch("llava").inputs, 1)
+    watched = weakref.ref(session)
+    tokenprune.unpatch(model)
+    del session
+    gc.collect()
+    assert watched() is None
+
+
+# --- patching again, and several models -----------------------------------------------------------------------------------
+
+
+def test_patching_again_replaces_the_first_patch():
+    model, prompt = tiny("llava"), batch("llava", EVEN)
+    before = snapshot(model)
+    first = tokenprune.patch(model, "divprune", keep=0.5)
+    counts = hook_counts(model)
+    second = tokenprune.patch(model, "random", keep=3)
+    assert not first.installed
+    assert second.installed
+    assert hook_counts(model) == counts
+    logits(model, prompt.inputs)
+    assert first.traces == ()
+    assert [(trace.method, trace.n_out) for trace in second.traces] == [("random", (3, 3))]
+    first.remove()
+    assert hook_counts(model) == counts
+    tokenprune.unpatch(model)
+    assert snapshot(model) == before
+
+
+def test_leaving_the_context_of_a_replaced_patch_leaves_its_successor_alone():
+    model, prompt = tiny("llava"), batch("llava", EVEN)
+    with tokenprune.patch(model, "divprune", keep=0.5):
+        second = tokenprune.patch(model, "uniform", keep=2)
+    assert second.installed
+    logits(model, prompt.inputs)
+    assert second.traces[0].n_out == (2, 2)
+
+
+@pytest.mark.parametrize("order", [("top", "base"), ("base", "top")])
+def test_a_patch_of_the_base_model_and_one_of_the_whole_replace_each_other(order):
+    model, prompt = tiny("llava"), batch("llava", EVEN)
+    before = snapshot(model)
+    parts = {"top": model, "base": model.model}
+    first = tokenprune.patch(parts[order[0]], "divprune", keep=6)
+    second = tokenprune.patch(parts[order[1]], "divprune", keep=3)
+    assert (first.installed, second.installed) == (False, True)
+    logits(model, prompt.inputs)
+    assert second.traces[0].n_in == (12, 12)
+    assert second.traces[0].n_out == (3, 3)
+    tokenprune.unpatch(parts[order[0]])
+    assert snapshot(model) == before
+
+
+def test_the_base_model_alone_can_be_patched():
+    model, prompt = tiny("llava"), batch("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = logits(model, prompt.inputs)
+    session = tokenprune.patch(model.model, "divprune", keep=0.5)
+    with torch.no_grad():
+        hidden = model.model(**fresh(prompt.inputs)).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), wanted)
+    assert session.traces[0].n_out == (8, 6, 4)
+
+
+@pytest.mark.parametrize("families", [("llava", "llava"), ("llava", "qwen3_vl")])
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_patched_models_do_not_know_of_each_other(families, first_out):
+    models, prompts = [tiny(family) for family in families], [batch(family) for family in families]
+    dense = [generate(model, prompt.inputs, 2) for model, prompt in zip(models, prompts, strict=True)]
+    before = list(map(snapshot, models))
+    sessions = [tokenprune.patch(model, "divprune", keep=keep) for model, keep in zip(models, (0.25, 0.5), strict=True)]
+    pruned = [generate(model, prompt.inputs, 2) for model, prompt in zip(models, prompts, strict=True)]
+    assert [session.traces[0].n_out for session in sessions] == [(4, 3, 2), (8, 6, 4)]
+    last = 1 - first_out
+    tokenprune.unpatch(models[first_out])
+    assert snapshot(models[first_out]) == before[first_out]
+    assert same_run(generate(models[first_out], prompts[first_out].inputs, 2), dense[first_out])
+    assert same_run(generate(models[last], prompts[last].inputs, 2), pruned[last])
+    tokenprune.unpatch(models[last])
+    assert snapshot(models[last]) == before[last]
+    assert same_run(generate(models[last], prompts[last].inputs, 2), dense[last])
+
+
+def test_a_patched_model_may_run_within_the_forward_of_another_one():
+    outer, inner = tiny("llava"), tiny("qwen3_vl")
+    prompts = batch("llava"), batch("qwen3_vl", EVEN)
+    sessions = tokenprune.patch(outer, "divprune", keep=0.5), tokenprune.patch(inner, "divprune", keep=3)
+    wanted = generate(outer, prompts[0].inputs, 2), generate(inner, prompts[1].inputs, 2)
+    nested: list[Any] = []
+    for module in (outer.model.multi_modal_projector, outer.get_decoder().layers[1], outer.get_decoder()):
+        module.register_forward_pre_hook(lambda module, args: nested.append(generate(inner, prompts[1].inputs, 2)))
+    out = generate(outer, prompts[0].inputs, 2)
+    assert same_run(out, wanted[0])
+    assert len(nested) >= 4
+    assert all(same_run(one, wanted[1]) for one in nested)
+    assert [session.traces[0].n_out for session in sessions] == [(8, 6, 4), (3, 3)]
+
+
+# --- exceptions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["layer of the prefill", "layer of a decoding step", "head", "vision"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_a_forward_leaves_nothing_behind(where, error):
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = generate(model, prompt.inputs, 3)
+    traces = session.traces
+    module, calls = {
+        "layer of the prefill": (model.get_decoder().layers[1], 0),
+        "layer of a decoding step": (model.get_decoder().layers[1], 1),
+        "head": (model.lm_head, 0),
+        "vision": (model.get_decoder(), 0),
+    }[where]
+    interrupt = Interrupt(module, error, calls=calls)
+    before = snapshot(model)
+    with pytest.raises(error, match="interrupted"):
+        generate(model, batch("llava", LATER).inputs, 3)
+    interrupt.armed = False
+    assert snapshot(model) == before
+    if where in ("layer of the prefill", "vision"):
+        assert session.traces is traces, "the traces are those of the last forward that went well"
+    assert same_run(generate(model, prompt.inputs, 3), wanted)
+    assert [trace.n_out for trace in session.traces] == [(8, 6, 4)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_the_decoder_by_itself_is_not_pruned(error):
+    model, prompt = tiny("llava"), batch("llava")
+    decoder = model.get_decoder()
+    embeds = torch.randn(*prompt.inputs["input_ids"].shape, 32)
+    with torch.no_grad():
+        wanted = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        tokenprune.patch(model, "divprune", keep=0.5)
+        interrupt = Interrupt(decoder.layers[0], error)
+        with pytest.raises(error):
+            logits(model, prompt.inputs)
+        interrupt.armed = False
+        assert torch.equal(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_no_input_is_held(error):
+    model = tiny("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    interrupt = Interrupt(model.get_decoder().layers[0], error)
+    inputs = batch("llava").inputs
+    watched = weakref.ref(inputs["input_ids"])
+    with pytest.raises(error), torch.no_grad():
+        model(**inputs)
+    interrupt.armed = False
+    del inputs
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_method_that_raises_leaves_nothing_behind(monkeypatch):
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, Moody(keep=3))
+    wanted = generate(model, prompt.inputs, 2)
+    traces, before = session.traces, snapshot(model)
+    cache = DynamicCache(config=model.config)
+    monkeypatch.setattr(Moody, "broken", True)
+    with pytest.raises(ZeroDivisionError, match="no mood"):
+        logits(model, prompt.inputs, past_key_values=cache)
+    assert session.traces is traces
+    assert snapshot(model) == before
+    assert type(cache) is DynamicCache
+    assert cache.get_seq_length() == 0
+    monkeypatch.setattr(Moody, "broken", False)
+    assert same_run(generate(model, prompt.inputs, 2), wanted)
+    assert torch.equal(logits(model, prompt.inputs, past_key_values=cache)[:, -1:], wanted.logits[0][:, None])
+
+
+def test_the_second_of_two_methods_raising_leaves_the_traces_alone(monkeypatch):
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, [tokenprune.Random(keep=0.5), Moody(keep=2)])
+    wanted = logits(model, prompt.inputs)
+    traces = session.traces
+    monkeypatch.setattr(Moody, "broken", True)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, prompt.inputs)
+    assert session.traces is traces
+    monkeypatch.setattr(Moody, "broken", False)
+    assert torch.equal(logits(model, prompt.inputs), wanted)
+
+
+def test_a_pruned_cache_goes_on_after_an_exception_in_the_next_turn():
+    model, prompt = tiny("llava"), batch("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    step = torch.tensor([[7], [8], [9]])
+
+    def turns(interrupt: Interrupt | None) -> Tensor:
+        cache = DynamicCache(config=model.config)
+        logits(model, prompt.inputs, past_key_values=cache)
+        length = cache.get_seq_length()
+        mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
+        if interrupt is not None:
+            interrupt.armed = True
+            with pytest.raises(RuntimeError), torch.no_grad():
+                model(input_ids=step, attention_mask=mask, past_key_values=cache)
+            interrupt.armed = False
+        assert cache.get_seq_length() == length == prompt.inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            return model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+
+    wanted = turns(None)
+    interrupt = Interrupt(model.get_decoder().layers[0])
+    interrupt.armed = False
+    assert torch.equal(turns(interrupt), wanted)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+    "deepcopy": lambda model, path: copy.deepcopy(model),
+    "pickle": lambda model, path: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model, path: (torch.save(model, path / "m.pt"), torch.load(path / "m.pt", weights_only=False))[1],
+    "save_pretrained": lambda model, path: (model.save_pretrained(path), type(model).from_pretrained(path).eval())[1],
+    "state_dict": lambda model, path: _loaded(tiny("llava"), model.state_dict()),
+}
+
+
+def _loaded(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_patched_model_is_unpatched_and_the_original_stays_patched(way, tmp_path):
+    model, prompt = tiny("llava"), batch("llava")
+    dense = generate(model, prompt.inputs, 3)
+    config, names = model.config.to_dict(), list(model.state_dict())
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    pruned = generate(model, prompt.inputs, 3)
+    before = snapshot(model)
+    twin = COPIES[way](model, tmp_path)
+    assert snapshot(model) == before
+    traces = session.traces
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    assert same_run(generate(twin, prompt.inputs, 3), dense)
+    assert session.traces is traces, "a forward of the copy left a trace on the original's session"
+    assert type(twin) is type(model)
+    assert list(twin.state_dict()) == names
+    assert {**twin.config.to_dict(), "_name_or_path": None} == {**config, "_name_or_path": None}
+    assert same_run(generate(model, prompt.inputs, 3), pruned)
+    tokenprune.unpatch(model)
+    assert same_run(generate(model, prompt.inputs, 3), dense)
+    assert same_run(generate(twin, prompt.inputs, 3), dense)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_a_patched_model_can_be_patched_by_itself(way, tmp_path):
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    pruned = generate(model, prompt.inputs, 3)
+    twin = COPIES[way](model, tmp_path)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    again = tokenprune.patch(twin, "divprune", keep=0.25)
+    generate(twin, prompt.inputs, 3)
+    assert session.installed
+    assert [trace.n_out for trace in again.traces] == [(4, 3, 2)]
+    assert [trace.n_out for trace in session.traces] == [(8, 6, 4)]
+    tokenprune.unpatch(model)
+    generate(twin, prompt.inputs, 3)
+    assert again.installed
+    tokenprune.patch(twin, "divprune", keep=0.5)
+    assert same_run(generate(twin, prompt.inputs, 3), pruned)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_unpatching_a_copy_leaves_no_hook_on_it(way, tmp_path):
+    model = tiny("llava")
+    before = hook_counts(model)
+    tokenprune.patch(model, "divprune", keep=0.5)
+    twin = COPIES[way](model, tmp_path)
+    tokenprune.unpatch(twin)
+    assert hook_counts(twin) == before
+
+
+def test_hooks_do_not_pile_up_over_generations_of_copies():
+    model = tiny("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = hook_counts(model)
+    for _ in range(3):
+        model = copy.deepcopy(model)
+        tokenprune.patch(model, "divprune", keep=0.5)
+    assert hook_counts(model) == wanted
+
+
+def test_a_pruned_cache_can_be_copied_and_each_copy_goes_on():
+    model, prompt = tiny("llava"), batch("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    cache = DynamicCache(config=model.config)
+    logits(model, prompt.inputs, past_key_values=cache)
+    step = torch.tensor([[7], [8], [9]])
+    mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
+
+    def steps(some: Any, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, past_key_values=some).logits
+
+    twin, third = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    wanted = steps(cache, step)
+    steps(twin, step + 1)
+    assert torch.equal(steps(third, step), wanted)
+    assert type(twin) is type(third) is type(cache)
+    assert twin.get_seq_length() == third.get_seq_length() == cache.get_seq_length()
+
+
+# --- pausing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_a_paused_session_runs_dense_bit_for_bit(family):
+    model, prompt = tiny(family), batch(family)
+    dense = generate(model, prompt.inputs, 3)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    pruned = generate(model, prompt.inputs, 3)
+    traces = session.traces
+    with session.pause():
+        assert not session.active
+        with session.pause():
+            assert same_run(generate(model, prompt.inputs, 3), dense)
+        assert same_run(generate(model, prompt.inputs, 3), dense)
+        assert type(generate(model, prompt.inputs, 1).past_key_values) is DynamicCache
+    assert session.active
+    assert session.traces is traces
+    assert same_run(generate(model, prompt.inputs, 3), pruned)
+
+
+def test_a_pause_ends_with_an_exception_too():
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    pruned = logits(model, prompt.inputs)
+    interrupt = Interrupt(model.get_decoder().layers[1])
+    with pytest.raises(RuntimeError, match="interrupted"), session.pause():
+        logits(model, prompt.inputs)
+    interrupt.armed = False
+    assert session.active
+    assert torch.equal(logits(model, prompt.inputs), pruned)
+
+
+def test_a_pause_holds_for_its_own_session_only():
+    model, other, prompt = tiny("llava"), tiny("llava"), batch("llava", EVEN)
+    session, running = tokenprune.patch(model, "divprune", keep=3), tokenprune.patch(other, "divprune", keep=2)
+    with session.pause():
+        logits(model, prompt.inputs)
+        logits(other, prompt.inputs)
+        assert running.active
+    assert session.traces == ()
+    assert running.traces[0].n_out == (2, 2)
+
+
+def test_a_pruned_cache_goes_on_while_the_session_is_paused():
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    ids = torch.tensor([[7, 8], [8, 9], [9, 10]])
+
+    def chat(pause: bool) -> list[Tensor]:
+        cache = DynamicCache(config=model.config)
+        logits(model, prompt.inputs, past_key_values=cache)
+        mask, out = prompt.inputs["attention_mask"], []
+        for turn in range(2):
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            with torch.no_grad():
+                if pause:
+                    with session.pause():
+                        out.append(model(input_ids=ids + turn, attention_mask=mask, past_key_values=cache).logits)
+                else:
+                    out.append(model(input_ids=ids + turn, attention_mask=mask, past_key_values=cache).logits)
+        assert cache.get_seq_length() == mask.shape[1]
+        return out
+
+    for one, other in zip(chat(pause=True), chat(pause=False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_image_that_comes_while_paused_is_kept_whole_on_a_pruned_cache():
+    model, first, second = tiny("llava"), batch("llava", EVEN), batch("llava", EVEN, seeds=(5, 6))
+    session = tokenprune.patch(model, "divprune", keep=3)
+    cache = DynamicCache(config=model.config)
+    logits(model, first.inputs, past_key_values=cache)
+    length = first.inputs["input_ids"].shape[1]
+    physical = cache.layers[0].keys.shape[2]
+    mask = torch.cat([first.inputs["attention_mask"], second.inputs["attention_mask"]], 1)
+    with session.pause():
+        logits(model, {**second.inputs, "attention_mask": mask}, past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == physical + length
+    assert cache.get_seq_length() == 2 * length
+    assert session.traces[0].n_out == (3, 3)
+
+
+# --- threads --------------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
+    """What each of `jobs` returns, all of them run at once; the first error is raised."""
+    results: list[Any] = [None] * len(jobs)
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(jobs))
+
+    def run(i: int) -> None:
+        try:
+            start.wait(timeout=60)
+            results[i] = jobs[i]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def test_two_threads_generate_on_one_patched_model():
+    model, prompts = tiny("llava"), (batch("llava"), batch("llava", LATER, seeds=(7, 8, 9)))
+    tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = [generate(model, prompt.inputs, 4) for prompt in prompts]
+    assert wanted[0].sequences.shape != wanted[1].sequences.shape
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            for out, right in zip(in_threads(*(lambda p=p: generate(model, p.inputs, 4) for p in prompts)), wanted, strict=True):
+                assert same_run(out, right)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("stop", ["root", "before the decoder", "layer", "decoding"])
+def test_a_whole_generation_of_one_thread_fits_into_a_forward_of_another(stop):
+    model, prompts = tiny("llava"), (batch("llava"), batch("llava", LATER, seeds=(7, 8, 9)))
+    tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = [generate(model, prompt.inputs, 3) for prompt in prompts]
+    reached, done, slow = threading.Event(), threading.Event(), threading.local()
+
+    def wait(module: nn.Module, args: Any) -> None:
+        left = getattr(slow, "left", None)
+        if left is not None:
+            slow.left -= 1
+            if left == 0:
+                reached.set()
+                assert done.wait(timeout=60)
+
+    decoder = model.get_decoder()
+    module = {"root": model.model, "before the decoder": decoder, "layer": decoder.layers[2], "decoding": decoder.layers[2]}[stop]
+    module.register_forward_pre_hook(wait)
+
+    def waiting() -> Any:
+        slow.left = 1 if stop == "decoding" else 0
+        return generate(model, prompts[0].inputs, 3)
+
+    def running() -> Any:
+        assert reached.wait(timeout=60)
+        try:
+            return generate(model, prompts[1].inputs, 3)
+        finally:
+            done.set()
+
+    for out, right in zip(in_threads(waiting, running), wanted, strict=True):
+        assert same_run(out, right)
+
+
+def test_one_thread_pauses_while_another_prunes():
+    model, prompts = tiny("llava"), (batch("llava"), batch("llava", LATER, seeds=(7, 8, 9)))
+    dense = generate(model, prompts[0].inputs, 3)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    pruned = generate(model, prompts[1].inputs, 3)
+    paused, done = threading.Event(), threading.Event()
+
+    def pausing() -> Any:
+        with session.pause():
+            paused.set()
+            out = generate(model, prompts[0].inputs, 3)
+            assert done.wait(timeout=60)
+            return out, generate(model, prompts[0].inputs, 3)
+
+    def pruning() -> Any:
+        assert paused.wait(timeout=60)
+        try:
+            assert session.active
+            return generate(model, prompts[1].inputs, 3)
+        finally:
+            done.set()
+
+    (before, after), out = in_threads(pausing, pruning)
+    assert same_run(before, dense)
+    assert same_run(after, dense)
+    assert same_run(out, pruned)
+
+
+# --- keeping everything ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        pytest.param(*case, marks=() if case[0] in FEW else pytest.mark.matrix, id="-".join(case))
+        for case in EVERY
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["divprune", "random", "uniform"])
+def test_keeping_everything_changes_no_bit_of_any_logit(family, implementation, method):
+    model, prompt = tiny(family, implementation), batch(family)
+    wanted, ids = logits(model, prompt.inputs), generate(model, prompt.inputs, 3).sequences
+    uncached = logits(model, prompt.inputs, use_cache=False)
+    session = tokenprune.patch(model, method, keep=1.0)
+    for forced in (False, True):
+        session.forced = forced
+        assert torch.equal(logits(model, prompt.inputs), wanted)
+        assert torch.equal(logits(model, prompt.inputs, use_cache=False), uncached)
+        assert torch.equal(generate(model, prompt.inputs, 3).sequences, ids)
+    assert session.traces[0].n_out == session.traces[0].n_in == (16, 12, 8)
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile"])
+def test_a_patched_model_can_be_compiled(how):
+    model, prompt = tiny("llava"), batch("llava")
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = generate(model, prompt.inputs, 3)
+    one = logits(model, prompt.inputs)
+    session.publish(())
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        model.compile(backend="eager")
+    torch.testing.assert_close(logits(compiled, prompt.inputs), one)
+    assert [trace.n_out for trace in session.traces] == [(8, 6, 4)]
+    out = generate(compiled, prompt.inputs, 3)
+    assert torch.equal(out.sequences, wanted.sequences)
+    for step, right in zip(out.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(step, right)
+    for rows in (EVEN, LATER):  # other shapes, other counts
+        other = batch("llava", rows)
+        with session.pause():
+            dense = logits(compiled, other.inputs)
+        assert not torch.equal(logits(compiled, other.inputs), dense)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_pausing_and_unpatching_reach_a_model_that_was_compiled_after_the_patch():
+    model, prompt = tiny("llava"), batch("llava")
+    dense = logits(model, prompt.inputs)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    compiled = torch.compile(model, backend="eager")
+    pruned = logits(compiled, prompt.inputs)
+    assert not torch.allclose(pruned, dense)
+    with session.pause():
+        torch.testing.assert_close(logits(compiled, prompt.inputs), dense)
+    torch.testing.assert_close(logits(compiled, prompt.inputs), pruned)
+    tokenprune.unpatch(model)
+    torch.testing.assert_close(logits(compiled, prompt.inputs), dense)
+
+
+def test_right_answers_survive_all_of_this_in_one_session():
+    dense = tiny("llava")
+    model, prompt = copy.deepcopy(dense), batch("llava")
+    session = tokenprune.patch(model, "uniform", keep=2)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    with session.pause():
+        generate(model, prompt.inputs, 1)
+    copy.deepcopy(model)
+    interrupt = Interrupt(model.get_decoder().layers[1])
+    with pytest.raises(RuntimeError):
+        generate(model, batch("llava", RAGGED[::-1]).inputs, 2)
+    interrupt.armed = False
+    out = generate(model, prompt.inputs, 3)
+    check_steps(dense, "llava", out, session.traces, prompt, 3)
