@@ -15,7 +15,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 CONFIGS: dict[str, Any] = json.loads((Path(__file__).parent / "tiny_configs.json").read_text())["families"]
 FAMILIES = tuple(CONFIGS)
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
-STACKED = ("aya_vision", "gemma3", "internvl", "ovis2", "paligemma", "paligemma2", "perception_lm", "video_llava", "vipllava")
+STACKED = (
+    "aya_vision",
+    "gemma3",
+    "internvl",
+    "ovis2",
+    "paligemma",
+    "paligemma2",
+    "perception_lm",
+    "video_llava",
+    "vipllava",
+)
 IMAGE, PAD, DIM = 100, 0, 32
 
 # A row is a sequence of text lengths (int) and images (h, w), as they stand in the prompt.
@@ -96,7 +106,9 @@ def _encoded(family: str, images: list[Tensor], seeds: list[int]) -> BaseModelOu
     return BaseModelOutputWithPooling(pooler_output=pooled)
 
 
-def batch(family: str, rows: tuple[Row, ...] = RAGGED, *, seeds: tuple[int, ...] | None = None, extra: Tensor | None = None) -> Batch:
+def batch(
+    family: str, rows: tuple[Row, ...] = RAGGED, *, seeds: tuple[int, ...] | None = None, extra: Tensor | None = None
+) -> Batch:
     """Left-padded inputs with image features in place of pixels.
 
     Args:
@@ -128,7 +140,9 @@ def batch(family: str, rows: tuple[Row, ...] = RAGGED, *, seeds: tuple[int, ...]
     if family == "gemma3":
         inputs["token_type_ids"] = visual
     if family in ("paligemma", "paligemma2"):
-        inputs["token_type_ids"] = torch.zeros_like(visual)  # the prompt sees itself in both directions, what follows does not
+        inputs["token_type_ids"] = torch.zeros_like(
+            visual
+        )  # the prompt sees itself in both directions, what follows does not
         if extra is not None:
             inputs["token_type_ids"][:, length:] = 1
     return Batch(inputs, pads, rows)
@@ -149,7 +163,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def generate(model: nn.Module, inputs: dict[str, Any], n: int, **kwargs: Any) -> Any:
-    """`n` greedy tokens with their logits. Placeholder ids are not generated: a reference could not tell them from an image."""
+    """`n` greedy tokens with their logits. Placeholder ids are not generated: a reference could not tell them from an
+    image."""
     options = {
         "max_new_tokens": n,
         "do_sample": False,

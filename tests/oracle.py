@@ -1,7 +1,8 @@
-"""The independent oracle: the unpatched model, without any cache, on the kept tokens of one row, recomputed in full for every token.
+"""The independent oracle: the unpatched model, without any cache, on the kept tokens of one row, recomputed in full for
+every token.
 
-Nothing here uses the library. What the dense model hands to its decoder is captured; the rows and columns of the kept tokens are taken out by
-plain indexing; masks are explicit; and the row stands alone, without padding.
+Nothing here uses the library. What the dense model hands to its decoder is captured; the rows and columns of the kept
+tokens are taken out by plain indexing; masks are explicit; and the row stands alone, without padding.
 """
 
 from collections.abc import Iterator
@@ -9,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from families import MROPE, Batch, batch, fresh
+from torch import Tensor, nn
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,9 +87,18 @@ def kept_of_row(traces: Any, row: int, pad: int, length: int) -> Tensor:
 
 
 def check_steps(
-    dense: nn.Module, family: str, out: Any, traces: Any, prompt: Batch, n: int, *, packed: bool = False, tolerance: float = 1e-4
+    dense: nn.Module,
+    family: str,
+    out: Any,
+    traces: Any,
+    prompt: Batch,
+    n: int,
+    *,
+    packed: bool = False,
+    tolerance: float = 1e-4,
 ) -> None:
-    """Compare the logits of each of `n` generated tokens of each row with a full recomputation by the unpatched model."""
+    """Compare the logits of each of `n` generated tokens of each row with a full recomputation by the unpatched
+    model."""
     length = out.sequences.shape[1] - n
     for row, parts in enumerate(prompt.rows):
         for step in range(n):

@@ -4,7 +4,21 @@ import copy
 
 import pytest
 import torch
-from families import DIM, FAMILIES, IMAGE, MROPE, RAGGED, STACKED, Batch, batch, features_of, fresh, generate, implementations, tiny
+from families import (
+    DIM,
+    FAMILIES,
+    IMAGE,
+    MROPE,
+    RAGGED,
+    STACKED,
+    Batch,
+    batch,
+    features_of,
+    fresh,
+    generate,
+    implementations,
+    tiny,
+)
 from oracle import check_steps, kept_of_row, reference_logits
 from torch.nn import functional
 from transformers import StaticCache
@@ -31,7 +45,9 @@ def pair(family, **options):
     return dense, model, tokenprune.patch(model, "divprune", **{"keep": 0.5, **options})
 
 
-@pytest.mark.parametrize("family", spread(f for f in FAMILIES if f != "paligemma2"))  # dense raises: its mask dict has no ndim
+@pytest.mark.parametrize(
+    "family", spread(f for f in FAMILIES if f != "paligemma2")
+)  # dense raises: its mask dict has no ndim
 def test_static_cache(family):
     dense, model, session = pair(family)
     ragged = batch(family)
@@ -92,7 +108,9 @@ def collect(session):
     return calls
 
 
-@pytest.mark.parametrize("family", spread(f for f in FAMILIES if f not in ("gemma3", "paligemma", "paligemma2", "molmo2", "ovis2")))
+@pytest.mark.parametrize(
+    "family", spread(f for f in FAMILIES if f not in ("gemma3", "paligemma", "paligemma2", "molmo2", "ovis2"))
+)
 def test_chunked_prefill(family):
     dense, model, session = pair(family)
     calls = collect(session)
@@ -109,7 +127,9 @@ def test_chunked_prefill(family):
     for step in range(3):
         row = batch(family, (RAGGED[0],), extra=out.sequences[:, length : length + step])
         kept = torch.tensor([i for i in range(length + step) if i not in dropped])
-        torch.testing.assert_close(out.logits[step][0], reference_logits(dense, family, row, kept)[-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            out.logits[step][0], reference_logits(dense, family, row, kept)[-1], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", spread())
@@ -142,9 +162,13 @@ def test_a_manual_loop(family):
             new = out.logits[:, -1, :IMAGE].argmax(-1, keepdim=True)
             sequences, mask = torch.cat([sequences, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
             extra = {"position_ids": mask.sum(-1, keepdim=True) - 1}
-            if family in MROPE:  # left to itself with a mask, the dense model makes positions for the whole sequence and raises
+            if (
+                family in MROPE
+            ):  # left to itself with a mask, the dense model makes positions for the whole sequence and raises
                 extra = {"position_ids": (extra["position_ids"] + model.model.rope_deltas).expand(3, -1, -1)}
-            out = model(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **extra)
+            out = model(
+                input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **extra
+            )
     result = type("Out", (), {"sequences": sequences, "logits": logits})
     check_steps(dense, family, result, session.traces, ragged, 3)
 
@@ -230,7 +254,12 @@ def test_a_second_turn_of_text_goes_on_with_the_pruned_cache(family):
     turn = second_turn(family, ragged, first, 4, None)
     ids = torch.cat([first.sequences, turn], 1)
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, 7, dtype=torch.long)], 1)
-    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values, "mm_encoder_outputs": {}}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "past_key_values": first.past_key_values,
+        "mm_encoder_outputs": {},
+    }
     if family in ("paligemma", "paligemma2", "gemma3"):
         inputs["token_type_ids"] = torch.ones_like(ids) if "pali" in family else (ids == IMAGE).long()
     out = generate(model, inputs, 3)
@@ -247,7 +276,9 @@ def test_a_second_turn_of_text_goes_on_with_the_pruned_cache(family):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", spread(f for f in FAMILIES if f not in (*MROPE, "ovis2", "paligemma", "paligemma2", "molmo2")))
+@pytest.mark.parametrize(
+    "family", spread(f for f in FAMILIES if f not in (*MROPE, "ovis2", "paligemma", "paligemma2", "molmo2"))
+)
 def test_a_second_turn_with_a_new_image_prunes_that_image_too(family, cache, packed):
     if family == "gemma3" and cache == "static":
         pytest.skip("transformers' own dense run is wrong here: the image blocks of the mask start at the wrong column")
@@ -262,7 +293,12 @@ def test_a_second_turn_with_a_new_image_prunes_that_image_too(family, cache, pac
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, ids.shape[1] - length, dtype=torch.long)], 1)
     images = [features_of(((2, 3),), seed=50 + row)[0] for row in range(3)]
     encoded = batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs["mm_encoder_outputs"]
-    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values, "mm_encoder_outputs": encoded}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "past_key_values": first.past_key_values,
+        "mm_encoder_outputs": encoded,
+    }
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
     out = generate(model, inputs, 3)
@@ -273,7 +309,9 @@ def test_a_second_turn_with_a_new_image_prunes_that_image_too(family, cache, pac
         for step in range(3):
             whole = out.sequences[row, pad : ids.shape[1] + step]
             kept = kept_of_row(traces, row, pad, length - pad).tolist()
-            gone = set(session.traces[0].visual_indices[row].tolist()) - set(session.traces[0].kept_indices[row].tolist())
+            gone = set(session.traces[0].visual_indices[row].tolist()) - set(
+                session.traces[0].kept_indices[row].tolist()
+            )
             kept += [i for i in range(length - pad, len(whole)) if i + pad - start not in gone]
             single = conversation(family, parts, row, whole, images[row])
             wanted = reference_logits(dense, family, single, torch.tensor(kept), packed=packed)[-1]

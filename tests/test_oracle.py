@@ -1,4 +1,5 @@
-"""O1, O2, O5, O7: pruned generation against an independent dense computation, over all families, in ragged padded batches."""
+"""O1, O2, O5, O7: pruned generation against an independent dense computation, over all families, in ragged padded
+batches."""
 
 import copy
 

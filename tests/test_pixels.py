@@ -159,7 +159,8 @@ def test_generate_and_forward_tell_the_images_apart_alike(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "grid"), [("llava", (4, 4)), ("gemma3", (2, 2)), ("qwen2_vl", (2, 3)), ("qwen2_vl-video", (2, 2)), ("llava_next", None)]
+    ("name", "grid"),
+    [("llava", (4, 4)), ("gemma3", (2, 2)), ("qwen2_vl", (2, 3)), ("qwen2_vl-video", (2, 2)), ("llava_next", None)],
 )
 def test_the_trace_knows_the_grid(name, grid):
     case = CASES[name]

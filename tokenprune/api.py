@@ -44,7 +44,8 @@ def build_method(method: str | Method, **options: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise OptionError(
-            f"a method is one of the names {list(list_methods())} or an instance such as tokenprune.DivPrune(keep=0.25), got "
+            f"a method is one of the names {list(list_methods())} or an instance such as "
+            f"tokenprune.DivPrune(keep=0.25), got "
             f"{method!r}"
         )
     if method not in METHODS:
@@ -59,16 +60,20 @@ def build_method(method: str | Method, **options: Any) -> Method:
 
 
 def patch(
-    model: nn.Module, method: str | Method | Sequence[str | Method] = "divprune", *, positions: str = "original", **options: Any
+    model: nn.Module,
+    method: str | Method | Sequence[str | Method] = "divprune",
+    *,
+    positions: str = "original",
+    **options: Any,
 ) -> Session:
     """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
 
     Args:
-        model: a vision-language model of transformers, see :func:`list_families`. Its class, parameters and configuration stay as they
-            are; only hooks are added.
+        model: a vision-language model of transformers, see :func:`list_families`. Its class, parameters and
+            configuration stay as they are; only hooks are added.
         method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
-        positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the dropped tokens had
-            never been there.
+        positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
+            dropped tokens had never been there.
         **options: options of the method, when it is given by name; `keep` is the one that matters.
 
     Returns:
@@ -84,13 +89,17 @@ def patch(
     elif isinstance(method, Sequence) and method:
         methods = tuple(build_method(one, **options) for one in method)
     else:
-        raise OptionError(f"give a method or a list of at least one, got {method!r}; known methods are {', '.join(list_methods())}")
+        raise OptionError(
+            f"give a method or a list of at least one, got {method!r}; known methods are {', '.join(list_methods())}"
+        )
     if positions not in _POSITIONS:
         raise OptionError(f"positions must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}")
     adapter = find_adapter(model)
     sites = tuple(dict.fromkeys(site for one in methods for site in one.sites()))
     if idle := [type(one).__name__ for one in methods if not one.sites()]:
-        raise OptionError(f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm")
+        raise OptionError(
+            f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm"
+        )
     adapter.preflight(sites=sites, positions=positions)
     unpatch(model)
     session = Session(model, methods, adapter, positions=positions)
@@ -99,7 +108,8 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not patched."""
+    """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not
+    patched."""
     for module in model.modules():
         if (session := session_of(module)) is not None:
             session.remove()
@@ -121,11 +131,13 @@ def find_adapter(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are pruned; {supported}")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
     root = None if decoder is None else _parent(model, decoder)
     if not isinstance(decoder, nn.Module) or root is None:
         raise UnsupportedModelError(
-            f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune; {supported}"
+            f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune; "
+            f"{supported}"
         )
     family = family_of(model)
     if family is None:
@@ -143,14 +155,17 @@ def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: 
     )
     if not fields:
         raise UnsupportedModelError(
-            f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot be found; {supported}"
+            f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot "
+            f"be found; {supported}"
         )
     family = Family(min(ancestors(model), default=name).lower(), name, fields, square=0)
     adapter = DecoderAdapter(root, decoder, family)
     try:
         self_check(adapter)
     except TokenPruneError as error:
-        raise UnsupportedModelError(f"{name} is not in the table of families and failed the self-check: {error}; {supported}") from error
+        raise UnsupportedModelError(
+            f"{name} is not in the table of families and failed the self-check: {error}; {supported}"
+        ) from error
     except Exception as error:
         raise UnsupportedModelError(
             f"{name} is not in the table of families and its decoder cannot be called as one of theirs "
@@ -171,6 +186,7 @@ def _refuse_compiled(model: nn.Module) -> None:
     )
     if compiled:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then compile: "
+            f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then "
+            f"compile: "
             "tokenprune.patch(model, ...); model = torch.compile(model)"
         )

@@ -1,7 +1,7 @@
 """Errors of tokenprune.
 
-Every error says what was asked, what was found and what would work. Each child also subclasses the builtin that a caller who does not
-know this library would catch.
+Every error says what was asked, what was found and what would work. Each child also subclasses the builtin that a
+caller who does not know this library would catch.
 """
 
 

@@ -1,6 +1,7 @@
 """A reduction says which tokens go on; it is data, and the one place that gathers tokens.
 
-The same object shortens hidden states, positions, masks and every other per-token tensor of a forward, so that nothing falls out of step.
+The same object shortens hidden states, positions, masks and every other per-token tensor of a forward, so that nothing
+falls out of step.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
     """Take tokens out of `x` along `dim`, other ones for each row of the batch.
 
     Args:
-        x: tensor whose dimension `dim` counts tokens and whose dimension `dim - 1` is the batch: `[..., B, N, ...]`. A batch
-            dimension of size 1 is broadcast to the rows of `index`.
+        x: tensor whose dimension `dim` counts tokens and whose dimension `dim - 1` is the batch: `[..., B, N, ...]`. A
+            batch dimension of size 1 is broadcast to the rows of `index`.
         index: `[B, M]` int64, positions along `dim`.
         dim: dimension that counts tokens, at least 1.
 
@@ -39,10 +40,10 @@ class Keep:
 
     Attributes:
         index: `[B, M]` int64, positions of the kept tokens, ascending in each row.
-        valid: `[B, M]` bool where rows keep different numbers of tokens: False marks a slot that only fills a short row up. None
-            where all slots count.
-        radius: `[B]` fp32, largest cosine distance from a dropped token of the row to its nearest kept one, where the method
-            knows it.
+        valid: `[B, M]` bool where rows keep different numbers of tokens: False marks a slot that only fills a short row
+            up. None where all slots count.
+        radius: `[B]` fp32, largest cosine distance from a dropped token of the row to its nearest kept one, where the
+            method knows it.
     """
 
     index: Tensor
@@ -56,7 +57,8 @@ class Keep:
     def restore(self, y: Tensor, *, length: int) -> Tensor:
         """Give `y` of `[B, M, ...]` its unpruned length back: `[B, length, ...]`.
 
-        A dropped position carries the value of the nearest earlier kept one, or of the first kept one where none is earlier.
+        A dropped position carries the value of the nearest earlier kept one, or of the first kept one where none is
+        earlier.
         """
         return gather(y, self.source(length=length))
 
@@ -75,7 +77,8 @@ class Keep:
         """
         if other.index.shape[0] != self.index.shape[0]:
             raise InputError(
-                f"a reduction of {other.index.shape[0]} rows cannot follow one of {self.index.shape[0]} rows; give both the same rows"
+                f"a reduction of {other.index.shape[0]} rows cannot follow one of {self.index.shape[0]} rows; give "
+                f"both the same rows"
             )
         valid = self.valid
         if valid is not None:
@@ -89,8 +92,8 @@ class Keep:
 def pack(kept: list[Tensor], *, length: int) -> Keep:
     """Pack rows that keep different positions into one `Keep` whose width is that of the longest row.
 
-    A short row is filled up with positions that it dropped, marked invalid and left at their place, so that the order of the
-    sequence stands. Where all rows keep all positions, the result is the identity.
+    A short row is filled up with positions that it dropped, marked invalid and left at their place, so that the order
+    of the sequence stands. Where all rows keep all positions, the result is the identity.
 
     Args:
         kept: for each row `[m]` int64 positions, ascending, all on one device.

@@ -19,7 +19,9 @@ def check_keep(keep: object, *, name: str = "keep") -> None:
         if keep < 1:
             raise OptionError(f"{name} as an int counts tokens per image and must be at least 1, got {keep}")
     elif not 0.0 < keep <= 1.0:
-        raise OptionError(f"{name} as a float is a fraction and must lie in (0, 1], got {keep}; use an int to count tokens")
+        raise OptionError(
+            f"{name} as a float is a fraction and must lie in (0, 1], got {keep}; use an int to count tokens"
+        )
 
 
 def count(keep: float, n_tokens: int) -> int:

@@ -1,4 +1,5 @@
-"""The session: the only stateful thing. It installs hooks, takes them out again, and holds the traces of the last forward."""
+"""The session: the only stateful thing. It installs hooks, takes them out again, and holds the traces of the last
+forward."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ class _Reducer:
         keep: Keep = getattr(self.method, self.site)(signals, budget)
         if keep.index.shape[0] != n_rows or not budget.low <= keep.index.shape[1] <= budget.high:
             raise InputError(
-                f"method {self.name!r} returned an index of shape {tuple(keep.index.shape)} at site {self.site!r}; {n_rows} rows of "
+                f"method {self.name!r} returned an index of shape {tuple(keep.index.shape)} at site {self.site!r}; "
+                f"{n_rows} rows of "
                 f"{budget.low} to {budget.high} of {n_tokens} tokens were due"
             )
         return keep
@@ -78,7 +80,9 @@ class Session:
         family: name of the model's family.
     """
 
-    def __init__(self, model: nn.Module, methods: tuple[Method, ...], adapter: Adapter, *, positions: str = "original") -> None:
+    def __init__(
+        self, model: nn.Module, methods: tuple[Method, ...], adapter: Adapter, *, positions: str = "original"
+    ) -> None:
         self.model = model
         self.methods = methods
         self.positions = positions
@@ -168,7 +172,9 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.remove()
 
     def __repr__(self) -> str:

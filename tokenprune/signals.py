@@ -18,8 +18,8 @@ class Signals:
     Attributes:
         features: visual tokens as they enter the decoder, `[B, N, D]`, in the model's dtype.
         grid: rows and columns of the token grid (`h * w == N`) where the tokens are one, else None.
-        ids: for each image its ordinal within its own row of the batch, so that what a seeded method draws does not depend on the
-            rows beside it.
+        ids: for each image its ordinal within its own row of the batch, so that what a seeded method draws does not
+            depend on the rows beside it.
     """
 
     features: Tensor
@@ -45,15 +45,17 @@ class Trace:
         method: name of the method.
         n_in: visual tokens that reached the site, per row.
         n_out: visual tokens that went on, per row.
-        kept_indices: positions of the visual tokens that went on, in the unpruned sequence of this call, `[n_out]` int64 on the
-            CPU, per row.
+        kept_indices: positions of the visual tokens that went on, in the unpruned sequence of this call, `[n_out]`
+            int64 on the CPU, per row.
         visual_indices: positions of the visual tokens that reached the site, likewise.
         images: visual tokens that reached the site for each image (or frame) of the row.
         grids: rows and columns of the token grid of each of these images, None where the tokens are not one grid.
-        radius: largest cosine distance from a dropped token to its nearest kept one, per row and image, where the method knows it.
+        radius: largest cosine distance from a dropped token to its nearest kept one, per row and image, where the
+            method knows it.
         status: "applied" or "skipped".
         reason: why the site was skipped, else "".
-        overhead_ms: wall time spent at the site: selection, gathering and masks. On a GPU it includes the wait for the selection.
+        overhead_ms: wall time spent at the site: selection, gathering and masks. On a GPU it includes the wait for the
+            selection.
     """
 
     site: str

@@ -1,7 +1,7 @@
 """Alias of the top-level ``kernels/`` folder in a checkout.
 
-An installed distribution gets the files of ``kernels/`` in this package's place, without this file. In a checkout the files stay in the
-top-level folder, which this module appends to the package's search path.
+An installed distribution gets the files of ``kernels/`` in this package's place, without this file. In a checkout the
+files stay in the top-level folder, which this module appends to the package's search path.
 """
 
 from pathlib import Path

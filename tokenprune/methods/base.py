@@ -11,11 +11,12 @@ from tokenprune.signals import SITES, Budget
 class Method:
     """A frozen set of hyper-parameters that takes part at the sites whose names it defines as functions.
 
-    A site function is pure: `(self, signals: Signals, budget: Budget) -> Keep`. It sees the images of one size as one batch, and what
-    it keeps of an image must depend on that image and the options alone.
+    A site function is pure: `(self, signals: Signals, budget: Budget) -> Keep`. It sees the images of one size as one
+    batch, and what it keeps of an image must depend on that image and the options alone.
 
     Args:
-        keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 = tokens kept.
+        keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 =
+            tokens kept.
 
     Raises:
         OptionError: `keep` is out of range.

@@ -17,13 +17,13 @@ from tokenprune.signals import Budget, Signals
 class DivPrune(Method):
     """Max-min diversity selection before the language model (section 3 of the paper).
 
-    The first pick is the token whose nearest other token is farthest in cosine distance; then, repeatedly, the token that is farthest
-    from all chosen ones. Ties go to the lowest index. A greedy k-centre: no choice of k tokens covers the image with less than half the
-    radius that the trace reports.
+    The first pick is the token whose nearest other token is farthest in cosine distance; then, repeatedly, the token
+    that is farthest from all chosen ones. Ties go to the lowest index. A greedy k-centre: no choice of k tokens covers
+    the image with less than half the radius that the trace reports.
 
     Args:
-        keep: float in (0, 1] = fraction of each image (frame), int = tokens of each image (frame), or `"auto"`: as few as needed for
-            every dropped token to lie within cosine distance `radius` of a kept one.
+        keep: float in (0, 1] = fraction of each image (frame), int = tokens of each image (frame), or `"auto"`: as few
+            as needed for every dropped token to lie within cosine distance `radius` of a kept one.
         radius: cosine distance for `keep="auto"`, in [0, 2].
         min_keep: least to keep with `keep="auto"`, as a fraction or a count.
         max_keep: most to keep with `keep="auto"`, as a fraction or a count; it wins over `radius`.
@@ -47,7 +47,9 @@ class DivPrune(Method):
             check_keep(self.keep)
             for name in ("radius", "min_keep", "max_keep"):
                 if getattr(self, name) is not None:
-                    raise OptionError(f'{name} goes with keep="auto" only, got {name}={getattr(self, name)!r} and keep={self.keep!r}')
+                    raise OptionError(
+                        f'{name} goes with keep="auto" only, got {name}={getattr(self, name)!r} and keep={self.keep!r}'
+                    )
             return
         if self.radius is None or isinstance(self.radius, bool) or not 0.0 <= self.radius <= 2.0:
             raise OptionError(f'keep="auto" needs radius, a cosine distance in [0, 2], got {self.radius!r}')

@@ -14,8 +14,8 @@ from tokenprune.signals import Budget, Signals
 class Random(Method):
     """Keep tokens drawn at random, without looking at them.
 
-    The draw for an image depends on `seed`, the number of its tokens and the ordinal of the image within its row, so that a row gives the
-    same in any batch and on any device.
+    The draw for an image depends on `seed`, the number of its tokens and the ordinal of the image within its row, so
+    that a row gives the same in any batch and on any device.
 
     Args:
         keep: see :class:`~tokenprune.methods.base.Method`.

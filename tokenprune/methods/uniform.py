@@ -17,19 +17,22 @@ def _spaced(n_out: int, n_in: int) -> torch.Tensor:
 
 
 def _on_grid(n_keep: int, grid: tuple[int, int]) -> torch.Tensor:
-    """`n_keep` tokens of a grid of h x w in evenly spaced rows, the rows as evenly filled as possible, `[n_keep]` int64."""
+    """`n_keep` tokens of a grid of h x w in evenly spaced rows, the rows as evenly filled as possible, `[n_keep]`
+    int64."""
     height, width = grid
     n_rows = min(height, max(math.ceil(n_keep / width), round(math.sqrt(n_keep * height / width))))
     bounds = [row * n_keep // n_rows for row in range(n_rows + 1)]
     lines = [
-        int(line) * width + _spaced(bounds[row + 1] - bounds[row], width) for row, line in enumerate(_spaced(n_rows, height))
+        int(line) * width + _spaced(bounds[row + 1] - bounds[row], width)
+        for row, line in enumerate(_spaced(n_rows, height))
     ]
     return torch.cat(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Method):
-    """Sub-sample the token grid evenly; where the tokens of an image are not one grid, every n-th token of the sequence.
+    """Sub-sample the token grid evenly; where the tokens of an image are not one grid, every n-th token of the
+    sequence.
 
     Args:
         keep: see :class:`~tokenprune.methods.base.Method`.

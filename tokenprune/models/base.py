@@ -52,7 +52,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Hook:
-    """One hook to be installed: `kind` is `"pre"` (before the module's forward) or `"post"` (after it, also when it raised)."""
+    """One hook to be installed: `kind` is `"pre"` (before the module's forward) or `"post"` (after it, also when it
+    raised)."""
 
     module: nn.Module
     kind: str

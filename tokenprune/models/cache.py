@@ -1,13 +1,15 @@
 """A KV cache that is shorter than the sequence it stands for.
 
-After pruning, a cache holds fewer slots than the sequence has tokens. Everything outside the decoder (``generate``, a manual loop, the
-model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything inside the decoder counts slots. The
-cache object bridges the two: its class becomes a subclass of its own class whose answers are *logical* outside the decoder's forward and
-*physical* within it, and the map between the two (:class:`Slots`) sits on the object. So a second turn, chunked prefill, assisted
-decoding and manual loops need no code of their own.
+After pruning, a cache holds fewer slots than the sequence has tokens. Everything outside the decoder (``generate``, a
+manual loop, the model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything
+inside the decoder counts slots. The cache object bridges the two: its class becomes a subclass of its own class whose
+answers are *logical* outside the decoder's forward and *physical* within it, and the map between the two
+(:class:`Slots`) sits on the object. So a second turn, chunked prefill, assisted decoding and manual loops need no code
+of their own.
 
-``interception.md`` proposed that the mask sizes stay physical everywhere; making them logical outside the decoder instead lets every
-mask that is built above the decoder come out as for the unpruned sequence, so that one rule serves all families (:mod:`masks`).
+Mask sizes are logical outside the decoder too, although physical ones would spare the decoder's masks a gather: so
+every mask that is built above the decoder comes out as for the unpruned sequence, and one rule serves all families
+(:mod:`masks`).
 """
 
 import functools
@@ -28,8 +30,8 @@ class Slots:
     """Where the slots of a pruned cache stand in the unpruned sequence.
 
     Attributes:
-        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a slot that only fills a row up.
-            Slots after the M-th stand at `slot + dropped`.
+        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a slot that only
+            fills a row up. Slots after the M-th stand at `slot + dropped`.
         dropped: how many more tokens than slots there are.
         shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
         has_fillers: whether some slot only fills a row up.
@@ -43,7 +45,8 @@ class Slots:
     inside: bool = False
 
     def columns(self, *, n_slots: int) -> Tensor:
-        """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only fills up."""
+        """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only
+        fills up."""
         start = self.index.shape[1]
         tail = torch.arange(start, n_slots, device=self.index.device) + self.dropped
         return torch.cat([self.index[:, :n_slots], tail.expand(self.index.shape[0], -1)], dim=1)
@@ -52,7 +55,8 @@ class Slots:
         """Forget the slots from the `n_slots`-th on.
 
         Raises:
-            InputError: a removed slot stands before a token that was pruned, so that removing slots would not remove tokens.
+            InputError: a removed slot stands before a token that was pruned, so that removing slots would not remove
+                tokens.
         """
         surplus = self.index.shape[1] - n_slots
         if surplus <= 0:
@@ -61,7 +65,8 @@ class Slots:
         tail = torch.arange(end - surplus, end, device=self.index.device)
         if not bool((self.index[:, n_slots:] == tail).all()):
             raise InputError(
-                f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after them can be cropped"
+                f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after them "
+                f"can be cropped"
             )
         self.index = self.index[:, :n_slots]
 
@@ -186,4 +191,5 @@ def record(cache: Any, keep: Keep, *, past: int, length: int, shift: Tensor | No
     has_fillers = keep.valid is not None or (slots is not None and slots.has_fillers)
     setattr(cache, _STATE, Slots(torch.cat([earlier, index], dim=1), dropped, shift, has_fillers))
     if slots is None:
-        cache.__class__ = _pruned_class(type(cache))
+        cls: Any = type(cache)
+        cache.__class__ = _pruned_class(cls)

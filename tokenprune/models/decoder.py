@@ -1,12 +1,14 @@
 """The generic adapter: prune what a parent module hands to its text decoder.
 
-Two modules get hooks. The *root* (the module that takes `input_ids` and calls the decoder) opens the state of a forward. The *decoder*
-gets its per-token arguments shortened before its forward runs, and its output back at the unpruned length after it. What must outlive
-the forward sits on the KV cache (:mod:`cache`).
+Two modules get hooks. The *root* (the module that takes `input_ids` and calls the decoder) opens the state of a
+forward. The *decoder* gets its per-token arguments shortened before its forward runs, and its output back at the
+unpruned length after it. What must outlive the forward sits on the KV cache (:mod:`cache`).
 """
 
 import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +47,8 @@ class _Plan:
         dropped: visual tokens that do not, `[B, length]` bool.
         past: tokens of the unpruned sequence before this call.
         length: tokens of the unpruned sequence in this call.
-        shift: `[B]` how many positions the packed policy has taken out, this call included; None for original positions.
+        shift: `[B]` how many positions the packed policy has taken out, this call included; None for original
+            positions.
     """
 
     keep: Keep
@@ -102,8 +105,8 @@ class DecoderAdapter:
         mrope = self.row.mrope or "mrope_section" in rope
         if positions == "packed" and mrope:
             raise OptionError(
-                f'positions="packed" was asked for, but {self.family} gives every visual token a time, a row and a column (M-RoPE), which '
-                'cannot be renumbered one by one; use positions="original"'
+                f'positions="packed" was asked for, but {self.family} gives every visual token a time, a row and a '
+                'column (M-RoPE), which cannot be renumbered one by one; use positions="original"'
             )
 
     def hooks(self, engine: Engine) -> list[Hook]:
@@ -137,6 +140,23 @@ class DecoderAdapter:
             Hook(self.decoder, "post", lengthen),
         ]
 
+    @contextmanager
+    def probing(self, engine: Engine, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
+        `inputs`."""
+        _, _, shorten, lengthen = (hook.function for hook in self.hooks(engine))
+        token = _CURRENT.set(_Forward(engine, inputs, None))
+        handles = [
+            self.decoder.register_forward_pre_hook(shorten, with_kwargs=True),
+            self.decoder.register_forward_hook(lengthen, with_kwargs=True, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+            for handle in handles:
+                handle.remove()
+
     def _shorten(self, engine: Engine, state: _Forward | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Shortened keyword arguments for the decoder, None where they may stay as they are."""
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
@@ -144,7 +164,9 @@ class DecoderAdapter:
         if not isinstance(embeds, Tensor):
             if slots is None:
                 return None
-            raise InputError("a pruned cache goes on through the model itself, not through input_ids given to its decoder")
+            raise InputError(
+                "a pruned cache goes on through the model itself, not through input_ids given to its decoder"
+            )
         started = time.perf_counter()
         plan = None if state is None else self._plan(engine, state, embeds, kwargs)
         if plan is None and slots is None:
@@ -193,7 +215,9 @@ class DecoderAdapter:
         if not engine.forced and state.traces[0].n_in == state.traces[-1].n_out:
             return None
         mask = kwargs.get("attention_mask")
-        padding = padding_of(mask, past=past, length=length, offset=masks.offset_of(mask, cache, self.decoder.config, length))
+        padding = padding_of(
+            mask, past=past, length=length, offset=masks.offset_of(mask, cache, self.decoder.config, length)
+        )
         keep, dropped = keep_rows(images, left, padding, shape=(n_rows, length), device=embeds.device)
         return _Plan(keep, dropped, past, length)
 
@@ -248,7 +272,8 @@ def _columns(slots: Slots | None, keep: Keep | None, rows: Tensor, past: int) ->
 
 
 def _positions(positions: Tensor | None, past: int, embeds: Tensor) -> Tensor:
-    """Positions of all tokens of the call, `[B, L]` or `[3 or 4, B, L]`; where none are given, those the decoder would take."""
+    """Positions of all tokens of the call, `[B, L]` or `[3 or 4, B, L]`; where none are given, those the decoder
+    would take."""
     n_rows, length = embeds.shape[:2]
     if positions is None:
         positions = torch.arange(past, past + length, device=embeds.device)[None]
@@ -262,7 +287,9 @@ def _shorten_tensors(kwargs: dict[str, Any], keep: Keep) -> None:
     per_token = embeds.shape[:2]
     visual = kwargs.get("visual_pos_masks")
     planes = kwargs.get("deepstack_visual_embeds")
-    if visual is not None and planes is not None:  # DeepStack: a feature plane has one row for each visual token of the batch
+    if (
+        visual is not None and planes is not None
+    ):  # DeepStack: a feature plane has one row for each visual token of the batch
         number = (visual.flatten().cumsum(0) - 1).view_as(visual)
         left = keep.apply(visual)
         left = left if keep.valid is None else left & keep.valid.to(left.device)

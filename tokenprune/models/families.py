@@ -1,7 +1,8 @@
 """The families of models, one declarative row each, and the families that are refused, with the reason.
 
-A family is recognised by the names of the classes a model descends from, so nothing is imported to find out. To add a family whose text
-decoder stands apart (``model.get_decoder()``) and whose images enter it as placeholder tokens, add a row.
+A family is recognised by the names of the classes a model descends from, so nothing is imported to find out. To add a
+family whose text decoder stands apart (``model.get_decoder()``) and whose images enter it as placeholder tokens, add a
+row.
 """
 
 import math
@@ -11,13 +12,14 @@ from typing import Any
 
 
 def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
-    """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field named."""
+    """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field
+    named."""
 
     def tokens(config: Any) -> int:
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         stride = getattr(config, names[0], halve) if names else halve
-        return math.ceil(side / stride) ** 2
+        return int(math.ceil(side / stride) ** 2)
 
     return tokens
 
@@ -33,7 +35,8 @@ class Family:
         rows_are_images: encoder output stacked as `[n, N, D]` has a row for each image (else for each tile of one).
         joins: an image's placeholders are broken into lines by other tokens, so that only its size tells where it ends.
         frame_tokens: tokens of a video frame, where the frames of a video follow each other without text between.
-        square: tokens of an image that make a square grid, as a function of the config; None: any square number does; 0: never.
+        square: tokens of an image that make a square grid, as a function of the config; None: any square number does;
+            0: never.
         mrope: positions have several axes, so they cannot be renumbered.
         video: takes videos.
         note: what a user should know.
@@ -45,7 +48,7 @@ class Family:
     rows_are_images: bool = False
     joins: bool = False
     frame_tokens: Callable[[Any], int] | None = None
-    square: Callable[[Any], int] | None | int = None
+    square: Callable[[Any], int] | int | None = None
     mrope: bool = False
     video: bool = False
     note: str = ""
@@ -57,7 +60,10 @@ _BLOCKS = "image tokens see each other in both directions"
 
 def _internvl_tile(config: Any) -> int:
     vision = config.vision_config
-    sides = [int(size // patch * config.downsample_ratio) for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
+    sides: list[int] = [
+        int(size // patch * config.downsample_ratio)
+        for size, patch in zip(vision.image_size, vision.patch_size, strict=True)
+    ]
     return sides[0] * sides[1] if sides[0] == sides[1] else 0
 
 
@@ -65,13 +71,27 @@ FAMILIES: tuple[Family, ...] = (
     Family("llava", "Llava", rows_are_images=True, joins=True),
     Family("vipllava", "VipLlava", rows_are_images=True),
     Family("llava_next", "LlavaNext", square=0, note="tiles and newline tokens count as part of their image"),
-    Family("llava_next_video", "LlavaNextVideo", _BOTH, frame_tokens=_square("spatial_pool_stride", halve=2), square=0, video=True),
+    Family(
+        "llava_next_video",
+        "LlavaNextVideo",
+        _BOTH,
+        frame_tokens=_square("spatial_pool_stride", halve=2),
+        square=0,
+        video=True,
+    ),
     Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_square(halve=2), square=0, video=True),
     Family("video_llava", "VideoLlava", _BOTH, rows_are_images=True, video=True),
     Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, video=True),
     Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, video=True),
     Family("qwen3_vl", "Qwen3VL", _BOTH, mrope=True, video=True, note="DeepStack features are shortened along"),
-    Family("glm4v", "Glm4v", _BOTH, mrope=True, video=True, note="two images a row with beams are wrong in transformers itself"),
+    Family(
+        "glm4v",
+        "Glm4v",
+        _BOTH,
+        mrope=True,
+        video=True,
+        note="two images a row with beams are wrong in transformers itself",
+    ),
     Family("internvl", "InternVL", square=_internvl_tile, video=True, note="the tiles of an image count as one image"),
     Family("aya_vision", "AyaVision"),
     Family("perception_lm", "PerceptionLM", _BOTH, square=0, video=True),

@@ -1,8 +1,8 @@
 """Attention masks of a pruned sequence: the masks of the unpruned one with rows and columns taken out.
 
-That is the whole rule, and it holds for padding, causality, sliding windows (which go on counting tokens of the unpruned sequence) and
-the bidirectional image blocks of some families. Where the decoder would build the same mask by itself from a 2-D padding mask, it is
-given just that, so that fused attention keeps its fast paths.
+That is the whole rule, and it holds for padding, causality, sliding windows (which go on counting tokens of the
+unpruned sequence) and the bidirectional image blocks of some families. Where the decoder would build the same mask by
+itself from a 2-D padding mask, it is given just that, so that fused attention keeps its fast paths.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Layout:
 
     Attributes:
         rows: `[B, M]` int64, which of the tokens of this call go on.
-        columns: `[B, P + M]` int64, position in the unpruned sequence of every slot, the P earlier ones first; -1 for a slot that only
-            fills a row up.
+        columns: `[B, P + M]` int64, position in the unpruned sequence of every slot, the P earlier ones first; -1 for a
+            slot that only fills a row up.
         past: tokens of the unpruned sequence before this call.
         length: tokens of the unpruned sequence in this call.
     """
@@ -41,7 +41,8 @@ def _padding(mask: Tensor | None, layout: Layout) -> Tensor:
         return valid
     if mask.shape[1] < layout.past + layout.length:
         raise InputError(
-            f"attention_mask has {mask.shape[1]} columns, but {layout.past} cached and {layout.length} new tokens of the unpruned sequence "
+            f"attention_mask has {mask.shape[1]} columns, but {layout.past} cached and {layout.length} new tokens of "
+            f"the unpruned sequence "
             "need one each"
         )
     return valid & gather(mask.to(valid.device, torch.bool), layout.columns.clamp(min=0))
@@ -51,7 +52,8 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     """4-D mask for one kind of layers.
 
     Args:
-        mask: unpruned mask `[B, 1, length, keys]`, bool (True = seen) or additive float; None stands for plain causality.
+        mask: unpruned mask `[B, 1, length, keys]`, bool (True = seen) or additive float; None stands for plain
+            causality.
         layout: rows and columns.
         sizes: number and first slot of the keys that the layers look at.
         offset: position in the unpruned sequence of the first column of `mask`.
@@ -69,7 +71,9 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     mask = gather(mask.transpose(0, 1), layout.rows, dim=2).transpose(0, 1)
     columns, inside = columns.to(mask.device), inside.to(mask.device)
     mask = mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    return mask.masked_fill(~inside[:, None, None, :], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    return mask.masked_fill(
+        ~inside[:, None, None, :], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    )
 
 
 def _entry(mask: Any, layout: Layout, cache: Any, layer: int, logical: dict[int, tuple[int, int]], plain: bool) -> Any:
@@ -85,7 +89,8 @@ def _entry(mask: Any, layout: Layout, cache: Any, layer: int, logical: dict[int,
 
 
 def cache_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
-    """Number and first slot of the keys that `layer` looks at when `length` more slots come, straight from the cache's layer."""
+    """Number and first slot of the keys that `layer` looks at when `length` more slots come, straight from the
+    cache's layer."""
     if layer >= len(cache.layers):
         return length, 0
     n_keys, first = cache.layers[layer].get_mask_sizes(length)
@@ -93,7 +98,8 @@ def cache_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
 
 
 def layer_of_kind(config: Any, kind: str | None) -> int:
-    """First decoder layer of the kind of a mask's key (`full_attention`, ...); 0 where there is one mask for all layers."""
+    """First decoder layer of the kind of a mask's key (`full_attention`, ...); 0 where there is one mask for all
+    layers."""
     kinds = getattr(config, "layer_types", None)
     if kind is None or not kinds or kind not in kinds:
         return 0
@@ -101,7 +107,8 @@ def layer_of_kind(config: Any, kind: str | None) -> int:
 
 
 def offset_of(mask: Any, cache: Any, config: Any, length: int) -> int:
-    """Position in the unpruned sequence of the first key that a 4-D mask (or the first entry of a dict of them) covers."""
+    """Position in the unpruned sequence of the first key that a 4-D mask (or the first entry of a dict of them)
+    covers."""
     if cache is None or not cache.layers:
         return 0
     kinds = [kind for kind in sorted(mask) if isinstance(mask[kind], Tensor)] if isinstance(mask, dict) else []
@@ -120,12 +127,17 @@ def slides(config: Any, cache: Any, *, total: int) -> bool:
 
 
 def dense_mask(config: Any, mask: Tensor | None, cache: Any, *, embeds: Tensor, positions: Tensor) -> Any:
-    """The masks that the decoder would build for the unpruned sequence, by the public function that ``generate`` uses for it."""
+    """The masks that the decoder would build for the unpruned sequence, by the public function that ``generate`` uses
+    for it."""
     from transformers.masking_utils import create_masks_for_generate
 
     empty = embeds.new_empty(embeds.shape[0], embeds.shape[1], 0)
     if mask is None:  # without a mask and a cache, gaps in the positions would be taken for packed sequences
-        mask = torch.ones(embeds.shape[0], embeds.shape[1] + (0 if cache is None else int(cache.get_seq_length())), device=embeds.device)
+        mask = torch.ones(
+            embeds.shape[0],
+            embeds.shape[1] + (0 if cache is None else int(cache.get_seq_length())),
+            device=embeds.device,
+        )
     return create_masks_for_generate(
         config=config, inputs_embeds=empty, attention_mask=mask, past_key_values=cache, position_ids=positions
     )
@@ -135,7 +147,8 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, *, has_filler
     """Prune whatever the decoder was to get as `attention_mask`.
 
     Args:
-        mask: None, 2-D padding mask `[B, past + length]`, 4-D mask `[B, 1, length, keys]`, or a dict of these by kind of layer.
+        mask: None, 2-D padding mask `[B, past + length]`, 4-D mask `[B, 1, length, keys]`, or a dict of these by kind
+            of layer.
         layout: rows and columns of the pruned forward.
         cache: the cache that the forward will use (still answering in tokens of the unpruned sequence), or None.
         config: configuration of the decoder.
@@ -150,11 +163,13 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, *, has_filler
         return None if mask is None and not has_fillers and cache is not None else _padding(mask, layout)
     else:
         layers = {None: layer_of_kind(config, None)}
-    # None means "plain causality" to fused attention; that stands for the pruned rows too, unless rows are filled up or the
-    # keys are not the same tokens as the queries.
+    # None means "plain causality" to fused attention; that stands for the pruned rows too, unless rows are filled up or
+    # the keys are not the same tokens as the queries.
     plain = not has_fillers and (layout.rows.shape[1] == 1 or layout.columns.shape[1] == layout.rows.shape[1])
     logical = {
-        layer: cache.get_mask_sizes(layout.length, layer) for layer in layers.values() if cache is not None and layer < len(cache.layers)
+        layer: cache.get_mask_sizes(layout.length, layer)
+        for layer in layers.values()
+        if cache is not None and layer < len(cache.layers)
     }
     if isinstance(mask, dict):
         return {kind: _entry(entry, layout, cache, layers[kind], logical, plain) for kind, entry in mask.items()}

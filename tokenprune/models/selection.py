@@ -49,7 +49,9 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
         finite = torch.isfinite(features).flatten(1).all(dim=1)
         if not bool(finite.all()):
             row = images[members[int((~finite).nonzero()[0])]].row
-            raise InputError(f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned")
+            raise InputError(
+                f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
+            )
         keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members)))
         index = keep.index.cpu()
         valid = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
@@ -98,13 +100,13 @@ def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | No
         entries = [mask[kind] for kind in sorted(mask) if isinstance(mask[kind], Tensor)]
         entries.sort(key=lambda entry: entry.ndim)
         mask = entries[0] if entries else None
-    if mask is None:
+    if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
-        return (mask[:, past : past + length] != 0).cpu()
+        return mask[:, past : past + length].bool().cpu()
     # A token that is no padding sees itself.
     own = mask[:, 0].diagonal(offset=past - offset, dim1=1, dim2=2)
-    return (own if own.dtype == torch.bool else own == 0).cpu()
+    return own.cpu() if own.dtype == torch.bool else own.eq(0).cpu()
 
 
 def keep_rows(

@@ -38,7 +38,9 @@ def has_features(inputs: dict[str, Any]) -> bool:
     encoded = inputs.get("mm_encoder_outputs") or {}
     if any(value is not None for value in encoded.values()):
         return True
-    return any(value is not None and (key.startswith("pixel_values") or key in _FEATURES) for key, value in inputs.items())
+    return any(
+        value is not None and (key.startswith("pixel_values") or key in _FEATURES) for key, value in inputs.items()
+    )
 
 
 def placeholders(root: nn.Module, family: Family, inputs: dict[str, Any], *, field: str) -> Tensor | None:
@@ -55,10 +57,10 @@ def placeholders(root: nn.Module, family: Family, inputs: dict[str, Any], *, fie
         return None
     ids = inputs.get("input_ids")
     if isinstance(ids, Tensor):
-        return ids == token_id
-    embeds = inputs["inputs_embeds"]
+        return ids == int(token_id)
+    embeds: Tensor = inputs["inputs_embeds"]
     wanted = root.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))  # type: ignore[operator]
-    return (embeds == wanted.to(embeds)).all(-1)
+    return torch.eq(embeds, wanted.to(embeds)).all(-1)
 
 
 def _by_axes(image: list[int], axes: Tensor) -> list[tuple[list[int], tuple[int, int] | None]]:
@@ -75,7 +77,7 @@ def _by_axes(image: list[int], axes: Tensor) -> list[tuple[list[int], tuple[int,
             frames[-1].append(token)
         else:
             frames.append([token])
-    grids = [(len(axes[1, frame].unique()), len(axes[2, frame].unique())) for frame in frames]
+    grids = [(len(set(axes[1, frame].tolist())), len(set(axes[2, frame].tolist()))) for frame in frames]
     return [(frame, (h, w) if h * w == len(frame) else None) for frame, (h, w) in zip(frames, grids, strict=True)]
 
 
@@ -171,8 +173,8 @@ def _images_of_row(
 def find_images(root: nn.Module, family: Family, inputs: dict[str, Any], positions: Tensor | None) -> list[Image]:
     """The images of a forward, by row and in the order of the sequence.
 
-    A run of visual tokens without text between is one image, unless the inputs tell where one image ends and the next begins; the
-    frames of a video are told apart.
+    A run of visual tokens without text between is one image, unless the inputs tell where one image ends and the next
+    begins; the frames of a video are told apart.
 
     Args:
         root: the module that takes `input_ids` and calls the decoder.
@@ -198,7 +200,7 @@ def find_images(root: nn.Module, family: Family, inputs: dict[str, Any], positio
                     images.append(Image(row, 0, torch.tensor(tokens), grid))
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}
-    for image in images:
-        image.ordinal = seen.get(image.row, 0)
-        seen[image.row] = image.ordinal + 1
+    for found in images:
+        found.ordinal = seen.get(found.row, 0)
+        seen[found.row] = found.ordinal + 1
     return images

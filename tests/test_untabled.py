@@ -1,0 +1,88 @@
+"""Families without a row in the table: tried with defaults, accepted only if the self-check holds."""
+
+import copy
+
+import pytest
+import torch
+from families import IMAGE
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import tokenprune
+from tokenprune.testing import CheckError, check_method
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 127,
+}
+
+
+def build(family, **text):
+    config = AutoConfig.for_model(
+        family, vision_config=dict(VISION), text_config={**TEXT, **text}, image_token_id=IMAGE
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.25)
+    return model
+
+
+def test_a_family_of_the_usual_shape_is_taken_without_a_row():
+    model = build("cohere2_vision", model_type="cohere2", sliding_window=64)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    assert "cohere2" in session.family
+    assert session.family not in tokenprune.list_families()
+    config = model.config
+    n_tokens = (32 // 8 // config.downsample_factor) ** 2
+    ids = torch.tensor([[5, 6, *[IMAGE] * n_tokens, 9, 10]])
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), attention_mask=torch.ones_like(ids))
+    assert session.traces[0].n_in == (n_tokens,)
+    assert session.traces[0].n_out == (n_tokens // 2,)
+
+
+def test_a_decoder_that_mixes_neighbours_is_refused_by_the_self_check():
+    model = build("lfm2_vl", model_type="lfm2", layer_types=["conv", "full_attention", "conv"], block_multiple_of=8)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(tokenprune.UnsupportedModelError, match=r"not in the table.*self-check.*supported families are"):
+        tokenprune.patch(model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "method", [tokenprune.DivPrune(keep=0.3), tokenprune.Random(keep=5), tokenprune.Uniform(keep=0.5)]
+)
+def test_the_shipped_methods_pass_the_check_for_methods(method):
+    check_method(method)
+
+
+def test_the_check_for_methods_finds_one_that_looks_at_its_neighbours():
+    class Peeking(tokenprune.Method):
+        def before_llm(self, signals, budget):
+            start = signals.features.shape[0] % 2
+            return tokenprune.reduction.Keep(
+                torch.arange(start, start + budget.high).expand(signals.features.shape[0], -1)
+            )
+
+    with pytest.raises(CheckError, match="alone"):
+        check_method(Peeking(keep=4), features=torch.randn(2, 10, 8))

@@ -1,0 +1,165 @@
+"""Checks for authors of methods and families: the oracles that the library's own tests rest on, in a form that needs no
+fixture.
+
+The dense side of every comparison runs the decoder without a cache on the full sequence, with an explicit mask that
+hides the dropped tokens from all others; nothing of the pruning code takes part in it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError, TokenPruneError
+from tokenprune.methods.base import Method
+from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.reduction import Keep
+from tokenprune.signals import Signals, Trace
+
+
+class CheckError(TokenPruneError, AssertionError):
+    """A check failed: what was compared and how far apart it was."""
+
+
+@dataclass(frozen=True)
+class _EveryOther:
+    """A stand-in for a method: keeps every second token."""
+
+    name: str = "every other"
+
+    def __call__(self, signals: Signals) -> Keep:
+        n_rows, n_tokens = signals.features.shape[:2]
+        return Keep(torch.arange(0, n_tokens, 2, device=signals.features.device).expand(n_rows, -1))
+
+
+class _Probe:
+    """A stand-in for a session."""
+
+    active = True
+    forced = True
+    positions = "original"
+
+    def reducers(self, site: str) -> tuple[_EveryOther, ...]:
+        return (_EveryOther(),)
+
+    def publish(self, traces: tuple[Trace, ...]) -> None:
+        return None
+
+
+def hidden_mask(seen: Tensor, *, additive: bool, dtype: torch.dtype) -> Tensor:
+    """A 4-D attention mask out of `seen` `[B, L, L]` bool, as fused attention (bool) or eager attention (additive)
+    takes it."""
+    seen = seen[:, None]
+    return (
+        torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        if additive
+        else seen
+    )
+
+
+@torch.no_grad()
+def self_check(adapter: DecoderAdapter) -> None:
+    """Check that the decoder of `adapter` can be pruned with the defaults: prefill and a decoding step of a ragged
+    padded batch.
+
+    The decoder is run on two short rows of random embeddings, pruned with a cache, and in full without one (oracle O2).
+
+    Args:
+        adapter: the adapter of a model that is not patched.
+
+    Raises:
+        CheckError: what the pruned decoder computes differs from the dense computation.
+    """
+    from transformers import DynamicCache
+
+    decoder: Any = adapter.decoder
+    config = decoder.config
+    weight = next(decoder.parameters())
+    length, pad, n_rows = 14, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(n_rows, length + 1, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    ids = torch.zeros(n_rows, length, dtype=torch.int64)
+    ids[:, 5:11] = getattr(adapter.root.config, adapter.row.ids[0])
+    padding = torch.ones(n_rows, length + 1, dtype=torch.int64, device=weight.device)
+    padding[1, :pad] = 0
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+
+    def call(first: int, last: int, cache: Any) -> Any:
+        return decoder(
+            inputs_embeds=embeds[:, first:last],
+            attention_mask=padding[:, :last],
+            position_ids=positions[:, first:last],
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    cache = DynamicCache(config=config)
+    with adapter.probing(_Probe(), {"input_ids": ids, "pixel_values": embeds}):
+        prefill = call(0, length, cache).last_hidden_state
+    with adapter.probing(_Probe(), {"input_ids": ids[:, :1] * 0}):
+        step = call(length, length + 1, cache).last_hidden_state
+
+    kept = torch.ones(length + 1, dtype=torch.bool, device=weight.device)
+    kept[6:11:2] = False
+    seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=weight.device).tril()
+    seen = seen & kept & padding[:, None, :].bool()
+    mask = hidden_mask(seen, additive=config._attn_implementation == "eager", dtype=weight.dtype)
+    dense = decoder(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    compare("prefill", prefill[0, kept[:-1]], dense[0, :-1][kept[:-1]])
+    compare("prefill of the padded row", prefill[1, pad:][kept[pad:-1]], dense[1, pad:-1][kept[pad:-1]])
+    compare("decoding step", step[:, 0], dense[:, -1])
+
+
+def compare(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Check that two tensors agree as far as their dtype allows.
+
+    Raises:
+        CheckError: they do not.
+    """
+    tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
+    found, wanted = found.float(), wanted.float()
+    scale = max(1.0, float(wanted.abs().max()))
+    apart = float((found - wanted).abs().max()) / scale
+    if not apart <= tolerance:
+        raise CheckError(f"{what}: pruned and dense differ by {apart:.2g} of the largest value")
+
+
+def check_method(method: Method, *, features: Tensor | None = None) -> None:
+    """Check that a method keeps what its budget says, the same each time, whatever the batch.
+
+    Args:
+        method: the method; its function `before_llm` is called.
+        features: images to try it on, `[B, N, D]`; random ones by default.
+
+    Raises:
+        CheckError: it does not.
+        InputError: the method does not take part before the decoder.
+    """
+    site: Callable[..., Keep] | None = getattr(method, "before_llm", None)
+    if site is None:
+        raise InputError(f"{type(method).__name__} has no function before_llm to check")
+    if features is None:
+        features = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
+    n_images, n_tokens = features.shape[:2]
+    budget = method.budget(n_tokens)
+
+    def kept(rows: list[int]) -> list[list[int]]:
+        keep = site(Signals(features[rows], None, tuple(rows)), budget)
+        valid = torch.ones_like(keep.index, dtype=torch.bool) if keep.valid is None else keep.valid
+        return [index[ok].tolist() for index, ok in zip(keep.index, valid, strict=True)]
+
+    together = kept(list(range(n_images)))
+    for row, index in enumerate(together):
+        if not budget.low <= len(index) <= budget.high or sorted(set(index)) != index or index[-1] >= n_tokens:
+            raise CheckError(
+                f"image {row}: {budget.low} to {budget.high} distinct ascending positions below {n_tokens} were due, "
+                f"found {index}"
+            )
+    if together != kept(list(range(n_images))):
+        raise CheckError("the same images gave another choice the second time")
+    if together != [kept([row])[0] for row in range(n_images)]:
+        raise CheckError("an image alone gave another choice than in a batch")
