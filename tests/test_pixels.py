@@ -25,14 +25,14 @@ class Case:
         token: placeholder id.
         counts: visual tokens of each image (or frame) of an item; they add up to the item's placeholders.
         pixels: makes the keyword arguments for `n` items out of seeds.
-        tail: placeholders of an item that follow the last frame (a newline).
+        gap: whether text stands between the frames.
     """
 
     family: str
     token: int
     counts: tuple[int, ...]
     pixels: Callable[[list[int]], dict[str, Any]]
-    tail: int = 0
+    gap: bool = False
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -74,6 +74,10 @@ def frames(n: int) -> Callable[[list[int]], dict[str, Any]]:
     return lambda seeds: {"pixel_values_videos": torch.stack([noise(seed, n, 3, 32, 32) for seed in seeds])}
 
 
+def square_frames(seeds: list[int]) -> dict[str, Any]:
+    return {"pixel_values_videos": torch.stack([noise(seed, 3, 3, 28, 28) for seed in seeds])}
+
+
 CASES = {
     "llava": Case("llava", IMAGE, (16,), plain),
     "vipllava": Case("vipllava", IMAGE, (16,), plain),
@@ -91,6 +95,10 @@ CASES = {
     "glm4v": Case("glm4v", IMAGE, (6,), patches),
     "qwen2_vl-video": Case("qwen2_vl", VIDEO, (4, 4, 4), patch_video),
     "qwen2_5_vl-video": Case("qwen2_5_vl", VIDEO, (4, 4, 4), patch_video),
+    "qwen3_vl-video": Case("qwen3_vl", VIDEO, (4, 4, 4), patch_video, gap=True),
+    "glm4v-video": Case("glm4v", IMAGE, (4, 4, 4), patch_video, gap=True),
+    "video_llava-video": Case("video_llava", VIDEO, (17, 17, 17), frames(3)),
+    "perception_lm-video": Case("perception_lm", VIDEO, (4, 4, 4), square_frames),
     "llava_next_video-video": Case("llava_next_video", VIDEO, (4, 4, 4), frames(3)),
     "llava_onevision-video": Case("llava_onevision", VIDEO, (4, 4, 5), frames(3)),
 }
@@ -103,7 +111,10 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
     for row in rows:
         generator = torch.Generator().manual_seed(row)
         before, after = (torch.randint(5, 95, (n,), generator=generator) for n in TEXTS[row])
-        ids.append(torch.cat([before, torch.full((sum(case.counts),), case.token), after]))
+        item = [torch.full((n,), case.token) for n in case.counts]
+        if case.gap:
+            item = [part for frame in item for part in (torch.tensor([80]), frame)]
+        ids.append(torch.cat([before, *item, after]))
     length = max(map(len, ids))
     pads = tuple(length - len(row) for row in ids)
     input_ids = torch.stack([torch.cat([torch.full((pad,), PAD), row]) for pad, row in zip(pads, ids, strict=True)])
@@ -112,7 +123,8 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
         input_ids, mask = torch.cat([input_ids, extra], 1), torch.cat([mask, torch.ones_like(extra)], 1)
     inputs = {"input_ids": input_ids, "attention_mask": mask, **case.pixels([100 + row for row in rows])}
     if case.family in MROPE:
-        inputs["mm_token_type_ids"] = (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()
+        kind = 2 if case.pixels is patch_video else 1
+        inputs["mm_token_type_ids"] = kind * (input_ids == case.token).long()
     if case.family == "gemma3":
         inputs["token_type_ids"] = (input_ids == IMAGE).long()
     if case.family == "paligemma":

@@ -139,7 +139,7 @@ def find_adapter(model: nn.Module) -> Adapter:
             f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune; "
             f"{supported}"
         )
-    family = family_of(model)
+    family = family_of(model) or family_of(root)  # a wrapper has other ancestors than what it wraps
     if family is None:
         return _untabled(model, root, decoder, supported)
     return DecoderAdapter(root, decoder, family)

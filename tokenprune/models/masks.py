@@ -66,6 +66,11 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     if mask is None:
         seen = (columns[:, None, :] <= layout.rows[:, :, None] + layout.past) & (columns >= 0)[:, None, :]
         return seen[:, None]
+    if (end := layout.past + layout.length) > offset + mask.shape[-1]:
+        raise InputError(
+            f"the attention mask ends at token {offset + mask.shape[-1]} of {end}; a StaticCache must have room for the "
+            f"unpruned prompt (max_cache_len of at least {end})"
+        )
     inside = (columns >= offset) & (columns < offset + mask.shape[-1])
     columns = (columns - offset).clamp(0, mask.shape[-1] - 1)
     mask = gather(mask.transpose(0, 1), layout.rows, dim=2).transpose(0, 1)

@@ -85,17 +85,16 @@ def _sizes(config: Any, family: Family, inputs: dict[str, Any], total: int, *, v
     """Tokens of each image in the order of the placeholders; empty where the inputs do not tell."""
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("video" if video else "image")
     features = getattr(encoded, "pooler_output", None)
+    stacked = family.rows_are_images or (video and family.frame_tokens is None)
     if isinstance(features, Tensor):
-        if features.ndim == 3 and family.rows_are_images:
-            return [features.shape[1]] * features.shape[0]
-        return []
+        return [features.shape[1]] * features.shape[0] if features.ndim == 3 and stacked else []
     if isinstance(features, Sequence):
         return [math.prod(image.shape[:-1]) for image in features]
     if joins and inputs.get("image_sizes") is not None:
         unit = _patch(config)
         return [(h // unit) * (w // unit) for h, w in torch.as_tensor(inputs["image_sizes"]).tolist()]
     pixels = inputs.get("pixel_values_videos" if video else "pixel_values")
-    if family.rows_are_images and isinstance(pixels, Tensor):
+    if stacked and isinstance(pixels, Tensor) and pixels.ndim >= 4:
         n_images = math.prod(pixels.shape[:-3])
         return [total // n_images] * n_images if n_images and total % n_images == 0 else []
     return []
