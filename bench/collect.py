@@ -2,8 +2,8 @@
 
     python bench/collect.py FILE [--into bench/results]
 
-`bench/test_NAME.py` becomes `NAME.json`: machine, versions, commit and date once, then one row for each benchmark. A file
-is replaced as a whole, so that its rows always come from one run.
+`bench/test_NAME.py` becomes `NAME.json`: machine, versions, commit and date once, then one row for each benchmark. A
+file is replaced as a whole, so that its rows always come from one run.
 """
 
 import argparse

@@ -10,12 +10,13 @@ Candidates of a prefill:
     pruned    patched with divprune.
     given     patched with a method that returns the same tokens without choosing: pruning without the selection.
 
-Candidates of a decode step: the patched model on its pruned cache, and the unpatched one on a cache of the same physical
-length that holds the same keys and values (in the ragged batch the same padded slots and the mask that leaves them out).
+Candidates of a decode step: the patched model on its pruned cache, and the unpatched one on a cache of the same
+physical length that holds the same keys and values (in the ragged batch with padded slots and a mask that leaves them
+out).
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -91,29 +92,19 @@ def make_prompt(*sizes: int) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def dense() -> Iterator[nn.Module]:
+def dense() -> nn.Module:
     """The unpatched model."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 4096, "max_position_embeddings": 8192, "pad_token_id": 0, **SHAPE}
     config = LlavaConfig(
         image_token_index=IMAGE,
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-        },
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 4096,
-            "max_position_embeddings": 8192,
-            "pad_token_id": 0,
-            **SHAPE,
-        },
+        vision_config={"model_type": "clip_vision_model", **vision},
+        text_config={"model_type": "llama", **text},
     )
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE).eval()
-    with torch.inference_mode():
-        yield model
+        model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=DTYPE).eval()
+    return model
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -178,6 +169,7 @@ def ratio(upper: Timing, lower: Timing) -> list[float]:
 
 @pytest.mark.parametrize("keep", [0.25, 0.1])
 @pytest.mark.parametrize("n_visual", [576, 2880])
+@torch.inference_mode()
 def test_prefill(dense: nn.Module, record: Callable[..., None], n_visual: int, keep: float) -> None:
     """Dense, pruned and ideal prefill of one prompt with one image."""
     prompt, patched, again = make_prompt(n_visual), twin(dense), twin(dense)
@@ -261,6 +253,7 @@ class Decoder:
 
 
 @pytest.mark.parametrize("sizes", [(576,), (576, 288, 144)], ids=["single", "ragged3"])
+@torch.inference_mode()
 def test_decode(dense: nn.Module, record: Callable[..., None], sizes: tuple[int, ...]) -> None:
     """One decode step on a pruned cache, patched against unpatched on a cache of the same physical length."""
     prompt, patched, keep = make_prompt(*sizes), twin(dense), 0.25

@@ -10,36 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMOS, EMBEDDED = ROOT / "demos", ROOT / "demos" / "model"
-WORDS = (
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "<image>",
-    *["what", "digit", "is", "red", "are", "there", "how", "many", "?", "0", "1", "2", "3"],
-)
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<image>"]}
+WORDS = ("<pad>", "</s>", "<unk>", "<image>", "what", "digit", "is", "red", "are", "there", "how", "many", "?", "0")
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _on_path() -> Iterator[None]:
-    sys.path.insert(0, str(DEMOS))
-    yield
-    sys.path.remove(str(DEMOS))
+def _ready() -> Iterator[None]:
+    """The demo's modules can be imported, and loading a model draws no progress bar."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DEMOS)
+        patch.setattr(transformers.logging, "_tqdm_active", False)
+        yield
 
 
 def demo(name: str) -> Any:
@@ -51,25 +39,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaVA: 4 x 4 visual tokens of 8 pixels, one word a token."""
     folder = tmp_path_factory.mktemp("llava")
     width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(**width, image_size=32, patch_size=8, projection_dim=32)
-    text = LlamaConfig(**width, vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    vision = transformers.CLIPVisionConfig(**width, image_size=32, patch_size=8, projection_dim=32)
+    text = transformers.LlamaConfig(**width, vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, bos_token_id=None)
     torch.manual_seed(0)
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1, image_seq_length=16
     )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
     size = {"height": 32, "width": 32}
-    images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    processor = LlavaProcessor(images, tokenizer, 8, "default", num_additional_image_tokens=1)
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    processor = transformers.LlavaProcessor(images, tokenizer, 8, "default", num_additional_image_tokens=1)
     processor.save_pretrained(folder)
     return folder
 
@@ -77,9 +59,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A bright image without a flat spot."""
-    pixels = np.random.default_rng(0).integers(120, 255, (32, 32, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(120, 255, (32, 32, 3), dtype=np.uint8)
     path = tmp_path / "photo.png"
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(noise).save(path)
     return path
 
 
@@ -105,9 +87,14 @@ def fails(run: Run, *argv: object, saying: str) -> None:
     assert saying in err, err
 
 
-def brightness(image: Image.Image, box: tuple[int, int, int, int]) -> float:
-    left, top, right, bottom = box
-    return float(np.asarray(image.convert("L"))[top + 8 : bottom - 8, left + 8 : right - 8].mean())
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def brightness(page: np.ndarray, left: int, top: int) -> float:
+    """Mean over a cell of 144 x 144 pixels without its outline."""
+    return float(page[top + 8 : top + 136, left + 8 : left + 136].mean())
 
 
 def test_overlay_and_answers(run: Run, model: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,37 +104,30 @@ def test_overlay_and_answers(run: Run, model: Path, photo: Path, monkeypatch: py
     questions = ("--question", "What digit is red?", "--question", "how many are there ?")
     status, out, _ = run("--image", photo, "--model", model, "--max-new-tokens", 2, *questions)
     assert status == 0
-    for part in (
-        "question  What digit is red?",
-        "visual_tokens",
-        "kv_mib",
-        "prefill_latency_ms",
-        "overlay   out/photo.png",
-    ):
+    for part in ("question  What digit is red?", "visual_tokens", "kv_mib", "prefill_latency_ms", "out/photo.png"):
         assert part in out
     assert "does not know" not in out  # "What" and "red?" were brought into the words that the model has
-    page = Image.open("out/photo.png")
+    page = pixels("out/photo.png")
     overlay, (figure,) = demo("overlay"), figures
-    assert page.size[0] == 3 * 576 + 2 * overlay.GAP + 2 * overlay.MARGIN
+    assert page.shape[1] == 3 * 576 + 2 * overlay.GAP + 2 * overlay.MARGIN
     selection = figure.selection
     assert len(selection.kept) == 4
     assert selection.grid == (4, 4)
+    shift = 576 + overlay.GAP
     # By the pixels: each kept cell of the second panel is as in the first, each dropped one far darker.
     for token in range(16):
         x, y = overlay.MARGIN + 144 * (token % 4), 136 + 42 + 144 * (token // 4)
-        shift = 576 + overlay.GAP
-        seen = brightness(page, (x, y, x + 144, y + 144))
-        shown = brightness(page, (x + shift, y, x + shift + 144, y + 144))
+        seen, shown = brightness(page, x, y), brightness(page, x + shift, y)
         assert seen > 100
         assert shown == pytest.approx(seen, abs=1) if token in selection.kept else shown < 0.5 * seen
-    third = np.asarray(page)[200:700, -overlay.MARGIN - 576 : -overlay.MARGIN]
+    third = page[200:700, -overlay.MARGIN - 576 : -overlay.MARGIN]
     assert len(np.unique(third.reshape(-1, 3), axis=0)) > 50
 
 
 def test_selection_is_nearest_by_cosine(run: Run, model: Path, photo: Path) -> None:
     asking = demo("asking")
     loaded = asking.load(str(model), device="cpu", dtype="auto")
-    inputs = asking.prepare(loaded, Image.open(photo), "how many ?")
+    inputs = asking.prepare(loaded, demo("pictures").read_image(photo), "how many ?")
     with demo("tokenprune").patch(loaded.model, keep=5) as session:
         _, _, selection = asking.ask(loaded, session, inputs, 1)
         trace = session.traces[0]
@@ -185,7 +165,7 @@ def test_every_keep(run: Run, model: Path, photo: Path, method: str, options: tu
         fails(run, *argv, saying="radius")
     else:
         assert run(*argv)[0] == 0
-        assert Image.open("a/b/c.png").size[0] > 1500
+        assert pixels("a/b/c.png").shape[1] > 1400
 
 
 def image_of(mode: str) -> Image.Image:
@@ -229,15 +209,11 @@ def test_orientation_and_animation(tmp_path: Path) -> None:
 def test_broken_images(run: Run, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(run, "--image", tmp_path / "none.png", saying="there is no file")
     fails(run, "--image", tmp_path, saying="is a folder")
-    Path("text.png").write_text("no image")
-    fails(run, "--image", "text.png", saying="not an image that Pillow can read")
-    Path("empty.png").touch()
-    fails(run, "--image", "empty.png", saying="not an image that Pillow can read")
-    Path("half.png").write_bytes(photo.read_bytes()[:1500])
-    fails(run, "--image", "half.png", saying="half.png cannot be read")
     image_of("L").save("whole.jpg")
-    Path("half.jpg").write_bytes(Path("whole.jpg").read_bytes()[:-60])
-    fails(run, "--image", "half.jpg", saying="half.jpg cannot be read")
+    broken = {"half.png": photo.read_bytes()[:1500], "half.jpg": Path("whole.jpg").read_bytes()[:-60]}
+    for name, content in {"text.png": b"no image", "empty.png": b"", **broken}.items():
+        Path(name).write_bytes(content)
+        fails(run, "--image", name, saying="cannot be read" if name in broken else "not an image that Pillow can read")
     for limit in (800, 500):  # beyond the limit Pillow warns, beyond twice the limit it refuses
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         fails(run, "--image", photo, saying="too large an image")
@@ -270,23 +246,22 @@ def test_wrong_options(run: Run, model: Path, photo: Path, argv: tuple[str, ...]
 
 
 def test_wrong_models(run: Run, model: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bad(name: object, saying: str) -> None:
-        fails(run, "--image", photo, "--model", name, saying=saying)
-
-    bad("./none", "there is no model folder ./none")
-    bad(model.parent / "none", "there is no model folder")
-    bad(photo, "is a file")
-    bad("nobody/nothing", "the model nobody/nothing cannot be loaded")
-    Path("empty").mkdir()
-    bad("empty", "the model empty cannot be loaded")
-    BertConfig().save_pretrained("bert")
-    bad("bert", "bert is a bert model, which does not turn images and text into text")
-    Path("new").mkdir()
+    for name in ("empty", "new", "bare"):
+        Path(name).mkdir()
     Path("new/config.json").write_text('{"model_type": "unheard-of"}')
-    bad("new", "unheard-of")
-    Path("bare").mkdir()
     Path("bare/config.json").write_bytes((model / "config.json").read_bytes())
-    bad("bare", "the model bare cannot be loaded")
+    transformers.BertConfig().save_pretrained("bert")
+    for name, saying in {
+        "./none": "there is no model folder ./none",
+        "bert/none": "there is no model folder",
+        str(photo): "is a file",
+        "nobody/nothing": "the model nobody/nothing cannot be loaded",
+        "empty": "the model empty cannot be loaded",
+        "bert": "bert is a bert model, which does not turn images and text into text",
+        "new": "unheard-of",
+        "bare": "the model bare cannot be loaded",
+    }.items():
+        fails(run, "--image", photo, "--model", name, saying=saying)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fails(run, "--device", "cuda", saying="no CUDA device")
     fails(run, "--output", "x.png", saying="goes with --image")
@@ -301,13 +276,11 @@ def test_tokens_without_a_grid() -> None:
     assert selection.radius == 0.4
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (96, 96), (336, 336), (60, 500), (500, 20), (3000, 2000)])
-def test_panels_are_large_enough(width: int, height: int) -> None:
-    w, h = demo("overlay")._panel_size((width, height))
-    assert 480 <= w <= 576
-    assert 144 <= h <= 1152
-    if (width, height) == (96, 96):
-        assert (w, h) == (576, 576)
+def test_panels_are_large_enough() -> None:
+    for size in ((1, 1), (96, 96), (336, 336), (60, 500), (500, 20), (3000, 2000)):
+        width, height = demo("overlay")._panel_size(size)
+        assert 480 <= width <= 576
+        assert 144 <= height <= 1152
 
 
 def test_script_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
@@ -325,4 +298,4 @@ def test_embedded_model_on_both_pictures(run: Run) -> None:
     assert "trained on handwritten digits only" in out
     assert out.count("visual_tokens") == 2
     for name in ("astronaut", "digits"):
-        assert np.asarray(Image.open(f"out/{name}.png")).std() > 20
+        assert pixels(f"out/{name}.png").std() > 20

@@ -1,5 +1,9 @@
 """The instruments: what they count is exact, what they time is only checked for order and shape."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from families import batch, fresh, tiny
@@ -149,3 +153,30 @@ def test_inputs_are_not_written_to() -> None:
         inspect_generation(model, given, max_new_tokens=2)
         assert list(given) == keys
         assert given["mm_encoder_outputs"].keys() == outputs.keys()
+
+
+def test_collected_rows_name_versions_and_commit_but_no_host() -> None:
+    path = Path(__file__).parents[1] / "bench" / "collect.py"
+    spec = importlib.util.spec_from_file_location("collect", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = {
+        "datetime": "2026-01-02T03:04:05.678+00:00",
+        "commit_info": {"id": "abc", "dirty": False, "project": "host", "branch": "main"},
+        "machine_info": {"cpu": "a processor", "torch": "2"},
+        "benchmarks": [
+            {"fullname": "bench/test_one.py::test_a[1]", "name": "test_a[1]", "extra_info": {"row": {"ratio": 2.0}}},
+            {"fullname": "bench/test_two.py::test_b", "name": "test_b", "extra_info": {"ratio": 3.0}},
+        ],
+    }
+    collected = module.collect(run)
+    assert [collected[name]["rows"] for name in ("one", "two")] == [
+        [{"bench": "test_a[1]", "ratio": 2.0}],
+        [{"bench": "test_b", "ratio": 3.0}],
+    ]
+    assert collected["one"]["commit"] == "abc"
+    assert collected["one"]["machine"]["cpu"] == "a processor"
+    assert collected["one"]["date"] == "2026-01-02T03:04:05Z"
+    assert "host" not in json.dumps(collected)

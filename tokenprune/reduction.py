@@ -25,6 +25,9 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
         Tensor of the shape of `x` with B rows and M tokens.
     """
     index = index.to(x.device)
+    if dim == 1:  # rows of memory at a time: several times faster than an index for every element
+        first = torch.arange(index.shape[0], device=x.device)[:, None] * (x.shape[1] if x.shape[0] > 1 else 0)
+        return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *x.shape[2:])
     shape = list(x.shape)
     shape[dim - 1] = index.shape[0]
     x = x.expand(shape)
@@ -65,8 +68,11 @@ class Keep:
     def source(self, *, length: int) -> Tensor:
         """For each of `length` unpruned positions the slot that it is restored from, `[B, length]` int64."""
         slots = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
-        source = torch.zeros(self.index.shape[0], length, dtype=torch.int64, device=self.index.device)
-        source.scatter_(1, self.index, slots)
+        first = torch.zeros_like(slots[:, :1])
+        if self.valid is not None:  # a slot that only fills up is no source
+            first = self.valid.to(torch.uint8).argmax(dim=1, keepdim=True)
+            slots = torch.where(self.valid, slots, first)
+        source = first.repeat(1, length).scatter_(1, self.index, slots)
         return source.cummax(dim=1).values
 
     def then(self, other: "Keep") -> "Keep":

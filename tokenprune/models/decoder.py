@@ -174,9 +174,12 @@ class DecoderAdapter:
         past, (n_rows, length) = past_length(cache), embeds.shape[:2]
         keep = None if plan is None else plan.keep
         rows = torch.arange(length, device=embeds.device).expand(n_rows, -1) if keep is None else keep.index
-        layout = masks.Layout(rows, _columns(slots, keep, rows, past), past, length)
         positions = _positions(kwargs.get("position_ids"), past, embeds)
-        changed = {**kwargs, "attention_mask": self._mask(kwargs, layout, positions, keep), "position_ids": positions}
+        changed = {
+            **kwargs,
+            "attention_mask": self._mask(kwargs, rows, past, positions, keep),
+            "position_ids": positions,
+        }
         shift = None if slots is None else slots.shift
         if shift is not None:
             changed["position_ids"] = positions - shift[:, None].to(positions.device)
@@ -221,13 +224,17 @@ class DecoderAdapter:
         keep, dropped = keep_rows(images, left, padding, shape=(n_rows, length), device=embeds.device)
         return _Plan(keep, dropped, past, length)
 
-    def _mask(self, kwargs: dict[str, Any], layout: masks.Layout, positions: Tensor, keep: Keep | None) -> Any:
-        """What the decoder gets as `attention_mask`."""
+    def _mask(self, kwargs: dict[str, Any], rows: Tensor, past: int, positions: Tensor, keep: Keep | None) -> Any:
+        """What the decoder gets as `attention_mask`; `rows` `[B, M]` are the tokens of this call that go on."""
         mask, cache, config = kwargs.get("attention_mask"), kwargs.get("past_key_values"), self.decoder.config
-        slots = slots_of(cache)
+        slots, length = slots_of(cache), kwargs["inputs_embeds"].shape[1]
         has_fillers = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_fillers)
         flat = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        if flat and masks.slides(config, cache, total=layout.past + layout.length):
+        slides = flat and masks.slides(config, cache, total=past + length)
+        if mask is None and cache is not None and not has_fillers and not slides:
+            return None
+        layout = masks.Layout(rows, _columns(slots, keep, rows, past), past, length)
+        if slides:
             text = positions[0] if positions.ndim == 3 else positions
             mask = masks.dense_mask(config, mask, cache, embeds=kwargs["inputs_embeds"], positions=text)
         return masks.prune_mask(mask, layout, cache, config, has_fillers=has_fillers)

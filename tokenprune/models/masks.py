@@ -68,7 +68,8 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
         return seen[:, None]
     if (end := layout.past + layout.length) > offset + mask.shape[-1]:
         raise InputError(
-            f"the attention mask ends at token {offset + mask.shape[-1]} of {end}; a StaticCache must have room for the "
+            f"the attention mask ends at token {offset + mask.shape[-1]} of {end}; a StaticCache must have room for "
+            f"the "
             f"unpruned prompt (max_cache_len of at least {end})"
         )
     inside = (columns >= offset) & (columns < offset + mask.shape[-1])
@@ -165,7 +166,7 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, *, has_filler
     if isinstance(mask, dict):
         layers = {kind: layer_of_kind(config, kind) for kind in mask}
     elif mask is None or mask.ndim == 2:
-        return None if mask is None and not has_fillers and cache is not None else _padding(mask, layout)
+        return _padding(mask, layout)
     else:
         layers = {None: layer_of_kind(config, None)}
     # None means "plain causality" to fused attention; that stands for the pruned rows too, unless rows are filled up or

@@ -46,8 +46,8 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
         rows = torch.tensor([images[i].row for i in members], device=embeds.device)
         tokens = torch.stack([images[i].tokens for i in members]).to(embeds.device)
         features = embeds[rows[:, None], tokens]
-        finite = torch.isfinite(features).flatten(1).all(dim=1)
-        if not bool(finite.all()):
+        if not bool(torch.stack(torch.aminmax(features)).isfinite().all()):  # a NaN or an infinity is one of the two
+            finite = torch.isfinite(features).flatten(1).all(dim=1)
             row = images[members[int((~finite).nonzero()[0])]].row
             raise InputError(
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"

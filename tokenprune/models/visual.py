@@ -63,21 +63,15 @@ def placeholders(root: nn.Module, family: Family, inputs: dict[str, Any], *, fie
     return torch.eq(embeds, wanted.to(embeds)).all(-1)
 
 
-def _by_axes(image: list[int], axes: Tensor) -> list[tuple[list[int], tuple[int, int] | None]]:
+def _by_axes(image: Tensor, axes: Tensor) -> list[tuple[Tensor, tuple[int, int] | None]]:
     """Split a run of visual tokens into frames by their M-RoPE time and read off each frame's grid.
 
     Args:
-        image: positions of the run, ascending.
-        axes: time, row and column of every token of the row, `[3, L]`.
+        image: positions of the run, `[n]`, ascending.
+        axes: time, row and column of every token of the row of the batch, `[3, L]`.
     """
-    frames: list[list[int]] = []
-    time = axes[0].tolist()
-    for token in image:
-        if frames and time[frames[-1][-1]] == time[token]:
-            frames[-1].append(token)
-        else:
-            frames.append([token])
-    grids = [(len(set(axes[1, frame].tolist())), len(set(axes[2, frame].tolist()))) for frame in frames]
+    frames = _split_where(image, axes[0, image].diff() != 0)
+    grids = [tuple(len(set(axes[axis, frame].tolist())) for axis in (1, 2)) for frame in frames]
     return [(frame, (h, w) if h * w == len(frame) else None) for frame, (h, w) in zip(frames, grids, strict=True)]
 
 
@@ -105,47 +99,44 @@ def _patch(config: Any) -> int:
     return int(config.vision_config.patch_size) * int(getattr(config, "spatial_merge_size", 1) or 1)
 
 
-def _runs(tokens: list[int]) -> list[list[int]]:
-    """Split ascending positions where they are not consecutive."""
-    runs: list[list[int]] = []
-    for token in tokens:
-        if runs and runs[-1][-1] == token - 1:
-            runs[-1].append(token)
-        else:
-            runs.append([token])
-    return runs
+def _split_where(tokens: Tensor, breaks: Tensor) -> list[Tensor]:
+    """Split positions `[n]` after each one where `breaks` `[n - 1]` is True."""
+    if not len(tokens):
+        return []
+    return list(tokens.tensor_split((breaks.nonzero()[:, 0] + 1).tolist()))
 
 
-def _split(rows: list[list[int]], sizes: list[int], *, joins: bool) -> list[list[list[int]]]:
+def _runs(tokens: Tensor) -> list[Tensor]:
+    """Split ascending positions `[n]` where they are not consecutive."""
+    return _split_where(tokens, tokens.diff() != 1)
+
+
+def _split(rows: list[Tensor], sizes: list[int], *, joins: bool) -> list[list[Tensor]]:
     """Positions of each image of each row. Sizes that do not fit the rows are left aside."""
     by_run = [_runs(row) for row in rows]
     if sum(sizes) != sum(map(len, rows)):
         return by_run
-    by_size: list[list[list[int]]] = []
+    by_size: list[list[Tensor]] = []
     left = iter(sizes)
     for row in rows:
-        images, start = [], 0
-        while start < len(row):
-            size = next(left)
-            images.append(row[start : start + size])
-            start += size
-        if start != len(row):
+        mine: list[int] = []
+        while sum(mine) < len(row):
+            mine.append(next(left))
+        if sum(mine) != len(row):
             return by_run
-        by_size.append(images)
+        by_size.append(list(torch.split(row, mine)) if mine else [])
     if joins:
         return by_size
     return [[run for image in images for run in _runs(image)] for images in by_size]
 
 
-def _frames(image: list[int], per_frame: int) -> list[list[int]]:
+def _frames(video: Tensor, per_frame: int) -> list[Tensor]:
     """Split a video's tokens into frames; tokens left over (a newline) go with the last frame."""
-    n_frames = max(1, len(image) // per_frame)
-    frames = [image[i * per_frame : (i + 1) * per_frame] for i in range(n_frames)]
-    frames[-1] = image[(n_frames - 1) * per_frame :]
-    return frames
+    n_frames = max(1, len(video) // per_frame)
+    return list(torch.split(video, [per_frame] * (n_frames - 1) + [len(video) - per_frame * (n_frames - 1)]))
 
 
-def _grid_of(config: Any, family: Family, image: list[int], *, joins: bool) -> tuple[int, int] | None:
+def _grid_of(config: Any, family: Family, image: Tensor, *, joins: bool) -> tuple[int, int] | None:
     """The grid of an image: its lines where they are told apart, else a square where its family has such."""
     if joins:
         lines = [len(line) for line in _runs(image)]
@@ -157,8 +148,8 @@ def _grid_of(config: Any, family: Family, image: list[int], *, joins: bool) -> t
 
 
 def _images_of_row(
-    image: list[int], config: Any, family: Family, axes: Tensor | None, *, video: bool, joins: bool
-) -> list[tuple[list[int], tuple[int, int] | None]]:
+    image: Tensor, config: Any, family: Family, axes: Tensor | None, *, video: bool, joins: bool
+) -> list[tuple[Tensor, tuple[int, int] | None]]:
     """The images or frames in one stretch of visual tokens, each with its grid."""
     if axes is not None:
         return _by_axes(image, axes)
@@ -189,14 +180,14 @@ def find_images(root: nn.Module, family: Family, inputs: dict[str, Any], positio
         if mask is None:
             continue
         video = field.startswith("video")
-        rows = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
+        rows = [row.nonzero()[:, 0] for row in mask.cpu()]
         joins = family.joins and not video and config.vision_config.model_type == "pixtral"
         sizes = _sizes(config, family, inputs, sum(map(len, rows)), video=video, joins=joins)
         for row, row_images in enumerate(_split(rows, sizes, joins=joins)):
             row_axes = None if axes is None else axes[:, row]
             for image in row_images:
                 for tokens, grid in _images_of_row(image, config, family, row_axes, video=video, joins=joins):
-                    images.append(Image(row, 0, torch.tensor(tokens), grid))
+                    images.append(Image(row, 0, tokens, grid))
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}
     for found in images:

@@ -1,0 +1,298 @@
+"""Greedy max-min choice of diverse tokens on the GPU; `tokenprune.ops.max_min_select` is the door and states the rule.
+
+Two schemes, both without a synchronisation with the host:
+
+- The similarity fits in the memory allowed: `_similarity_kernel` writes it, then `_greedy_kernel` runs the whole loop
+  in one launch, one program per row. A step needs one row of the similarity (11 KiB at 2,880 tokens, from the L2 cache)
+  and the running minimum never leaves the registers: a step costs one load and one reduction.
+- It does not fit: the same kernel only finds the nearest neighbours, and `_step_kernel` is launched once per choice.
+  Many programs share a row, since one cannot stream all features from memory fast enough. A launch per choice keeps
+  them in step; a barrier inside one launch would hang wherever not all programs are resident at once.
+
+A cosine is to depend on its two vectors, not on where they stand, so that equal tokens tie bit for bit and padding
+changes nothing. Hence both schemes accumulate over the channels in the same order and scale by a product that commutes,
+and the compiler may not fuse that scaling with what follows (`enable_fp_fusion=False`; dot products are not affected).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
+_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
+_EXACT = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _distance(similarity):
+    """Cosine distance; below 2^-20 it is fp32 noise and counts as 0, so that equal tokens tie."""
+    distance = 1.0 - similarity
+    return tl.where(distance < 9.5367431640625e-07, 0.0, distance)
+
+
+@triton.jit
+def _usable(valid, base, token, n_tokens, HAS_VALID: tl.constexpr):
+    """Which of the tokens of a row exist and take part."""
+    inside = token < n_tokens
+    if HAS_VALID:
+        inside = inside & (tl.load(valid + base + token, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _multiplicand(block):
+    """Half precision multiplies exactly into fp32 on the tensor cores; fp64 is narrowed to the fp32 of the rule."""
+    if _WIDEN or block.dtype == tl.float64:
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
+def _inverse_length_kernel(
+    x, inverse, n_tokens, width, stride_b, stride_n, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write `inverse [B, N]`: 1 / max(length, 1e-12), and 0 for vectors that are not finite, whose cosines become 0."""
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_D)
+    pointer = x + row * stride_b + token.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        mask = (token < n_tokens)[:, None] & (channel < width - start)[None, :]
+        value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        total += value * value
+        pointer += BLOCK_D * stride_d
+    length = tl.sqrt(tl.sum(total, axis=1))
+    finite = length < float("inf")  # False for a NaN too.
+    result = tl.where(finite, 1.0 / tl.maximum(length, 1e-12), 0.0)
+    tl.store(inverse + row * n_tokens + token, result, mask=token < n_tokens)
+
+
+@triton.jit
+def _dots(
+    x,
+    left,
+    right,
+    n_tokens,
+    width,
+    stride_n,
+    stride_d,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Dot products `[ROWS, COLUMNS]` in fp32 of the tokens `left` with the tokens `right` of the row at `x`."""
+    channel = tl.arange(0, BLOCK_D)
+    offset = channel.to(tl.int64) * stride_d
+    a_pointer = x + left.to(tl.int64)[:, None] * stride_n + offset[None, :]
+    b_pointer = x + right.to(tl.int64)[None, :] * stride_n + offset[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        inside = channel < width - start
+        a = tl.load(a_pointer, mask=(left < n_tokens)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_pointer, mask=(right < n_tokens)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(_multiplicand(a), _multiplicand(b), total, input_precision="ieee")
+        a_pointer += BLOCK_D * stride_d
+        b_pointer += BLOCK_D * stride_d
+    return total
+
+
+@triton.jit
+def _cosines(dots, left_inverse, right_inverse):
+    """Scale by one product of both inverses, which is the same from either side; vectors that are not finite give 0."""
+    scale = left_inverse[:, None] * right_inverse[None, :]
+    return tl.where(scale > 0.0, dots * scale, 0.0)
+
+
+@triton.jit
+def _similarity_kernel(
+    x, inverse, valid, similarity, near, n_tokens, width, stride_b, stride_n, stride_d,
+    HAS_VALID: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of the upper triangle: `similarity [B, N, N]`, and `near [B, tiles, N]`, a token's best match in a tile.
+
+    The lower triangle mirrors the upper one: in fp32 the arithmetic bounds the time, and this halves it. Best matches
+    are kept by tile and not combined with atomics: nothing has to be initialised, and they are read just once.
+    """
+    i, j, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if j < i:
+        return
+    n_tiles = tl.num_programs(0)
+    left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    dots = _dots(x + row * stride_b, left, right, n_tokens, width, stride_n, stride_d, BLOCK, BLOCK, BLOCK_D)
+    base = row * n_tokens
+    left_inverse = tl.load(inverse + base + left, mask=left < n_tokens, other=0.0)
+    right_inverse = tl.load(inverse + base + right, mask=right < n_tokens, other=0.0)
+    cosine = _cosines(dots, left_inverse, right_inverse)
+
+    left_inside, right_inside = left < n_tokens, right < n_tokens
+    if STORE:
+        place = (base + left).to(tl.int64)[:, None] * n_tokens + right[None, :]
+        tl.store(similarity + place, cosine, mask=left_inside[:, None] & right_inside[None, :])
+        if i != j:
+            place = (base + right).to(tl.int64)[:, None] * n_tokens + left[None, :]
+            tl.store(similarity + place, tl.trans(cosine), mask=right_inside[:, None] & left_inside[None, :])
+
+    other = left[:, None] != right[None, :]
+    left_usable = _usable(valid, base, left, n_tokens, HAS_VALID)
+    right_usable = _usable(valid, base, right, n_tokens, HAS_VALID)
+    best = tl.max(tl.where(other & right_usable[None, :], cosine, float("-inf")), axis=1)
+    tl.store(near + (row * n_tiles + j) * n_tokens + left, best, mask=left_inside)
+    if i != j:
+        best = tl.max(tl.where(left_usable[:, None], cosine, float("-inf")), axis=0)
+        tl.store(near + (row * n_tiles + i) * n_tokens + right, best, mask=right_inside)
+
+
+@triton.jit
+def _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
+    """Distance of tokens to their nearest other one, infinite if there is none; `-1` for those that take no part."""
+    closest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for tile in range(n_tiles):
+        pointer = near + (row * n_tiles + tile) * n_tokens + token
+        closest = tl.maximum(closest, tl.load(pointer, mask=token < n_tokens, other=float("-inf")))
+    return tl.where(_usable(valid, row * n_tokens, token, n_tokens, HAS_VALID), _distance(closest), -1.0)
+
+
+@triton.jit
+def _greedy_kernel(
+    similarity, near, valid, order, path, n_tokens, n_tiles, k, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The greedy loop of one row; `gap`, the distance to the chosen set, stays in registers, `-1` for the chosen."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, BLOCK)
+    gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
+    best, chosen = tl.max(gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    gap = tl.where(gap < 0.0, -1.0, float("inf"))
+    for step in range(k):
+        tl.store(order + row * k + step, tl.where(best < 0.0, -1, chosen).to(tl.int64))
+        line = tl.load(similarity + (row * n_tokens + chosen) * n_tokens + token, mask=token < n_tokens, other=0.0)
+        gap = tl.where(token == chosen, -1.0, tl.minimum(gap, _distance(line)))
+        best, chosen = tl.max(gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(path + row * k + step, tl.maximum(best, 0.0))
+
+
+@triton.jit
+def _start_kernel(near, valid, gap, best, where, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
+    """Before any choice: an infinite `gap [B, N]`; in `best, where [B, 2, tiles]`, every tile's best first choice."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tile * BLOCK + tl.arange(0, BLOCK)
+    first_gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
+    tl.store(gap + row * n_tokens + token, tl.where(first_gap < 0.0, -1.0, float("inf")), mask=token < n_tokens)
+    value, index = tl.max(first_gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best + row * 2 * n_tiles + tile, value)
+    tl.store(where + row * 2 * n_tiles + tile, tile * BLOCK + index)
+
+
+@triton.jit(do_not_specialize=["step"])
+def _step_kernel(
+    x, inverse, gap, best, where, order, path, n_tokens, width, stride_b, stride_n, stride_d, k, step,
+    TILES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Choice number `step`: read the tiles' best candidates, bring one tile of `gap [B, N]` up to date, write its best.
+
+    Candidates are read from one half of `best` and written to the other, since programs of a launch run in any order.
+    """
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n_tiles = tl.num_programs(0)
+    tiles = tl.arange(0, TILES)
+    half = (row * 2 + step % 2) * n_tiles
+    values = tl.load(best + half + tiles, mask=tiles < n_tiles, other=-2.0)
+    value, winner = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    chosen = tl.load(where + half + winner)
+    if tile == 0:
+        tl.store(order + row * k + step, tl.where(value < 0.0, -1, chosen).to(tl.int64))
+        tl.store(path + row * k + step - 1, tl.maximum(value, 0.0), mask=step > 0)
+
+    token = tile * BLOCK + tl.arange(0, BLOCK)
+    inside, base = token < n_tokens, row * n_tokens
+    # Sixteen equal columns: the narrowest product, and the same order of additions as in the similarity kernel.
+    right = tl.zeros([16], tl.int32) + chosen
+    dots = _dots(x + row * stride_b, token, right, n_tokens, width, stride_n, stride_d, BLOCK, 16, BLOCK_D)
+    left_inverse = tl.load(inverse + base + token, mask=inside, other=0.0)
+    cosine = tl.max(_cosines(dots, left_inverse, tl.load(inverse + base + right)), axis=1)
+    before = tl.load(gap + base + token, mask=inside, other=-1.0)
+    after = tl.where(token == chosen, -1.0, tl.minimum(before, _distance(cosine)))
+    tl.store(gap + base + token, after, mask=inside)
+    value, index = tl.max(after, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    half = (row * 2 + (step + 1) % 2) * n_tiles
+    tl.store(best + half + tile, value)
+    tl.store(where + half + tile, tile * BLOCK + index)
+
+
+def launch(
+    features: torch.Tensor, valid: torch.Tensor | None, k: int, *, memory: int, hold: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose up to `k` tokens per row.
+
+    Args:
+        features: `[B, N, D]`, any float dtype, any strides.
+        valid: `[B, N]` bool, or `None` for all tokens.
+        k: choices per row, `1 <= k <= N`.
+        memory: bytes of extra memory allowed; the features' own bytes where that is more.
+        hold: whether the similarity is held; by default wherever the memory allows it.
+
+    Returns:
+        `order [B, k]` int64, `-1` once all valid tokens are chosen, and the covering radius `[B, k]` fp32 after each.
+    """
+    if features.element_size() == 1:
+        features = features.to(torch.bfloat16)  # Exact; not every GPU multiplies 8-bit floats.
+    n_rows, n_tokens, _ = features.shape
+    order = torch.empty(n_rows, k, dtype=torch.int64, device=features.device)
+    path = torch.empty(n_rows, k, dtype=torch.float32, device=features.device)
+    if valid is not None:
+        valid = valid.contiguous()
+    # fp32 products run on the plain cores and fill the registers sooner; the others run on the tensor cores.
+    block, block_d, warps = (64, 32, 4) if features.element_size() > 2 else (128, 64, 8)
+    tiles = triton.cdiv(n_tokens, block)
+    row_bytes, small = features[:1].numel() * features.element_size(), 4 * n_tokens * (tiles + 2)
+    if hold is None:
+        hold = small + 4 * n_tokens**2 <= max(memory, row_bytes) and n_tokens <= 16384  # `_greedy_kernel`'s registers.
+    per_row = small + (4 * n_tokens**2 if hold else 0)
+    step = max(1, max(memory, n_rows * row_bytes) // per_row)
+    with torch.cuda.device_of(features):
+        for i in range(0, n_rows, step):
+            part = slice(i, i + step)
+            some = None if valid is None else valid[part]
+            _launch_rows(features[part], some, k, order[part], path[part], hold, block, block_d, warps)
+    return order, path
+
+
+def _launch_rows(
+    x: torch.Tensor, valid: torch.Tensor | None, k: int, order: torch.Tensor, path: torch.Tensor,
+    hold: bool, block: int, block_d: int, warps: int,
+) -> None:  # fmt: skip
+    """Fill `order` and `path [B, k]` for rows that fit into the memory together."""
+    n_rows, n_tokens, width = x.shape
+    tiles = triton.cdiv(n_tokens, block)
+    masked, mask = valid is not None, x if valid is None else valid
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    inverse, near = floats(n_rows, n_tokens), floats(n_rows, tiles, n_tokens)
+    similarity = floats(n_rows, n_tokens, n_tokens) if hold else near
+    _inverse_length_kernel[(triton.cdiv(n_tokens, 16), n_rows)](
+        x, inverse, n_tokens, width, *x.stride(), BLOCK=16, BLOCK_D=128, **_EXACT
+    )
+    _similarity_kernel[(tiles, tiles, n_rows)](
+        x, inverse, mask, similarity, near, n_tokens, width, *x.stride(),
+        HAS_VALID=masked, STORE=hold, BLOCK=block, BLOCK_D=block_d, num_warps=warps, **_EXACT,
+    )  # fmt: skip
+    if hold:
+        whole = triton.next_power_of_2(n_tokens)
+        _greedy_kernel[(n_rows,)](
+            similarity, near, mask, order, path, n_tokens, tiles, k,
+            HAS_VALID=masked, BLOCK=whole, num_warps=min(max(whole // 256, 1), 16), **_EXACT,
+        )  # fmt: skip
+        return
+    gap, best = floats(n_rows, n_tokens), floats(n_rows, 2, tiles)
+    where = torch.empty(n_rows, 2, tiles, dtype=torch.int32, device=x.device)
+    _start_kernel[(tiles, n_rows)](
+        near, mask, gap, best, where, n_tokens, tiles, HAS_VALID=masked, BLOCK=block, **_EXACT
+    )
+    for step in range(k):
+        _step_kernel[(tiles, n_rows)](
+            x, inverse, gap, best, where, order, path, n_tokens, width, *x.stride(), k, step,
+            TILES=triton.next_power_of_2(tiles), BLOCK=block, BLOCK_D=block_d, **_EXACT,
+        )  # fmt: skip
+    path[:, -1] = best[:, k % 2].amax(1).clamp_min(0.0)
