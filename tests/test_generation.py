@@ -331,3 +331,21 @@ def conversation(family, parts, row, whole, image):
     if family == "gemma3":
         inputs["token_type_ids"] = (whole[None] == IMAGE).long()
     return Batch(inputs, (0,), (parts,))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "idefics3"])
+def test_right_padded_rows_are_right_too(family):
+    dense, model, session = pair(family)
+    left = batch(family)
+    inputs = fresh(left.inputs)
+    length = inputs["input_ids"].shape[1]
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == (3, length):
+            inputs[name] = torch.stack([row.roll(-pad) for row, pad in zip(value, left.pads, strict=True)])
+    with torch.no_grad():
+        out = model(**inputs)
+    for row, parts in enumerate(RAGGED):
+        single = batch(family, (parts,), seeds=(row,))
+        kept = kept_of_row(session.traces, row, 0, single.inputs["input_ids"].shape[1])
+        wanted = reference_logits(dense, family, single, kept)
+        torch.testing.assert_close(out.logits[row, kept], wanted, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,171 @@
+"""Write README's tables from the rows under `bench/results/` and from the table of families.
+
+python bench/readme.py            # rewrite the sections between the markers
+python bench/readme.py --check    # exit status 1 where README is stale
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenprune.models.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(name: str, command: str) -> tuple[dict[str, Any], str]:
+    """Content of a results file and the line that says where its figures come from."""
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    machine = content["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "transformers") if machine.get(key))
+    line = f"[`{name}.json`](bench/results/{name}.json), `{command}`: {where}; {versions}; {content['date'][:10]}."
+    return content, line
+
+
+def times(value: list[float]) -> str:
+    """Median of a ratio with its 20 % and 80 % quantiles."""
+    low, median, high = value
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def prefill() -> str:
+    """Prefill and decode step."""
+    content, line = source("prefill", "make bench")
+    rows = content["rows"]
+    prefills = [
+        [
+            f"{row['visual_tokens']} -> {row['kept_tokens']}",
+            times(row["dense_over_pruned"]),
+            times(row["pruned_over_ideal"]),
+            times(row["given_over_ideal"]),
+            f"{100 * row['selection_share']:.1f} %",
+            f"{row['target'].replace('_over_', ' / ')}: {'met' if row['met'] else 'missed'}",
+        ]
+        for row in rows
+        if row["what"] == "prefill"
+    ]
+    steps = [
+        [
+            str(row["batch"]),
+            times(row["patched_over_plain"]),
+            f"{row['target'].split()[-1]}: {'met' if row['met'] else 'missed'}",
+        ]
+        for row in rows
+        if row["what"] != "prefill"
+    ]
+    head = [
+        "visual tokens",
+        "dense / pruned",
+        "pruned / ideal",
+        "the same without the selection",
+        "selection",
+        "target",
+    ]
+    return "\n".join(
+        [
+            "Prefill of a random LLaVA-shaped decoder of about 100 M parameters (fp32, batch 1); median of the ratios",
+            "within a round, 20 % and 80 % quantiles in brackets:",
+            "",
+            table(head, prefills),
+            "",
+            "One decode step, patched against unpatched on a cache of the same physical length:",
+            "",
+            table(["rows in the batch", "patched / unpatched", "target, at most"], steps),
+            "",
+            line,
+        ]
+    )
+
+
+def select() -> str:
+    """The selection op."""
+    content, line = source("max_min_select", "make bench")
+    rows = [
+        [
+            row["device"],
+            str(row["n"]),
+            f"{row['keep']:g}",
+            f"{row['op_ms']:.1f}",
+            f"{row['op_over_product']:.2f}",
+            f"{row['loop_over_op']:.1f}",
+        ]
+        for row in content["rows"]
+    ]
+    head = ["device", "N", "keep", "ms", "op / product", "loop / op"]
+    return table(head, rows) + "\n\n" + line
+
+
+def quality() -> str:
+    """Accuracy of the embedded model."""
+    content = json.loads((RESULTS / "quality.json").read_text())
+    rows = content["rows"]
+    kinds = list(rows[0]["accuracy"])
+    cells = [
+        [row["method"], f"{row['keep']:g}", str(row["tokens"])]
+        + [f"{c['mean']:.1f} ±{(c['high'] - c['low']) / 2:.1f}" for c in row["accuracy"].values()]
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            table(["method", "keep", "tokens", *kinds], cells),
+            "",
+            "[`quality.json`](bench/results/quality.json), `make quality`; ± is half of a 95 % interval.",
+        ]
+    )
+
+
+def families() -> str:
+    """The table of families."""
+    rows = [
+        [
+            f"`{family.name}`",
+            "images, videos" if family.video else "images",
+            "no" if family.mrope else "yes",
+            family.note,
+        ]
+        for family in FAMILIES
+    ]
+    return table(["family", "takes", '`positions="packed"`', "note"], rows)
+
+
+def rendered(text: str) -> str:
+    """README with every section filled in."""
+    for section in (prefill, select, quality, families):
+        name = section.__name__
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no section <!-- {name} -->")
+        body = section()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Rewrite README, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README is stale")
+    options = parser.parse_args()
+    old = README.read_text()
+    new = rendered(old)
+    if options.check:
+        if new != old:
+            print("README.md is stale: run python bench/readme.py", file=sys.stderr)
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
