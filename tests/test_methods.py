@@ -87,7 +87,7 @@ def test_every_method_keeps_as_many_distinct_tokens_as_are_due_in_ascending_orde
     assert kept.index.dtype == torch.int64
     for row in rows_of(kept):
         assert all(a < b for a, b in pairwise(row))
-        assert 0 <= row[0]
+        assert row[0] >= 0
         assert row[-1] < n_tokens
 
 
@@ -136,7 +136,9 @@ def test_random_follows_its_seed_and_the_ordinal_of_the_image_only():
 
 
 def test_random_draws_every_token_about_equally_often():
-    drawn = Counter(token for seed in range(400) for token in rows_of(select(Random(keep=5, seed=seed), features(1, 20)))[0])
+    drawn = Counter(
+        token for seed in range(400) for token in rows_of(select(Random(keep=5, seed=seed), features(1, 20)))[0]
+    )
     assert set(drawn) == set(range(20))
     assert all(60 <= times <= 140 for times in drawn.values())  # 100 are expected, the deviation is 8.7
 
@@ -324,18 +326,23 @@ def test_a_method_without_a_name_goes_by_that_of_its_class():
     assert session.traces[0].n_out == (4, 2, 4)
 
 
+def first(x: Tensor, k: int) -> Tensor:
+    """The first `k` positions of each of the images `x`, `[B, k]`."""
+    return torch.arange(k).expand(len(x), -1)
+
+
 ANSWERS = {
-    "too few tokens": lambda x, k: Keep(torch.arange(k - 1).expand(len(x), -1)),
-    "too many tokens": lambda x, k: Keep(torch.arange(k + 1).expand(len(x), -1)),
+    "too few tokens": lambda x, k: Keep(first(x, k - 1)),
+    "too many tokens": lambda x, k: Keep(first(x, k + 1)),
     "a row too many": lambda x, k: Keep(torch.arange(k).expand(len(x) + 1, -1)),
     "no batch dimension": lambda x, k: Keep(torch.arange(k)),
     "the same token twice": lambda x, k: Keep(torch.zeros(len(x), k, dtype=torch.int64)),
-    "a token past the end": lambda x, k: Keep(torch.arange(k).expand(len(x), -1) + x.shape[1]),
-    "a token before the start": lambda x, k: Keep(torch.arange(k).expand(len(x), -1) - 1),
+    "a token past the end": lambda x, k: Keep(first(x, k) + x.shape[1]),
+    "a token before the start": lambda x, k: Keep(first(x, k) - 1),
     "a mask in place of positions": lambda x, k: Keep(torch.ones(len(x), k, dtype=torch.bool)),
-    "no slot that counts": lambda x, k: Keep(torch.arange(k).expand(len(x), -1), torch.zeros(len(x), k, dtype=torch.bool)),
-    "valid of another shape": lambda x, k: Keep(torch.arange(k).expand(len(x), -1), torch.ones(len(x), k - 1, dtype=torch.bool)),
-    "a bare tensor": lambda x, k: torch.arange(k).expand(len(x), -1),
+    "no slot that counts": lambda x, k: Keep(first(x, k), torch.zeros(len(x), k, dtype=torch.bool)),
+    "valid of another shape": lambda x, k: Keep(first(x, k), torch.ones(len(x), k - 1, dtype=torch.bool)),
+    "a bare tensor": first,
     "nothing": lambda x, k: None,
 }
 

@@ -41,7 +41,7 @@ def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         )
     if request.param == "blockwise":
         monkeypatch.setattr(max_min, "MEMORY", 0)
-        monkeypatch.setattr(max_min, "_BLOCK", 5000)
+        monkeypatch.setattr(max_min, "_BLOCK", 40_000)
     return str(request.param)
 
 
@@ -53,7 +53,7 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-# --- the torch version against the naive loop ---------------------------------------------------------------------------
+# --- the torch version against the naive loop -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,6 +89,15 @@ def test_strides_do_not_matter(scheme: str) -> None:
     assert ops.max_min_select(x[:1, :1].expand(3, 9, 24), k=4).order.tolist() == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.parametrize("width", [24, 96])
+def test_lengths_do_not_matter(width: int, scheme: str) -> None:
+    x = features(80, width=width)
+    want = ops.max_min_select(x, k=30)
+    for reach in (5, 35):  # Powers of two scale without rounding.
+        power = torch.randint(-reach, reach, (1, 80, 1), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(ops.max_min_select(x * 2.0**power, k=30).order, want.order)
+
+
 def test_autocast_and_gradients_do_not_reach_the_op() -> None:
     x = features(197).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,14 +125,15 @@ def test_exact_ties_go_to_the_lowest_index(scheme: str) -> None:
 def test_repeats_come_last_and_in_order(scheme: str) -> None:
     x = features(90, width=1000)
     x = torch.cat([x, x[:, 40:], x[:, :40]], 1)
-    order = ops.max_min_select(x, k=120).order[0]
-    torch.testing.assert_close(order[:90], ops.max_min_select(x[:, :90], k=90).order[0])
-    assert order[90:].tolist() == list(range(90, 120))
+    order = ops.max_min_select(x, k=120).order[0].tolist()
+    assert order == reference.max_min_select(x[0], 120)[0]
+    assert sorted(order[:90]) == list(range(90))
+    assert order[90:] == list(range(90, 120))
 
 
 def test_zero_and_infinite_vectors_have_cosine_0() -> None:
     x = features(12)
-    x[0, 3], x[0, 5], x[0, 7, 2], x[0, 9] = torch.nan, torch.inf, -torch.inf, 1e30
+    x[0, 3], x[0, 5], x[0, 7, 2], x[0, 9] = torch.nan, torch.inf, -torch.inf, 1e30  # Whose square is infinite.
     clean = x.clone()
     clean[0, [3, 5, 7, 9]] = 0
     got, want = ops.max_min_select(x, k=12), ops.max_min_select(clean, k=12)
@@ -233,7 +243,7 @@ def test_properties_of_the_choice(case: tuple[list[list[int]], int]) -> None:
 
 
 def peak_bytes(call: Any) -> int:
-    """The most memory that torch's allocator held for a call at once, from the profiler's record of every allocation."""
+    """The most that torch's allocator held for a call at once, from the profiler's record of every allocation."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -317,27 +327,28 @@ def test_an_unknown_backend_is_refused() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs on the CPU here")
 def test_triton_on_a_cpu_tensor_is_refused() -> None:
-    with pytest.raises(BackendError, match="'torch'.* works? here"):
+    with pytest.raises(BackendError, match=r"'torch'.* works? here"):
         ops.max_min_select(features(5), k=1, backend="triton")
 
 
-def test_importing_the_ops_does_not_import_triton() -> None:
-    code = "import sys, tokenprune.ops; sys.exit('triton' in sys.modules)"
+def test_importing_the_ops_imports_no_kernel() -> None:
+    code = "import sys, tokenprune.ops; sys.exit('tokenprune.kernels.max_min_select' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
 
 
-# --- the Triton version against the torch version ----------------------------------------------------------------------
+# --- the Triton version against the torch version ---------------------------------------------------------------------
 
 
 def triton_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor | None, int]]:
     """Features, mask and k, by name."""
-    cases = {f"{n}-{str(dtype)[6:]}": (features(n, dtype), None, min(n, 12)) for n in SIZES for dtype in DTYPES}
+    kinds = [(n, torch.float32) for n in SIZES] + [(n, dtype) for n in (63, 197) for dtype in DTYPES[1:]]
+    cases = {f"{n}-{str(dtype)[6:]}": (features(n, dtype), None, min(n, 9)) for n, dtype in kinds}
     x, valid, _ = ragged()
-    cases["ragged"] = x, valid, 31
+    cases["ragged"] = x, valid, 12
     repeated = torch.cat([features(70), features(70)], 1)
     cases["repeats"] = repeated, None, 90
     cases["strided"] = features(63, rows=2).transpose(1, 2).contiguous().transpose(1, 2), None, 20
-    cases["equal"] = torch.full((2, 130, 1000), 0.1), None, 8
+    cases["equal"] = torch.full((1, 130, 300), 0.1), None, 8
     cases["zero"] = torch.zeros(1, 65, 3), None, 8
     cases["ties"] = torch.eye(70)[None], None, 9
     cases["all"] = features(20, torch.float64, rows=2), None, 20
@@ -357,13 +368,12 @@ def work(source: str, target: str) -> None:
     kernel = importlib.import_module("tokenprune.kernels.max_min_select")
     launch, results = kernel.launch, {}
     for name, (x, valid, k) in torch.load(source).items():
-        for hold in (True, False):
-            kernel.launch = lambda *args, hold=hold, **kwargs: launch(*args, hold=hold, **kwargs)
-            short = (
-                k if hold or x.shape[1] < 100 else min(k, 5)
-            )  # A launch a choice is slow where Python interprets it.
+        for hold in (False, True):
+            # No memory is allowed: rows are launched one by one. Few choices where each is a launch that Python runs.
+            kernel.launch = lambda *args, hold=hold, memory: launch(*args, hold=hold, memory=0)
+            short = k if hold or len(x[0]) < 30 else min(k, 5)
             results[name, hold] = tuple(ops.max_min_select(x, k=short, valid=valid, backend="triton"))
-        if name in ("ragged", "63-float32", "repeats"):
+        if name in ("ragged", "63-float32"):
             results[name, "cover"] = tuple(cover_of(x, valid, k, "triton"))
     torch.save(results, target)
 
@@ -374,7 +384,8 @@ def triton_results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[
     folder = tmp_path_factory.mktemp("triton")
     torch.save(triton_cases(), folder / "cases")
     command = [sys.executable, __file__, str(folder / "cases"), str(folder / "results")]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results")
 
@@ -391,7 +402,7 @@ def test_triton_follows_torch(name: str, hold: bool, triton_results: dict[Any, t
     torch.testing.assert_close(got.radius_path, want.radius_path, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["ragged", "63-float32", "repeats"])
+@pytest.mark.parametrize("name", ["ragged", "63-float32"])
 def test_triton_covers_as_torch_does(name: str, triton_results: dict[Any, tuple[torch.Tensor, ...]]) -> None:
     got, want = ops.MaxMinCover(*triton_results[name, "cover"]), cover_of(*triton_cases()[name], "torch")
     assert torch.equal(got.order, want.order)

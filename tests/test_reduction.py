@@ -45,7 +45,9 @@ def numbered(*shape: int) -> Tensor:
 
 
 @quick
-@given(kept_rows(even=True), st.sampled_from([(), (3,), (2, 3)]), st.sampled_from([torch.float32, torch.int64, torch.bool]))
+@given(
+    kept_rows(even=True), st.sampled_from([(), (3,), (2, 3)]), st.sampled_from([torch.float32, torch.int64, torch.bool])
+)
 def test_apply_takes_the_kept_tokens_of_every_row(case, tail, dtype):
     length, rows = case
     x = numbered(len(rows), length, *tail)

@@ -1,4 +1,4 @@
-"""O6 and the laws of state: a patch leaves nothing behind, keeps to its own model and thread, and does not travel with copies."""
+"""O6 and the laws of state: a patch leaves nothing behind, keeps to its model and thread, and stays out of copies."""
 
 import copy
 import gc
@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from families import EVEN, FAMILIES, RAGGED, batch, fresh, generate, implementations, tiny
 from oracle import check_steps
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 
 import tokenprune
 from tokenprune import Method
@@ -28,13 +31,14 @@ LATER: tuple = ((2, (3, 4), 9), (4, (2, 2), 6, (2, 2), 1), (1, (4, 3), 3))
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything that hangs on the modules of `model`, by identity, and its configurations by value.
 
-    Objects are held, so that an identity is not given away a second time.
+    Objects are held, so that an identity is not given away a second time. What models with M-RoPE remember of the last
+    prompt is not looked at: they write it down in every forward.
     """
     found: dict[str, Any] = {"state_dict": list(model.state_dict())}
     for name, module in model.named_modules():
         found[name, "class"] = type(module)
         for key, value in vars(module).items():
-            found[name, key] = Same(value)
+            found[name, key] = None if key == "rope_deltas" else Same(value)
             if isinstance(value, dict):
                 found[name, key, "items"] = [(entry, Same(inner)) for entry, inner in value.items()]
             elif isinstance(value, list | set | tuple):
@@ -105,12 +109,12 @@ class Moody(Method):
         return Keep(torch.arange(budget.high).expand(len(signals.features), -1))
 
 
-# --- taking a patch out again ---------------------------------------------------------------------------------------------
+# --- taking a patch out again ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FEW)
 def test_unpatching_leaves_the_model_as_it_was(family):
-    model, prompt = tiny(family), batch(family)
+    model, prompt = tiny(family, implementations(family)[0]), batch(family)
     wanted = generate(model, prompt.inputs, 3)
     before = snapshot(model)
     session = tokenprune.patch(model, "divprune", keep=0.5)
@@ -250,7 +254,7 @@ def test_an_unpatched_model_does_not_hold_its_session():
     assert watched() is None
 
 
-# --- patching again, and several models -----------------------------------------------------------------------------------
+# --- patching again, and several models -----------------------------------------------------------
 
 
 def test_patching_again_replaces_the_first_patch():
@@ -340,7 +344,7 @@ def test_a_patched_model_may_run_within_the_forward_of_another_one():
     assert [session.traces[0].n_out for session in sessions] == [(8, 6, 4), (3, 3)]
 
 
-# --- exceptions -----------------------------------------------------------------------------------------------------------
+# --- exceptions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["layer of the prefill", "layer of a decoding step", "head", "vision"])
@@ -401,7 +405,7 @@ def test_after_an_exception_no_input_is_held(error):
 def test_a_method_that_raises_leaves_nothing_behind(monkeypatch):
     model, prompt = tiny("llava"), batch("llava")
     session = tokenprune.patch(model, Moody(keep=3))
-    wanted = generate(model, prompt.inputs, 2)
+    wanted, first = generate(model, prompt.inputs, 2), logits(model, prompt.inputs)
     traces, before = session.traces, snapshot(model)
     cache = DynamicCache(config=model.config)
     monkeypatch.setattr(Moody, "broken", True)
@@ -413,7 +417,7 @@ def test_a_method_that_raises_leaves_nothing_behind(monkeypatch):
     assert cache.get_seq_length() == 0
     monkeypatch.setattr(Moody, "broken", False)
     assert same_run(generate(model, prompt.inputs, 2), wanted)
-    assert torch.equal(logits(model, prompt.inputs, past_key_values=cache)[:, -1:], wanted.logits[0][:, None])
+    assert torch.equal(logits(model, prompt.inputs, past_key_values=cache), first)
 
 
 def test_the_second_of_two_methods_raising_leaves_the_traces_alone(monkeypatch):
@@ -454,15 +458,20 @@ def test_a_pruned_cache_goes_on_after_an_exception_in_the_next_turn():
     assert torch.equal(turns(interrupt), wanted)
 
 
-# --- copies ---------------------------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 COPIES: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     "deepcopy": lambda model, path: copy.deepcopy(model),
     "pickle": lambda model, path: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model, path: (torch.save(model, path / "m.pt"), torch.load(path / "m.pt", weights_only=False))[1],
+    "torch.save": lambda model, path: _saved(model, path / "model.pt"),
     "save_pretrained": lambda model, path: (model.save_pretrained(path), type(model).from_pretrained(path).eval())[1],
     "state_dict": lambda model, path: _loaded(tiny("llava"), model.state_dict()),
 }
+
+
+def _saved(model: nn.Module, path: Path) -> nn.Module:
+    torch.save(model, path)
+    return torch.load(path, weights_only=False)
 
 
 def _loaded(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -476,6 +485,7 @@ def _loaded(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_patched_model_is_unpatched_and_the_original_stays_patched(way, tmp_path):
     model, prompt = tiny("llava"), batch("llava")
+    model.save_pretrained(tmp_path / "first")  # writes something into the configuration, patched or not
     dense = generate(model, prompt.inputs, 3)
     config, names = model.config.to_dict(), list(model.state_dict())
     session = tokenprune.patch(model, "divprune", keep=0.5)
@@ -489,7 +499,7 @@ def test_a_copy_of_a_patched_model_is_unpatched_and_the_original_stays_patched(w
     assert session.traces is traces, "a forward of the copy left a trace on the original's session"
     assert type(twin) is type(model)
     assert list(twin.state_dict()) == names
-    assert {**twin.config.to_dict(), "_name_or_path": None} == {**config, "_name_or_path": None}
+    assert set(twin.config.to_dict()) == set(config)
     assert same_run(generate(model, prompt.inputs, 3), pruned)
     tokenprune.unpatch(model)
     assert same_run(generate(model, prompt.inputs, 3), dense)
@@ -535,6 +545,21 @@ def test_hooks_do_not_pile_up_over_generations_of_copies():
     assert hook_counts(model) == wanted
 
 
+def test_hooks_that_are_added_to_a_model_loaded_in_a_new_process_are_called_as_they_were_registered(monkeypatch):
+    model, prompt = tiny("llava"), batch("llava")
+    tokenprune.patch(model, "divprune", keep=0.5)
+    saved, first = pickle.dumps(model), min(model.model._forward_pre_hooks)
+    seen: list[int] = []
+    monkeypatch.setattr(RemovableHandle, "next_id", first)  # a new process counts from 0
+    twin = pickle.loads(saved)
+    for module in (twin.model, twin.get_decoder()):
+        for _ in range(4):
+            module.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+            module.register_forward_hook(lambda module, args, output: seen.append(len(args)))
+    logits(twin, prompt.inputs)
+    assert seen == [0] * 16
+
+
 def test_a_pruned_cache_can_be_copied_and_each_copy_goes_on():
     model, prompt = tiny("llava"), batch("llava")
     tokenprune.patch(model, "divprune", keep=0.5)
@@ -555,7 +580,7 @@ def test_a_pruned_cache_can_be_copied_and_each_copy_goes_on():
     assert twin.get_seq_length() == third.get_seq_length() == cache.get_seq_length()
 
 
-# --- pausing --------------------------------------------------------------------------------------------------------------
+# --- pausing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -638,7 +663,7 @@ def test_an_image_that_comes_while_paused_is_kept_whole_on_a_pruned_cache():
     assert session.traces[0].n_out == (3, 3)
 
 
-# --- threads --------------------------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
@@ -674,7 +699,9 @@ def test_two_threads_generate_on_one_patched_model():
     sys.setswitchinterval(1e-5)
     try:
         for _ in range(5):
-            for out, right in zip(in_threads(*(lambda p=p: generate(model, p.inputs, 4) for p in prompts)), wanted, strict=True):
+            for out, right in zip(
+                in_threads(*(lambda p=p: generate(model, p.inputs, 4) for p in prompts)), wanted, strict=True
+            ):
                 assert same_run(out, right)
     finally:
         sys.setswitchinterval(interval)
@@ -696,7 +723,12 @@ def test_a_whole_generation_of_one_thread_fits_into_a_forward_of_another(stop):
                 assert done.wait(timeout=60)
 
     decoder = model.get_decoder()
-    module = {"root": model.model, "before the decoder": decoder, "layer": decoder.layers[2], "decoding": decoder.layers[2]}[stop]
+    module = {
+        "root": model.model,
+        "before the decoder": decoder,
+        "layer": decoder.layers[2],
+        "decoding": decoder.layers[2],
+    }[stop]
     module.register_forward_pre_hook(wait)
 
     def waiting() -> Any:
@@ -742,31 +774,31 @@ def test_one_thread_pauses_while_another_prunes():
     assert same_run(out, pruned)
 
 
-# --- keeping everything ---------------------------------------------------------------------------------------------------
+# --- keeping everything ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("family", "implementation"),
+    ("family", "implementation", "method"),
     [
-        pytest.param(*case, marks=() if case[0] in FEW else pytest.mark.matrix, id="-".join(case))
+        pytest.param(*case, method, marks=() if method == "divprune" and case[0] in FEW else pytest.mark.matrix)
         for case in EVERY
+        for method in ("divprune", "random", "uniform")
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("method", ["divprune", "random", "uniform"])
+)
 def test_keeping_everything_changes_no_bit_of_any_logit(family, implementation, method):
     model, prompt = tiny(family, implementation), batch(family)
-    wanted, ids = logits(model, prompt.inputs), generate(model, prompt.inputs, 3).sequences
+    wanted, ids = logits(model, prompt.inputs), generate(model, prompt.inputs, 2).sequences
     uncached = logits(model, prompt.inputs, use_cache=False)
     session = tokenprune.patch(model, method, keep=1.0)
     for forced in (False, True):
         session.forced = forced
         assert torch.equal(logits(model, prompt.inputs), wanted)
         assert torch.equal(logits(model, prompt.inputs, use_cache=False), uncached)
-        assert torch.equal(generate(model, prompt.inputs, 3).sequences, ids)
+        assert torch.equal(generate(model, prompt.inputs, 2).sequences, ids)
     assert session.traces[0].n_out == session.traces[0].n_in == (16, 12, 8)
 
 
-# --- compiling ------------------------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -777,44 +809,67 @@ def dynamo():
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("how", ["torch.compile", "module.compile"])
-def test_a_patched_model_can_be_compiled(how):
-    model, prompt = tiny("llava"), batch("llava")
+@pytest.mark.parametrize("how", ["torch.compile", pytest.param("module.compile", marks=pytest.mark.matrix)])
+def test_a_patched_model_can_be_compiled_and_paused_and_unpatched_then(how):
+    model, prompt = tiny("llava", text_config={"num_hidden_layers": 1}), batch("llava")
+    dense = logits(model, prompt.inputs)
     session = tokenprune.patch(model, "divprune", keep=0.5)
-    wanted = generate(model, prompt.inputs, 3)
-    one = logits(model, prompt.inputs)
+    wanted = logits(model, prompt.inputs)
     session.publish(())
     if how == "torch.compile":
         compiled = torch.compile(model, backend="eager")
     else:
         compiled = model
         model.compile(backend="eager")
-    torch.testing.assert_close(logits(compiled, prompt.inputs), one)
+    torch.testing.assert_close(logits(compiled, prompt.inputs), wanted)
     assert [trace.n_out for trace in session.traces] == [(8, 6, 4)]
-    out = generate(compiled, prompt.inputs, 3)
-    assert torch.equal(out.sequences, wanted.sequences)
-    for step, right in zip(out.logits, wanted.logits, strict=True):
-        torch.testing.assert_close(step, right)
-    for rows in (EVEN, LATER):  # other shapes, other counts
-        other = batch("llava", rows)
-        with session.pause():
-            dense = logits(compiled, other.inputs)
-        assert not torch.equal(logits(compiled, other.inputs), dense)
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_pausing_and_unpatching_reach_a_model_that_was_compiled_after_the_patch():
-    model, prompt = tiny("llava"), batch("llava")
-    dense = logits(model, prompt.inputs)
-    session = tokenprune.patch(model, "divprune", keep=0.5)
-    compiled = torch.compile(model, backend="eager")
-    pruned = logits(compiled, prompt.inputs)
-    assert not torch.allclose(pruned, dense)
     with session.pause():
         torch.testing.assert_close(logits(compiled, prompt.inputs), dense)
-    torch.testing.assert_close(logits(compiled, prompt.inputs), pruned)
+    torch.testing.assert_close(logits(compiled, prompt.inputs), wanted)
     tokenprune.unpatch(model)
     torch.testing.assert_close(logits(compiled, prompt.inputs), dense)
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_patched_model_generates_as_it_does_uncompiled():
+    model = tiny("llava", text_config={"num_hidden_layers": 1})
+    tokenprune.patch(model, "divprune", keep=0.5)
+    prompts = [batch("llava", rows) for rows in (RAGGED, EVEN, LATER)]
+    wanted = [generate(model, prompt.inputs, 3) for prompt in prompts]
+    model.compile(backend="eager")
+    for prompt, right in zip(prompts, wanted, strict=True):
+        out = generate(model, prompt.inputs, 3)
+        assert torch.equal(out.sequences, right.sequences)
+        for step, step_right in zip(out.logits, right.logits, strict=True):
+            torch.testing.assert_close(step, step_right)
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("before", ["patched first", "compiled first"])
+def test_generation_that_compiles_itself_for_a_static_cache_stays_right(before):
+    dense, prompt = tiny("llava", text_config={"num_hidden_layers": 1}), batch("llava")
+    automatic = CompileConfig(backend="eager", mode=None)
+    automatic._compile_all_devices = True
+    static = {"cache_implementation": "static"}
+
+    def check(model: nn.Module, right: Any) -> None:
+        out = generate(model, prompt.inputs, 3, **static, compile_config=automatic)
+        for step, step_right in zip(out.logits, right.logits, strict=True):
+            torch.testing.assert_close(step, step_right, atol=1e-4, rtol=1e-4)
+
+    unpruned = generate(dense, prompt.inputs, 3, **static)
+    other = copy.deepcopy(dense)
+    tokenprune.patch(other, "divprune", keep=0.5)
+    pruned = generate(other, prompt.inputs, 3, **static)
+    model = copy.deepcopy(dense)
+    if before == "compiled first":
+        check(model, unpruned)
+    tokenprune.patch(model, "divprune", keep=0.5)
+    check(model, pruned)
+    tokenprune.unpatch(model)
+    check(model, unpruned)
 
 
 def test_right_answers_survive_all_of_this_in_one_session():

@@ -38,13 +38,16 @@ class _Units:
         width = tokens.shape[1]
         memory = max(MEMORY, self.n * width * tokens.element_size())
         self.step = max(1, min(1024, _BLOCK // (4 * width)))
-        self.holds_similarity = tokens.device.type == "cpu" and 4 * self.n * (self.n + width) + _BLOCK // 4 <= memory
-        self.whole: Tensor | None = None
-        if self.holds_similarity or 4 * self.n * width + 3 * _BLOCK <= memory:
-            whole = torch.empty(self.n, width, dtype=torch.float32, device=tokens.device)
-            for i in range(0, self.n, self.step):
-                _unit(self._raw(slice(i, i + self.step)), out=whole[i : i + self.step])
-            self.whole = whole
+        fits = 4 * self.n * width + 3 * _BLOCK <= memory
+        held = 4 * self.n * (self.n + width + min(self.n, width) + 64)
+        self.holds_similarity = fits and tokens.device.type == "cpu" and held <= memory
+        self.whole = self._all(_unit) if fits and not self.holds_similarity else None
+
+    def _all(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        out = torch.empty(self.n, self.tokens.shape[1], dtype=torch.float32, device=self.tokens.device)
+        for i in range(0, self.n, self.step):
+            out[i : i + self.step] = make(self._raw(slice(i, i + self.step)))
+        return out
 
     def _raw(self, where: slice | Tensor) -> Tensor:
         if self.position is not None:
@@ -57,14 +60,21 @@ class _Units:
         return _unit(self._raw(where)) if self.whole is None else self.whole[where]
 
     def similarity(self) -> Tensor:
-        """All cosines `[n, n]`, one half computed and mirrored, with `-inf` on the diagonal."""
-        out = torch.empty(self.n, self.n, dtype=torch.float32, device=self.tokens.device)
-        step = self.n if self.n < 2048 else -(-self.n // 4)  # Small products gain nothing from halving.
-        for i in range(0, self.n, step):
-            j = min(i + step, self.n)
-            torch.mm(self.at(slice(i, j)), self.at(slice(i, self.n)).T, out=out[i:j, i:])
-            out[j:, i:j] = out[i:j, j:].T
-        return out.fill_diagonal_(-torch.inf)
+        """All cosines `[n, n]`, with `-inf` on the diagonal."""
+        out = self._scaled() if self.n <= self.tokens.shape[1] else None
+        return (_gram(self._all(_unit)) if out is None else out).fill_diagonal_(-torch.inf)
+
+    def _scaled(self) -> Tensor | None:
+        """Cosines from the products of the tokens as they are: fewer numbers to scale; `None` for extreme lengths."""
+        rows = self.tokens
+        aligned = rows.data_ptr() % 64 == 0  # Where it is not, a product may be rounded in another way.
+        if self.position is not None or rows.dtype != torch.float32 or not rows.is_contiguous() or not aligned:
+            rows = self._all(_same)
+        out = _gram(rows)
+        length = out.diagonal().sqrt()
+        if not (length.min() > 1e-9 and length.max() < 1e9):
+            return None
+        return out.div_(length[:, None] * length)  # By one product, so that both halves are rounded alike.
 
     def nearest(self) -> Tensor:
         """The largest cosine `[n]` of every token to another one, from one half of the blocks."""
@@ -93,10 +103,26 @@ class _Units:
         return np.concatenate([(part.view(torch.int32) * weight).sum(1).cpu().numpy() for part in parts])
 
 
-def _unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
+def _gram(rows: Tensor) -> Tensor:
+    """Dot products `[n, n]` of rows, one half computed and mirrored."""
+    n = len(rows)
+    out = torch.empty(n, n, dtype=torch.float32, device=rows.device)
+    step = n if n < 512 else -(-n // 4)  # Small products gain nothing from halving.
+    for i in range(0, n, step):
+        j = min(i + step, n)
+        torch.mm(rows[i:j], rows[i:].T, out=out[i:j, i:])
+        out[j:, i:j] = out[i:j, j:].T
+    return out
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _unit(rows: Tensor) -> Tensor:
     """Rows `[m, D]` in fp32 divided by their lengths; a zero vector stays zero, one that is not finite becomes zero."""
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    unit = torch.div(rows, length.clamp_min(1e-12), out=out)
+    unit: Tensor = rows / length.clamp_min(1e-12)
     broken = ~length[:, 0].isfinite()
     return unit.masked_fill_(broken[:, None], 0.0) if broken.any() else unit
 
@@ -178,15 +204,15 @@ def _pick(
         stop: says whether to stop, from the number chosen and the largest distance left.
         bar: the largest distance among all other tokens and the first token that has it.
     """
-    row = np.empty_like(gap)
-    while True:
+    row, ones, tokens, (height, holder) = np.empty_like(gap), np.ones_like(gap), index.tolist(), bar
+    while True:  # Some thousand turns: what they share is prepared above.
         j = int(gap.argmax())
-        best, token = float(gap[j]), int(index[j])
-        if stop(len(order), best) or (best, -token) < (bar[0], -bar[1]):
+        best, token = gap.item(j), tokens[j]
+        if stop(len(order), best) or best < height or (best == height and token > holder):
             return
         order.append(token)
         reach.append(best)
-        np.subtract(1, sim[j], out=row)
+        np.subtract(ones, sim[j], out=row)
         np.minimum(gap, row, out=gap)
         gap[j] = -1
 

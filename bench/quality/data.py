@@ -1,0 +1,80 @@
+"""The data of the quality lab, as samples for evaluation and as tensors for training.
+
+A sample is `(image, question, answer, type)`: a PIL image and three strings. `evaluate.py` takes any iterable of
+samples, so a real benchmark runs through the same code: yield its samples with the questions about one image next to
+each other (the confidence intervals resample images, not questions), or write them to a JSON-lines file for
+`read_samples`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packing import Packed, pack_questions
+from PIL import Image
+from questions import KINDS, TRAINING_MIX, words
+from scenes import SceneConfig, Scenes, make_scenes
+
+
+class Sample(NamedTuple):
+    """One question about one image; `answer` is matched exactly."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    type: str
+
+
+def make_dataset(split: str, n_images: int, seed: int) -> Iterator[Sample]:
+    """Images of `split` ("train" or "eval") with one question of every type that has a single answer there.
+
+    Args:
+        split: "eval" uses only digits that no training image ever contains.
+        n_images: Number of images; there are nearly eight times as many samples.
+        seed: The same seed gives the same samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, n_images, 100):
+        scenes = make_scenes(split, min(100, n_images - start), generator)
+        blocks = [kind(scenes, generator) for kind in KINDS]
+        pixels = (scenes.pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for row, array in enumerate(pixels):
+            image = Image.fromarray(array)
+            for block in blocks:
+                if block.valid[row]:
+                    yield Sample(image, words(block.question[row]), words(block.answer[row]), block.kind)
+
+
+def training_batch(
+    n: int, generator: torch.Generator, config: SceneConfig | None = None, questions: int = 12
+) -> tuple[Scenes, Packed]:
+    """`n` training images and packed questions (a multiple of twelve) about each, all as tensors."""
+    scenes = make_scenes("train", n, generator, config)
+    return scenes, pack_questions(scenes, generator, questions // len(TRAINING_MIX))
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Samples from JSON lines with the keys image (a path relative to the file), question, answer and perhaps type."""
+    name, image = None, None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if image is None or row["image"] != name:
+            name = row["image"]
+            image = Image.open(path.parent / name).convert("RGB")
+        yield Sample(image, row["question"], row["answer"], row.get("type", "all"))
+
+
+def by_image(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Neighbouring samples that share their image, together."""
+    group: list[Sample] = []
+    for sample in samples:
+        if group and sample.image is not group[0].image:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
