@@ -30,8 +30,8 @@ def max_min_select(tokens: torch.Tensor, k: int) -> tuple[list[int], list[float]
 def cosine_distance(tokens: torch.Tensor) -> torch.Tensor:
     """`[N, N]` in fp64, 0 on the diagonal; below 2^-20 it counts as 0, and a zero vector has cosine 0 to all others."""
     tokens = tokens.double()
-    unit = tokens / tokens.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    distance = 1 - unit @ unit.T
+    unit = tokens / torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp_min(1e-12)
+    distance: torch.Tensor = 1 - unit @ unit.T
     distance[distance < 2.0**-20] = 0
     return distance.fill_diagonal_(0)
 

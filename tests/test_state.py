@@ -344,6 +344,23 @@ def test_a_patched_model_may_run_within_the_forward_of_another_one():
     assert [session.traces[0].n_out for session in sessions] == [(8, 6, 4), (3, 3)]
 
 
+def test_a_patched_model_may_run_within_its_own_forward():
+    model, prompts = tiny("llava"), (batch("llava"), batch("llava", EVEN, seeds=(7, 8)))
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    wanted = [generate(model, prompt.inputs, 2) for prompt in prompts]
+    nested: list[Any] = []
+
+    def run(module: nn.Module, args: Any) -> None:
+        if not nested:
+            nested.append(None)
+            nested[0] = generate(model, prompts[1].inputs, 2)
+
+    model.get_decoder().layers[1].register_forward_pre_hook(run)
+    assert same_run(generate(model, prompts[0].inputs, 2), wanted[0])
+    assert same_run(nested[0], wanted[1])
+    assert session.traces[0].n_out == (8, 6, 4)
+
+
 # --- exceptions -----------------------------------------------------------------------------------
 
 
@@ -378,13 +395,19 @@ def test_after_an_exception_the_decoder_by_itself_is_not_pruned(error):
     decoder = model.get_decoder()
     embeds = torch.randn(*prompt.inputs["input_ids"].shape, 32)
     with torch.no_grad():
-        wanted = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        tokenprune.patch(model, "divprune", keep=0.5)
-        interrupt = Interrupt(decoder.layers[0], error)
-        with pytest.raises(error):
-            logits(model, prompt.inputs)
-        interrupt.armed = False
-        assert torch.equal(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state, wanted)
+        wanted = decoder(inputs_embeds=embeds).last_hidden_state
+        session = tokenprune.patch(model, "divprune", keep=0.5)
+        logits(model, prompt.inputs)
+        traces, interrupt = session.traces, Interrupt(decoder.layers[0], error)
+        for _ in range(2):
+            interrupt.armed = True
+            with pytest.raises(error):
+                logits(model, prompt.inputs)
+            interrupt.armed = False
+            out = decoder(inputs_embeds=embeds)
+            assert torch.equal(out.last_hidden_state, wanted)
+            assert type(out.past_key_values) is DynamicCache
+            assert session.traces is traces
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -708,41 +731,33 @@ def test_two_threads_generate_on_one_patched_model():
 
 
 @pytest.mark.parametrize("stop", ["root", "before the decoder", "layer", "decoding"])
-def test_a_whole_generation_of_one_thread_fits_into_a_forward_of_another(stop):
+def test_forwards_of_two_threads_that_overlap_do_not_mix(stop):
     model, prompts = tiny("llava"), (batch("llava"), batch("llava", LATER, seeds=(7, 8, 9)))
     tokenprune.patch(model, "divprune", keep=0.5)
     wanted = [generate(model, prompt.inputs, 3) for prompt in prompts]
-    reached, done, slow = threading.Event(), threading.Event(), threading.local()
+    inside, finished, own = (threading.Event(), threading.Event()), threading.Event(), threading.local()
 
     def wait(module: nn.Module, args: Any) -> None:
-        left = getattr(slow, "left", None)
+        left = getattr(own, "left", None)
         if left is not None:
-            slow.left -= 1
-            if left == 0:
-                reached.set()
-                assert done.wait(timeout=60)
+            own.left -= 1
+            if left == 0:  # the first to enter leaves while the second one is inside
+                inside[own.number].set()
+                assert (finished if own.number else inside[1]).wait(timeout=60)
 
     decoder = model.get_decoder()
-    module = {
-        "root": model.model,
-        "before the decoder": decoder,
-        "layer": decoder.layers[2],
-        "decoding": decoder.layers[2],
-    }[stop]
+    module = {"root": model.model, "before the decoder": decoder}.get(stop, decoder.layers[2])
     module.register_forward_pre_hook(wait)
 
-    def waiting() -> Any:
-        slow.left = 1 if stop == "decoding" else 0
-        return generate(model, prompts[0].inputs, 3)
-
-    def running() -> Any:
-        assert reached.wait(timeout=60)
+    def run(number: int) -> Any:
+        own.number, own.left = number, 1 if stop == "decoding" else 0
+        assert number == 0 or inside[0].wait(timeout=60)
         try:
-            return generate(model, prompts[1].inputs, 3)
+            return generate(model, prompts[number].inputs, 3)
         finally:
-            done.set()
+            (inside[1], finished)[1 - number].set()
 
-    for out, right in zip(in_threads(waiting, running), wanted, strict=True):
+    for out, right in zip(in_threads(lambda: run(0), lambda: run(1)), wanted, strict=True):
         assert same_run(out, right)
 
 

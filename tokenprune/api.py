@@ -13,7 +13,7 @@ from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
-from tokenprune.session import Session, session_of
+from tokenprune.session import Session, forget_copied_hooks, session_of
 
 _POSITIONS = ("original", "packed")
 
@@ -113,6 +113,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if (session := session_of(module)) is not None:
             session.remove()
+        forget_copied_hooks(module)
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -180,8 +181,10 @@ def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(
-        getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, torch._dynamo.OptimizedModule)
+    compiled = any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
     if compiled:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from tokenprune.errors import OptionError
 
@@ -186,6 +185,8 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_args: object, 
 def _formula(func: Any) -> Any:
     name = str(func._overloadpacket)
     fused = name.startswith("aten._scaled_dot_product_") and not name.endswith(("_backward", "_math"))
+    from torch.utils.flop_counter import flop_registry  # imports triton, which importing tokenprune should not
+
     return _attention_flops if fused else flop_registry.get(func._overloadpacket)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +26,8 @@ def _inert(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a copy of a patched model."""
 
 
-def _get_inert() -> Callable[..., None]:
+def _get_inert(handle: RemovableHandle | None) -> Callable[..., None]:
+    """Loading the handle makes torch number later hooks after it, also in a process that counts from 0 again."""
     return _inert
 
 
@@ -35,6 +37,7 @@ class _Hook:
     def __init__(self, session: "Session", function: Callable[..., Any]) -> None:
         self.session = weakref.ref(session)
         self.function = function
+        self.handle: RemovableHandle | None = None
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
@@ -42,8 +45,8 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_inert, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[RemovableHandle | None]]:
+        return _get_inert, (self.handle,)
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,34 @@ class _Reducer:
         return self.method.name or type(self.method).__name__
 
     def __call__(self, signals: Signals) -> Keep:
+        """What the method keeps, on the CPU.
+
+        Raises:
+            InputError: the method did not answer with distinct ascending positions within its budget.
+        """
         n_rows, n_tokens = signals.features.shape[:2]
         budget = self.method.budget(n_tokens)
-        keep: Keep = getattr(self.method, self.site)(signals, budget)
-        if keep.index.shape[0] != n_rows or not budget.low <= keep.index.shape[1] <= budget.high:
-            raise InputError(
-                f"method {self.name!r} returned an index of shape {tuple(keep.index.shape)} at site {self.site!r}; "
-                f"{n_rows} rows of "
-                f"{budget.low} to {budget.high} of {n_tokens} tokens were due"
-            )
-        return keep
+        keep = getattr(self.method, self.site)(signals, budget)
+        due = f"{n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
+        who = f"method {self.name!r} at site {self.site!r} returned"
+        if not isinstance(keep, Keep):
+            raise InputError(f"{who} {type(keep).__name__}; a Keep with {due}")
+        index, valid = keep.index.cpu(), None if keep.valid is None else keep.valid.cpu()
+        fits = index.ndim == 2 and index.shape[0] == n_rows and budget.low <= index.shape[1] <= budget.high
+        if not fits or (valid is not None and valid.shape != index.shape):
+            raise InputError(f"{who} an index of shape {tuple(index.shape)}; {due}, and valid of that shape or None")
+        if index.dtype != torch.int64:
+            raise InputError(f"{who} an index of {index.dtype}; int64 positions were due")
+        for row, kept in enumerate(index):
+            kept = kept if valid is None else kept[valid[row]]
+            inside = len(kept) >= budget.low and int(kept[0]) >= 0 and int(kept[-1]) < n_tokens
+            if not inside or not bool((kept.diff() > 0).all()):
+                raise InputError(
+                    f"{who} {kept.tolist()} for image {row}; {budget.low} to {budget.high} distinct ascending "
+                    f"positions "
+                    f"below {n_tokens} were due"
+                )
+        return Keep(index, valid, keep.radius)
 
 
 class Session:
@@ -132,10 +153,22 @@ class Session:
         }
         try:
             for hook in self._adapter.hooks(self):
-                self._handles.append(register[hook.kind](hook.module, _Hook(self, hook.function)))
+                ours = _Hook(self, self._guarded(hook.function))
+                ours.handle = register[hook.kind](hook.module, ours)
+                self._handles.append(ours.handle)
         except BaseException:
             self.remove()
             raise
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` outside of any compiled graph, and idle once the hooks are out: a graph compiled before has
+        them."""
+
+        def call(*args: Any) -> Any:
+            return function(*args) if self._handles else None
+
+        guarded: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        return guarded
 
     def remove(self) -> None:
         """Take the hooks out. The model is as it was before; calling it again does nothing."""
@@ -180,6 +213,22 @@ class Session:
     def __repr__(self) -> str:
         methods = ", ".join(map(repr, self.methods))
         return f"Session({self.family}, [{methods}], positions={self.positions!r}, installed={self.installed})"
+
+
+def _registries(module: nn.Module) -> tuple[tuple[dict[int, Any], ...], ...]:
+    """Where torch keeps the hooks of a module, each kind followed by its flags."""
+    return (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    )
+
+
+def forget_copied_hooks(module: nn.Module) -> None:
+    """Take out what hooks became when a patched model was copied."""
+    for hooks, *flags in _registries(module):
+        for key in [key for key, hook in hooks.items() if hook is _inert]:
+            for registry in (hooks, *flags):
+                registry.pop(key, None)
 
 
 def session_of(module: nn.Module) -> Session | None:

@@ -2,14 +2,14 @@
 
 Stages of a fixed number of steps, seeded, so that a run can be repeated:
 
-1. windows: the vision layers alone, on 4x4-patch windows around digits, with labels for every patch. A digit is
-   learnt ten times faster from sixteen tokens than from the whole image.
+1. windows: the vision layers alone, on 4x4-patch windows around digits, with labels for every patch. Sixteen
+   tokens are cheap, and a digit is learnt much sooner from them than from the whole image.
 2. images: the vision layers on whole images; the class token learns which digits and colours are present.
 3. answers: the language model learns to answer, with the vision layers frozen and the scenes simple at first.
 4. answers: everything together at the full difficulty; the patch labels fade, because they favour pruning by diversity.
 5. answers: a short last stage in which half of the images lose random visual tokens. Until then the model has never
-   seen a pruned image, and lists digits (and counts them) by the share of digit patches, which any method that removes
-   background changes; this stage teaches it to expect pruning, and figures with and without it are in the model card.
+   seen a pruned image, and seems to count digits (and end lists) by the share of digit patches, which any method that
+   removes background changes; this stage teaches it to expect pruning. The model card has figures with and without it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ STAGES = (
     Stage("images", steps=500, batch=48),
     Stage("answers", steps=500, batch=32, vision=0.0, ramp=0.4, questions=24),
     Stage("answers", steps=1100, batch=32, vision=0.2, dense=(0.3, 0.02), questions=24),
-    Stage("answers", steps=150, batch=32, lr=0.01, vision=0.0, questions=24, drop=0.5),
+    Stage("answers", steps=550, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
 )
 
 

@@ -18,8 +18,8 @@ class DivPrune(Method):
     """Max-min diversity selection before the language model (section 3 of the paper).
 
     The first pick is the token whose nearest other token is farthest in cosine distance; then, repeatedly, the token
-    that is farthest from all chosen ones. Ties go to the lowest index. A greedy k-centre: no choice of k tokens covers
-    the image with less than half the radius that the trace reports.
+    that is farthest from all chosen ones. Ties go to the lowest index. A greedy k-centre: no other choice of
+    as many tokens reaches less than a quarter of the radius in the trace (half of it in the chord distance, a metric).
 
     Args:
         keep: float in (0, 1] = fraction of each image (frame), int = tokens of each image (frame), or `"auto"`: as few
@@ -43,6 +43,11 @@ class DivPrune(Method):
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "torch", "triton"):
             raise OptionError(f"backend must be 'auto', 'torch' or 'triton', got {self.backend!r}")
+        if isinstance(self.keep, str) and self.keep != "auto":
+            raise OptionError(
+                "keep must be a float in (0, 1] (a fraction), an int of at least 1 (tokens per image) or the word "
+                f'"auto", got {self.keep!r}'
+            )
         if self.keep != "auto":
             check_keep(self.keep)
             for name in ("radius", "min_keep", "max_keep"):
@@ -51,7 +56,8 @@ class DivPrune(Method):
                         f'{name} goes with keep="auto" only, got {name}={getattr(self, name)!r} and keep={self.keep!r}'
                     )
             return
-        if self.radius is None or isinstance(self.radius, bool) or not 0.0 <= self.radius <= 2.0:
+        number = isinstance(self.radius, int | float) and not isinstance(self.radius, bool)
+        if self.radius is None or not number or not 0.0 <= self.radius <= 2.0:
             raise OptionError(f'keep="auto" needs radius, a cosine distance in [0, 2], got {self.radius!r}')
         for name in ("min_keep", "max_keep"):
             if getattr(self, name) is not None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep
 from tokenprune.signals import Budget, Signals
@@ -19,18 +20,26 @@ class Random(Method):
 
     Args:
         keep: see :class:`~tokenprune.methods.base.Method`.
-        seed: seed of the draws.
+        seed: seed of the draws, an int from 0 to 2^63 - 1.
+
+    Raises:
+        OptionError: `keep` or `seed` is out of range.
     """
 
     name: ClassVar[str] = "random"
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed must be an int from 0 to 2^63 - 1, got {self.seed!r}")
+
     def before_llm(self, signals: Signals, budget: Budget) -> Keep:
         """Draw `budget.high` of N tokens for each of the B images."""
         n_tokens = signals.features.shape[1]
         rows = []
         for ordinal in signals.ids:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + ordinal) % 2**63)
             rows.append(torch.randperm(n_tokens, generator=generator)[: budget.high].sort().values)
         return Keep(torch.stack(rows).to(signals.features.device))

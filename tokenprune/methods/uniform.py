@@ -20,7 +20,7 @@ def _on_grid(n_keep: int, grid: tuple[int, int]) -> torch.Tensor:
     """`n_keep` tokens of a grid of h x w in evenly spaced rows, the rows as evenly filled as possible, `[n_keep]`
     int64."""
     height, width = grid
-    n_rows = min(height, max(math.ceil(n_keep / width), round(math.sqrt(n_keep * height / width))))
+    n_rows = min(height, n_keep, max(math.ceil(n_keep / width), round(math.sqrt(n_keep * height / width))))
     bounds = [row * n_keep // n_rows for row in range(n_rows + 1)]
     lines = [
         int(line) * width + _spaced(bounds[row + 1] - bounds[row], width)

@@ -95,6 +95,10 @@ class _PrunedCache:
             return past + query_length, 0
         return window - 1 + query_length, past - window + 1
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the name of the class that the cache came from."""
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as on an unpruned cache."""
         slots: Slots = getattr(self, _STATE)
@@ -134,6 +138,10 @@ class _PrunedCache:
 @functools.cache
 def _pruned_class(cls: type) -> type:
     return type(f"Pruned{cls.__name__}", (_PrunedCache, cls), {"__module__": __name__})
+
+
+def _rebuild(cls: Any) -> Any:
+    return object.__new__(_pruned_class(cls))
 
 
 def window_of(layer: Any) -> int | None:

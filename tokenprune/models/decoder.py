@@ -168,7 +168,11 @@ class DecoderAdapter:
                 "a pruned cache goes on through the model itself, not through input_ids given to its decoder"
             )
         started = time.perf_counter()
-        plan = None if state is None else self._plan(engine, state, embeds, kwargs)
+        plan = None
+        if state is not None:
+            state.plan = None
+            plan = self._plan(engine, state, embeds, kwargs)
+            state.inputs = {}  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if plan is None and slots is None:
             return None
         past, (n_rows, length) = past_length(cache), embeds.shape[:2]

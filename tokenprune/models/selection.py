@@ -53,7 +53,7 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
         keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members)))
-        index = keep.index.cpu()
+        index = keep.index.cpu()  # sessions hand it over on the CPU
         valid = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
         for member, i in enumerate(members):
             kept = index[member][valid[member]]
