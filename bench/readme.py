@@ -6,7 +6,6 @@ python bench/readme.py --check    # exit status 1 where README is stale
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from tokenprune.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+FILES = (ROOT / "README.md", ROOT / "demos" / "model" / "README.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -121,7 +120,7 @@ def quality() -> str:
         [
             table(["method", "keep", "tokens", *kinds], cells),
             "",
-            "[`quality.json`](bench/results/quality.json), `make quality`; ± is half of a 95 % interval.",
+            "`make quality`, rows in `bench/results/quality.json`; ± is half of a 95 % interval.",
         ]
     )
 
@@ -140,31 +139,31 @@ def families() -> str:
     return table(["family", "takes", '`positions="packed"`', "note"], rows)
 
 
+SECTIONS = {"prefill": prefill, "select": select, "quality": quality, "families": families}
+
+
 def rendered(text: str) -> str:
-    """README with every section filled in."""
-    for section in (prefill, select, quality, families):
-        name = section.__name__
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no section <!-- {name} -->")
-        body = section()
-        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)  # type: ignore[misc]
+    """A file with each of its sections filled in."""
+    for name, section in SECTIONS.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if opening in text:
+            start, end = text.index(opening) + len(opening), text.index(closing)
+            text = text[:start] + section() + "\n" + text[end:]
     return text
 
 
 def main() -> int:
-    """Rewrite README, or check it."""
+    """Rewrite the files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a file is stale")
     options = parser.parse_args()
-    old = README.read_text()
-    new = rendered(old)
-    if options.check:
-        if new != old:
-            print("README.md is stale: run python bench/readme.py", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    stale = {path: new for path in FILES if (new := rendered(path.read_text())) != path.read_text()}
+    for path, new in stale.items():
+        if options.check:
+            print(f"{path.relative_to(ROOT)} is stale: run python bench/readme.py", file=sys.stderr)
+        else:
+            path.write_text(new)
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":
