@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="demos/model")
     parser.add_argument("--methods", default="divprune,random,uniform,resize")
     parser.add_argument("--keep", default="1,0.5,0.25,0.125,0.0625")
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation images")
     parser.add_argument("--data", type=Path, help="JSON lines with samples, instead of the digits")
     parser.add_argument("--prompt", default="<image> {question}")
