@@ -190,6 +190,5 @@ def _refuse_compiled(model: nn.Module) -> None:
     if compiled:
         raise UnsupportedModelError(
             f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then "
-            f"compile: "
-            "tokenprune.patch(model, ...); model = torch.compile(model)"
+            "compile: tokenprune.patch(model, ...); model = torch.compile(model)"
         )

@@ -85,8 +85,7 @@ class _Reducer:
             if not inside or not bool((kept.diff() > 0).all()):
                 raise InputError(
                     f"{who} {kept.tolist()} for image {row}; {budget.low} to {budget.high} distinct ascending "
-                    f"positions "
-                    f"below {n_tokens} were due"
+                    f"positions below {n_tokens} were due"
                 )
         return Keep(index, valid, keep.radius)
 

@@ -65,8 +65,8 @@ class Slots:
         tail = torch.arange(end - surplus, end, device=self.index.device)
         if not bool((self.index[:, n_slots:] == tail).all()):
             raise InputError(
-                f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after them "
-                f"can be cropped"
+                f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after "
+                "them can be cropped"
             )
         self.index = self.index[:, :n_slots]
 

@@ -42,13 +42,12 @@ def _padding(mask: Tensor | None, layout: Layout) -> Tensor:
     if mask.shape[1] < layout.past + layout.length:
         raise InputError(
             f"attention_mask has {mask.shape[1]} columns, but {layout.past} cached and {layout.length} new tokens of "
-            f"the unpruned sequence "
-            "need one each"
+            "the unpruned sequence need one each"
         )
     return valid & gather(mask.to(valid.device, torch.bool), layout.columns.clamp(min=0))
 
 
-def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offset: int, dtype: torch.dtype) -> Tensor:
+def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offset: int) -> Tensor:
     """4-D mask for one kind of layers.
 
     Args:
@@ -57,7 +56,6 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
         layout: rows and columns.
         sizes: number and first slot of the keys that the layers look at.
         offset: position in the unpruned sequence of the first column of `mask`.
-        dtype: what to build where `mask` is None.
     """
     n_keys, first = sizes
     columns = layout.columns[:, first : first + n_keys]
@@ -69,8 +67,7 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     if (end := layout.past + layout.length) > offset + mask.shape[-1]:
         raise InputError(
             f"the attention mask ends at token {offset + mask.shape[-1]} of {end}; a StaticCache must have room for "
-            f"the "
-            f"unpruned prompt (max_cache_len of at least {end})"
+            f"the unpruned prompt (max_cache_len of at least {end})"
         )
     inside = (columns >= offset) & (columns < offset + mask.shape[-1])
     columns = (columns - offset).clamp(0, mask.shape[-1] - 1)
@@ -91,7 +88,7 @@ def _entry(mask: Any, layout: Layout, cache: Any, layer: int, logical: dict[int,
     n_rows = layout.rows.shape[1]
     sizes = (n_rows, 0) if cache is None else cache_sizes(cache, n_rows, layer)
     offset = 0 if layer not in logical else logical[layer][1]
-    return _block(mask, layout, sizes=sizes, offset=offset, dtype=torch.bool)
+    return _block(mask, layout, sizes=sizes, offset=offset)
 
 
 def cache_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
