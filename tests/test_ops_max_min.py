@@ -17,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune import max_min, ops
+from tokenprune import ops
 from tokenprune.errors import BackendError, InputError, OptionError
+from tokenprune.ops import max_min_search
 
 reference = importlib.import_module("tokenprune.kernels.reference")
 
@@ -35,13 +36,13 @@ def features(n: int, dtype: torch.dtype = torch.float32, rows: int = 1, width: i
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with the similarity held, with unit vectors only, and with neither, in blocks of a few tokens."""
     if request.param != "held":
-        monkeypatch.setattr(max_min._Units, "similarity", None)
+        monkeypatch.setattr(max_min_search._Units, "similarity", None)
         monkeypatch.setattr(
-            max_min._Units, "holds_similarity", property(lambda _: False, lambda *_: None), raising=False
+            max_min_search._Units, "holds_similarity", property(lambda _: False, lambda *_: None), raising=False
         )
     if request.param == "blockwise":
-        monkeypatch.setattr(max_min, "MEMORY", 0)
-        monkeypatch.setattr(max_min, "_BLOCK", 40_000)
+        monkeypatch.setattr(max_min_search, "MEMORY", 0)
+        monkeypatch.setattr(max_min_search, "_BLOCK", 40_000)
     return str(request.param)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune
-from tokenprune.reduction import Keep, gather, pack
+from tokenprune.reduction import Keep, Merge, gather, pack
 
 quick = settings(deadline=None, max_examples=60, database=None)
 
@@ -219,3 +219,65 @@ def test_a_batch_in_which_no_row_keeps_anything_has_one_slot_that_does_not_count
     keep = pack(tensors([[], []]), length=5)
     assert keep.index.shape == (2, 1)
     assert not keep.valid.any()
+
+
+@st.composite
+def merges(draw, n_rows, n_tokens, *, weighted=True):
+    """A merge of `n_tokens` tokens into some number of groups, each of which stands at one of its tokens."""
+    n_groups = draw(st.integers(1, n_tokens))
+    index, assign = [], []
+    for _ in range(n_rows):
+        places = sorted(draw(st.sets(st.integers(0, n_tokens - 1), min_size=n_groups, max_size=n_groups)))
+        row = [draw(st.integers(0, n_groups - 1)) for _ in range(n_tokens)]
+        for group, place in enumerate(places):
+            row[place] = group
+        index.append(places)
+        assign.append(row)
+    weight = None
+    if weighted and draw(st.booleans()):
+        weight = torch.tensor([[draw(st.integers(1, 5)) for _ in range(n_tokens)] for _ in range(n_rows)]).float()
+    return Merge(torch.tensor(index), torch.tensor(assign), weight)
+
+
+def naive_means(merge: Merge, x: Tensor) -> Tensor:
+    out = torch.zeros(*merge.index.shape, *x.shape[2:], dtype=torch.float64)
+    for row, groups in enumerate(merge.assign.tolist()):
+        for group in range(merge.index.shape[1]):
+            members = [i for i, one in enumerate(groups) if one == group]
+            weights = [1.0 if merge.weight is None else float(merge.weight[row, i]) for i in members]
+            out[row, group] = sum(w * x[row, i].double() for w, i in zip(weights, members, strict=True)) / sum(weights)
+    return out
+
+
+@quick
+@given(st.data(), st.integers(1, 3), st.integers(1, 9), st.sampled_from([(), (3,), (2, 3)]))
+def test_merging_takes_the_weighted_mean_of_every_group(data, n_rows, n_tokens, tail):
+    merge = data.draw(merges(n_rows, n_tokens))
+    x = numbered(n_rows, n_tokens, *tail)
+    out = merge.apply(x)
+    torch.testing.assert_close(out.double(), naive_means(merge, x), atol=1e-4, rtol=1e-5)
+    assert torch.equal(merge.restore(out, length=n_tokens), gather(out, merge.assign))
+    assert torch.equal(merge.apply(merge.restore(out, length=n_tokens)).round(decimals=3), out.round(decimals=3))
+
+
+@quick
+@given(st.data(), st.integers(1, 3), st.integers(1, 9))
+def test_two_merges_in_one_are_the_two_in_turn(data, n_rows, n_tokens):
+    first = data.draw(merges(n_rows, n_tokens))
+    second = data.draw(merges(n_rows, first.index.shape[1]))
+    x = numbered(n_rows, n_tokens, 2)
+    both = first.then(second)
+    torch.testing.assert_close(both.apply(x), second.apply(first.apply(x)), atol=1e-4, rtol=1e-5)
+    restored = first.restore(second.restore(second.apply(first.apply(x)), length=first.index.shape[1]), length=n_tokens)
+    torch.testing.assert_close(both.restore(both.apply(x), length=n_tokens), restored, atol=1e-4, rtol=1e-5)
+    assert torch.equal(both.index, gather(first.index, second.index))
+
+
+def test_weights_of_a_group_add_up_to_its_size():
+    merge = Merge(torch.tensor([[0, 2]]), torch.tensor([[0, 1, 1]]))
+    assert merge.sizes().tolist() == [[1.0, 2.0]]
+    assert Merge(merge.index, merge.assign, torch.tensor([[1.0, 3.0, 2.0]])).sizes().tolist() == [[1.0, 5.0]]
+    with pytest.raises(tokenprune.InputError, match="2 rows"):
+        merge.then(Merge(torch.zeros(2, 1).long(), torch.zeros(2, 2).long()))
+    with pytest.raises(tokenprune.InputError, match="4 cannot be restored"):
+        merge.restore(torch.zeros(1, 2, 3), length=4)

@@ -81,11 +81,7 @@ class Keep:
         Raises:
             InputError: `other` does not fit the rows of this one.
         """
-        if other.index.shape[0] != self.index.shape[0]:
-            raise InputError(
-                f"a reduction of {other.index.shape[0]} rows cannot follow one of {self.index.shape[0]} rows; give "
-                f"both the same rows"
-            )
+        _check_rows(self.index, other.index)
         valid = self.valid
         if valid is not None:
             valid = gather(valid, other.index)
@@ -93,6 +89,91 @@ class Keep:
         else:
             valid = other.valid
         return Keep(gather(self.index, other.index), valid, other.radius)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge the tokens of every row into groups. A group stands at the place of one of its tokens.
+
+    Attributes:
+        index: `[B, M]` int64, the position that each group stands at, ascending in each row.
+        assign: `[B, N]` int64, the group (0 to M - 1) that each token goes to.
+        weight: `[B, N]` fp32 above 0, what a token counts in the mean of its group; None where all count alike.
+    """
+
+    index: Tensor
+    assign: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def valid(self) -> None:
+        """None: all rows have the same number of groups."""
+        return None
+
+    @property
+    def radius(self) -> None:
+        """None: nothing is dropped."""
+        return None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Weighted means `[B, M, ...]` of `x` `[B, N, ...]` over the groups, summed in fp32, in the dtype of `x`.
+
+        The order of the sum is fixed: equal inputs give equal bits.
+        """
+        assign = self.assign.to(x.device)
+        flat = x.float().flatten(2) if x.ndim > 2 else x.float()[:, :, None]
+        share = self._shares().to(x.device)
+        if x.device.type == "cpu":
+            rows = torch.arange(len(assign))[:, None] * self.index.shape[1]
+            out = flat.new_zeros(self.index.numel(), flat.shape[2])
+            out.index_add_(0, (assign + rows).flatten(), (flat * share[:, :, None]).flatten(0, 1))
+        else:  # atomics would add in any order
+            groups = torch.arange(self.index.shape[1], device=x.device)[:, None]
+            out = ((assign[:, None, :] == groups) * share[:, None, :]) @ flat
+        return out.view(*self.index.shape, *x.shape[2:]).to(x.dtype)
+
+    def restore(self, y: Tensor, *, length: int) -> Tensor:
+        """Give `y` of `[B, M, ...]` its `length` tokens back: each carries the value of its group, `[B, length, ...]`.
+
+        Raises:
+            InputError: `length` is not N.
+        """
+        if length != self.assign.shape[1]:
+            raise InputError(f"{self.assign.shape[1]} tokens were merged, {length} cannot be restored")
+        return gather(y, self.assign)
+
+    def sizes(self) -> Tensor:
+        """What the tokens of each group count together, `[B, M]` fp32: their number where there are no weights."""
+        weight = torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight
+        return torch.zeros(self.index.shape, device=weight.device).scatter_add_(1, self.assign, weight.float())
+
+    def then(self, other: "Merge") -> "Merge":
+        """The reduction that does this one first and `other` (over its groups) after it.
+
+        Its means are those of the two in turn, so a token's weight is its share of its first group times that group's
+        weight in the second.
+
+        Raises:
+            InputError: `other` does not fit the rows of this one.
+        """
+        _check_rows(self.index, other.index)
+        weight = self._shares() if other.weight is None else self._shares() * gather(other.weight, self.assign)
+        return Merge(gather(self.index, other.index), gather(other.assign, self.assign), weight)
+
+    def _shares(self) -> Tensor:
+        """Weight of each token over the weight of its group, `[B, N]` fp32."""
+        weight = torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight.float()
+        return weight / gather(self.sizes(), self.assign)
+
+
+Reduction = Keep | Merge
+
+
+def _check_rows(first: Tensor, second: Tensor) -> None:
+    if first.shape[0] != second.shape[0]:
+        raise InputError(
+            f"a reduction of {second.shape[0]} rows cannot follow one of {first.shape[0]} rows; give both the same rows"
+        )
 
 
 def pack(kept: list[Tensor], *, length: int) -> Keep:

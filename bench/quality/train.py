@@ -7,9 +7,10 @@ Stages of a fixed number of steps, seeded, so that a run can be repeated:
 2. images: the vision layers on whole images; the class token learns which digits and colours are present.
 3. answers: the language model learns to answer, with the vision layers frozen and the scenes simple at first.
 4. answers: everything together at the full difficulty; the patch labels fade, because they favour pruning by diversity.
-5. answers: a short last stage in which half of the images lose random visual tokens. Until then the model has never
-   seen a pruned image, and seems to count digits (and end lists) by the share of digit patches, which any method that
-   removes background changes; this stage teaches it to expect pruning. The model card has figures with and without it.
+5. answers: six of ten images lose random visual tokens. Until then the model has never seen a pruned image, and seems
+   to count digits (and end lists) by the share of digit patches, which any method that removes background changes; this
+   stage teaches it to expect pruning. The model card has figures with and without it.
+6. answers: the same for longer, from a high learning rate again: listing and asking by place gain most.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ STAGES = (
     Stage("answers", steps=500, batch=32, vision=0.0, ramp=0.4, questions=24),
     Stage("answers", steps=1100, batch=32, vision=0.2, dense=(0.3, 0.02), questions=24),
     Stage("answers", steps=550, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
+    Stage("answers", steps=1400, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
 )
 
 

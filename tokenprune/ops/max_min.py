@@ -1,18 +1,13 @@
-"""The ops that methods call, and the only door to the kernels.
+"""Greedy max-min selection of diverse tokens."""
 
-`backend` is `"auto"`, `"torch"` or `"triton"`. The torch versions are the specification. `"auto"` takes Triton for CUDA
-tensors where Triton is installed, and torch everywhere else; an explicit backend never falls back to another one.
-"""
-
-import importlib
-import importlib.util
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenprune import max_min
-from tokenprune.errors import BackendError, InputError, OptionError
+from tokenprune.errors import InputError, OptionError
+from tokenprune.ops import max_min_search
+from tokenprune.ops.backend import check_count, find_kernel
 
 
 class MaxMinSelection(NamedTuple):
@@ -73,11 +68,11 @@ def max_min_select(features: Tensor, *, k: int, valid: Tensor | None = None, bac
         BackendError: the explicit backend cannot run here.
     """
     _check_features("max_min_select", features, valid)
-    _check_count("max_min_select", "k", k, 1, features.shape[1])
+    check_count("max_min_select", "k", k, 1, features.shape[1])
     _check_enough("max_min_select", "k", k, valid)
-    kernel = _kernel("max_min_select", backend, features)
+    kernel = find_kernel("max_min_select", "max_min_select", backend, features)
     if kernel is not None:
-        order, path = kernel.launch(features, valid, k, memory=max_min.MEMORY)
+        order, path = kernel.launch(features, valid, k, memory=max_min_search.MEMORY)
     else:
         rows = [_choose(features, valid, i, k, k) for i in range(len(features))]
         order = _stack([row[0] for row in rows], k, features.device, fill=-1)
@@ -117,15 +112,15 @@ def max_min_cover(
         BackendError: the explicit backend cannot run here.
     """
     _check_features("max_min_cover", features, valid)
-    _check_count("max_min_cover", "max_k", max_k, 1, features.shape[1])
-    _check_count("max_min_cover", "min_k", min_k, 1, max_k)
+    check_count("max_min_cover", "max_k", max_k, 1, features.shape[1])
+    check_count("max_min_cover", "min_k", min_k, 1, max_k)
     if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius <= 2:
         raise OptionError(f"max_min_cover needs a cosine distance between 0 and 2 as radius; got {radius!r}.")
     _check_enough("max_min_cover", "min_k", min_k, valid)
     radius = torch.tensor(radius, dtype=torch.float32, device="cpu").item()  # What both backends compare in.
-    kernel = _kernel("max_min_cover", backend, features)
+    kernel = find_kernel("max_min_cover", "max_min_select", backend, features)
     if kernel is not None:
-        order, path = kernel.launch(features, valid, max_k, memory=max_min.MEMORY)
+        order, path = kernel.launch(features, valid, max_k, memory=max_min_search.MEMORY)
         n_kept = ((path > radius).sum(1) + 1).clamp_min(min_k).minimum((order >= 0).sum(1))
     else:
         rows = [_choose(features, valid, i, max_k, min_k, radius) for i in range(len(features))]
@@ -140,7 +135,7 @@ def max_min_cover(
 def _choose(
     features: Tensor, valid: Tensor | None, i: int, most: int, least: int, radius: float = -1.0
 ) -> tuple[Tensor, Tensor]:
-    return max_min.choose(features[i].detach(), None if valid is None else valid[i], most, least, radius)
+    return max_min_search.choose(features[i].detach(), None if valid is None else valid[i], most, least, radius)
 
 
 def _stack(rows: list[Tensor], width: int, device: torch.device, *, fill: float) -> Tensor:
@@ -167,11 +162,6 @@ def _check_features(op: str, features: Tensor, valid: Tensor | None) -> None:
         )
 
 
-def _check_count(op: str, name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{op} needs an int from {low} to {high} as {name}; got {value!r}.")
-
-
 def _check_enough(op: str, name: str, value: int, valid: Tensor | None) -> None:
     if valid is None or not len(valid):
         return
@@ -182,22 +172,3 @@ def _check_enough(op: str, name: str, value: int, valid: Tensor | None) -> None:
             f"{op} was asked for {name}={value} tokens, but row {n_valid.index(least)} has only {least} valid ones; "
             f"{name} may be at most {least} for this batch, or each row is given by itself."
         )
-
-
-def _kernel(op: str, backend: str, features: Tensor) -> Any:
-    """The module of the Triton version of `max_min_select`, or `None` where the torch version is to run."""
-    if backend not in ("auto", "torch", "triton"):
-        raise OptionError(f"{op} knows the backends 'auto', 'torch' and 'triton'; got {backend!r}.")
-    if backend == "torch" or (backend == "auto" and not features.is_cuda):
-        return None
-    if importlib.util.find_spec("triton") is None:
-        if backend == "auto":
-            return None
-        raise BackendError(f"{op} was asked for backend='triton', but Triton is not installed; 'torch' works here.")
-    kernel = importlib.import_module("tokenprune.kernels.max_min_select")  # Imports Triton, so not before it is wanted.
-    if not (features.is_cuda or kernel.INTERPRETED):
-        raise BackendError(
-            f"{op} was asked for backend='triton' on a {features.device.type} tensor: Triton needs a CUDA tensor, or "
-            "TRITON_INTERPRET=1 in the environment before it is imported; 'torch' and 'auto' work here."
-        )
-    return kernel

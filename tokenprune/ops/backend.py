@@ -1,0 +1,45 @@
+"""Which version of an op runs, and the only door to the kernels."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.errors import BackendError, OptionError
+
+
+def find_kernel(op: str, name: str, backend: str, tensor: Tensor) -> Any:
+    """The module `kernels/<name>.py` where the Triton version of `op` is to run, `None` where the torch version is.
+
+    Args:
+        op: name of the op, for messages.
+        name: name of the kernel's file.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+        tensor: an argument of the op; its device decides.
+
+    Raises:
+        OptionError: there is no such backend.
+        BackendError: the explicit backend cannot run here.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise OptionError(f"{op} knows the backends 'auto', 'torch' and 'triton'; got {backend!r}.")
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        if backend == "auto":
+            return None
+        raise BackendError(f"{op} was asked for backend='triton', but Triton is not installed; 'torch' works here.")
+    kernel = importlib.import_module(f"tokenprune.kernels.{name}")  # Imports Triton, so not before it is wanted.
+    if not (tensor.is_cuda or kernel.INTERPRETED):
+        raise BackendError(
+            f"{op} was asked for backend='triton' on a {tensor.device.type} tensor: Triton needs a CUDA tensor, or "
+            "TRITON_INTERPRET=1 in the environment before it is imported; 'torch' and 'auto' work here."
+        )
+    return kernel
+
+
+def check_count(op: str, name: str, value: int, low: int, high: int) -> None:
+    """Raise `OptionError` unless `value` is an int from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{op} needs an int from {low} to {high} as {name}; got {value!r}.")
