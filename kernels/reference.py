@@ -38,3 +38,47 @@ def cosine_distance(tokens: torch.Tensor) -> torch.Tensor:
 
 def _farthest(distance: list[float]) -> int:
     return distance.index(max(distance))  # The first one of several.
+
+
+def bipartite_match(
+    keys: torch.Tensor, r: int, protected: list[bool] | None = None, valid: list[bool] | None = None
+) -> tuple[list[int], list[int]]:
+    """Merge the `r` most similar tokens at even positions into ones at odd positions, in fp64.
+
+    Args:
+        keys: `[N, D]`.
+        r: tokens to merge away.
+        protected: N of them, tokens that neither merge nor are merged into.
+        valid: N of them, tokens that take part and whose positions are counted.
+
+    Returns:
+        The positions at which groups stand, in ascending order, and the group of every token.
+    """
+    n = len(keys)
+    places = [i for i in range(n) if valid is None or valid[i]]
+    free = [i for i in places if protected is None or not protected[i]]
+    sources = [i for i in places[::2] if i in free]
+    destinations = [i for i in places[1::2] if i in free]
+    unit = keys.double() / torch.linalg.vector_norm(keys.double(), dim=1, keepdim=True).clamp_min(1e-12)
+    best = []
+    for i in sources:  # No product of matrices: it rounds equal columns differently.
+        values = (unit[destinations] * unit[i]).sum(1).clamp_max(1 - 2.0**-20).tolist()
+        if values:
+            best.append((max(values), i, destinations[values.index(max(values))]))
+    best.sort(key=lambda entry: (-entry[0], entry[1]))
+    target = {i: j for _, i, j in best[:r]}
+    index = [i for i in range(n) if i not in target]
+    return index, [index.index(target.get(i, i)) for i in range(n)]
+
+
+def merge_tokens(
+    x: torch.Tensor, assign: list[int], n_out: int, weight: list[float] | None = None
+) -> tuple[torch.Tensor, list[float]]:
+    """The weighted mean `[n_out, D]` of every group of the tokens `x` `[N, D]` and the groups' weights, in fp64."""
+    total = torch.zeros(n_out, x.shape[1], dtype=torch.float64)
+    size = [0.0] * n_out
+    for i, group in enumerate(assign):
+        share = 1.0 if weight is None else weight[i]
+        total[group] += x[i].double() * share
+        size[group] += share
+    return total / torch.tensor(size, dtype=torch.float64)[:, None], size

@@ -5,5 +5,15 @@ tensors where Triton is installed, and torch everywhere else; an explicit backen
 """
 
 from tokenprune.ops.max_min import MaxMinCover, MaxMinSelection, max_min_cover, max_min_select
+from tokenprune.ops.merging import BipartiteMatch, MergedTokens, bipartite_match, merge_tokens
 
-__all__ = ["MaxMinCover", "MaxMinSelection", "max_min_cover", "max_min_select"]
+__all__ = [
+    "BipartiteMatch",
+    "MaxMinCover",
+    "MaxMinSelection",
+    "MergedTokens",
+    "bipartite_match",
+    "max_min_cover",
+    "max_min_select",
+    "merge_tokens",
+]

@@ -1,0 +1,281 @@
+"""Bipartite matching of tokens, and merging by means of what it says."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError, OptionError
+from tokenprune.ops.backend import find_kernel
+
+_SAME = 1 - 2.0**-20  # Cosines above this differ by fp32 noise only and count as equal.
+_BLOCK = 8 << 20  # Bytes of similarity that the torch version holds at once.
+
+
+class BipartiteMatch(NamedTuple):
+    """What `bipartite_match` found: M = N - r groups per row.
+
+    Attributes:
+        index: `[B, M]` int64, the position that each group stands at, ascending in each row.
+        assign: `[B, N]` int64, the group (0 to M - 1) that each token goes to.
+    """
+
+    index: Tensor  # type: ignore[assignment]
+    assign: Tensor
+
+
+class MergedTokens(NamedTuple):
+    """What `merge_tokens` made.
+
+    Attributes:
+        tokens: `[B, M, D]`, the weighted mean of each group, in the dtype of the tokens.
+        size: `[B, M]` fp32, what the tokens of each group weigh together; their number where there are no weights.
+    """
+
+    tokens: Tensor
+    size: Tensor
+
+
+@torch.no_grad()
+def bipartite_match(
+    keys: Tensor, *, r: int, protected: Tensor | None = None, valid: Tensor | None = None, backend: str = "auto"
+) -> BipartiteMatch:
+    """Merge `r` tokens of every row into others that they resemble (ToMe, arXiv 2210.09461; AIM, arXiv 2412.03248).
+
+    The tokens at even positions are sources, those at odd ones destinations. Every source looks for the destination of
+    the highest cosine, and the `r` sources whose best cosine is highest merge into theirs. Ties go to the lowest
+    position, on both sides. A group stands at the place of its destination, every other token at its own, so the
+    spatial order stays.
+
+    The cosine is accumulated in fp32 whatever the dtype; above 1 - 2^-20 it counts as equal, so that equal tokens tie.
+    A vector that is zero, or holds a NaN or an infinity, has cosine 0 to every other one.
+
+    Positions are counted among the valid tokens of a row: what is merged depends on those and on the options, never on
+    the batch or the padding around them. The torch version holds at most 8 MiB (or one row of one source, where that is
+    more) of the similarity at once, the Triton version none of it.
+
+    Args:
+        keys: `[B, N, D]`, what tokens are compared by; any float dtype, any strides.
+        r: tokens to merge away per row.
+        protected: `[N]` or `[B, N]` bool, tokens that neither merge nor are merged into; they count as positions.
+        valid: `[B, N]` bool, the tokens that take part; all of them by default. An invalid token stays a group.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Both masks may lie on the CPU whatever the device of the keys. A mask on a GPU is counted there, which synchronises.
+
+    Returns:
+        A `BipartiteMatch`, on the device of the keys; the identity for `r = 0`.
+
+    Raises:
+        OptionError: `r` is no int, or negative; there is no such backend.
+        InputError: a shape or dtype is wrong, or a row has fewer than `r` sources that may merge.
+        BackendError: the explicit backend cannot run here.
+    """
+    _check_tokens("bipartite_match", "keys", keys)
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        raise OptionError(f"bipartite_match needs an int of at least 0 as r; got {r!r}.")
+    free = _free_tokens(keys, protected, valid)
+    _check_possible(r, keys, free, valid)
+    free = None if free is None else free.to(keys.device, non_blocking=True)
+    valid = None if valid is None else valid.to(keys.device, non_blocking=True)
+    kernel = find_kernel("bipartite_match", "bipartite_match", backend, keys)
+    if kernel is not None:
+        return BipartiteMatch(*kernel.launch(keys, free, valid, r))
+    if valid is None:
+        target = _targets(keys, free, r)
+    else:  # Each row by itself and without its padding: products of the shape that the row has alone.
+        target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+        for i, row in enumerate(valid):
+            position = row.nonzero()[:, 0]
+            some = None if free is None else free[i if len(free) > 1 else 0, position][None]
+            target[i, position] = position[_targets(keys[i, position][None], some, r)[0]]
+    place = torch.arange(keys.shape[1], device=keys.device).expand_as(target)
+    stays = target == place
+    assign = (stays.cumsum(1) - 1).gather(1, target)
+    return BipartiteMatch(place[stays].view(len(keys), keys.shape[1] - r), assign)
+
+
+def merge_tokens(
+    x: Tensor, assign: Tensor, *, n_out: int, weight: Tensor | None = None, backend: str = "auto"
+) -> MergedTokens:
+    """The weighted mean of every group of tokens.
+
+    Means are sums, in fp32 and in the order of the tokens, of each token times its share of its group's weight. A token
+    that is a group by itself is copied bit for bit, and equal inputs give equal bits.
+
+    The torch version lets gradients through to `x`, and `"auto"` takes it where they are wanted.
+
+    Args:
+        x: `[B, N, D]`, any float dtype, any strides.
+        assign: `[B, N]` int64, the group (0 to `n_out` - 1) of each token; no group is empty.
+        n_out: groups per row, M.
+        weight: `[B, N]` fp32 above 0, what a token counts in its group (ToMe: its size); None where all count 1.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        A `MergedTokens`, on the device of `x`.
+
+    Raises:
+        OptionError: `n_out` or `backend` is out of range.
+        InputError: a shape or dtype is wrong; on the CPU also where a group is empty or out of range. On a GPU the
+            groups are not looked at, since that would synchronise.
+        BackendError: the explicit backend cannot run here.
+    """
+    _check_tokens("merge_tokens", "x", x)
+    _check_groups(x, assign, n_out, weight)
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    if backend == "auto" and differentiated:
+        backend = "torch"
+    kernel = find_kernel("merge_tokens", "merge_tokens", backend, x)
+    if kernel is not None:
+        return MergedTokens(*kernel.launch(x, assign, n_out, weight))
+    group = assign if len(x) == 1 else assign + torch.arange(len(x), device=x.device)[:, None] * n_out
+    group, flat = group.flatten(), x.reshape(-1, x.shape[2])
+    with torch.no_grad():
+        one = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float().flatten()
+        size = _add(one.new_zeros(len(x) * n_out), group, one)
+        share = one / size[group]
+    if x.device.type == "cpu":
+        tokens = _merge_few(flat, group, share, len(x), n_out)
+    else:
+        tokens = _add(share.new_zeros(len(x) * n_out, x.shape[2]), group, flat.float() * share[:, None]).to(x.dtype)
+    return MergedTokens(tokens.view(len(x), n_out, x.shape[2]), size.view(len(x), n_out))
+
+
+def _targets(keys: Tensor, free: Tensor | None, r: int) -> Tensor:
+    """The position `[B, N]` that every token goes to: its own unless it is one of the `r` sources that merge."""
+    target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+    if r == 0:
+        return target
+    best, partner = _best_partners(keys, free)
+    top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
+    return target.scatter_(1, top * 2, partner.gather(1, top) * 2 + 1)
+
+
+def _best_partners(keys: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The highest cosine `[B, S]` of every source, `-inf` for those that may not merge, and the destination it is of.
+
+    Args:
+        keys: `[B, N, D]`, all of them valid.
+        free: `[1 or B, N]` bool, tokens that take part.
+    """
+    with torch.autocast(keys.device.type, enabled=False):
+        keys = keys.detach().float()
+        length = torch.linalg.vector_norm(keys, dim=2, keepdim=True)
+        unit = (keys / length.clamp_min(1e-12)).masked_fill_(~length.isfinite(), 0)
+        left, right = unit[:, ::2], unit[:, 1::2]
+        step = max(1, _BLOCK // (4 * len(keys) * right.shape[1]))
+        parts = []
+        for part in left.split(step, dim=1):
+            cosine = torch.bmm(part, right.transpose(1, 2)).clamp_(max=_SAME)
+            if free is not None:
+                cosine.masked_fill_(~free[:, None, 1::2], -torch.inf)
+            parts.append(cosine.max(dim=2))
+    best = torch.cat([part.values for part in parts], 1)
+    if free is not None:
+        best.masked_fill_(~free[:, ::2], -torch.inf)
+    return best, torch.cat([part.indices for part in parts], 1)
+
+
+def _merge_few(flat: Tensor, group: Tensor, share: Tensor, n_rows: int, n_out: int) -> Tensor:
+    """Means `[B * M, D]` of the groups on the CPU, where to copy tokens is cheaper than to add them.
+
+    Every group takes its first token; only those that have more are summed.
+    """
+    every = torch.arange(len(group))
+    first = torch.full((n_rows * n_out,), len(group)).scatter_reduce_(0, group, every, "amin")
+    if int(first.max()) == len(group):
+        empty = int((first == len(group)).to(torch.uint8).argmax())
+        raise InputError(
+            "merge_tokens needs at least one token in every group; "
+            f"group {empty % n_out} of row {empty // n_out} has none."
+        )
+    other = torch.ones_like(group, dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
+    out = flat.index_select(0, first)
+    if not len(other):
+        return out
+    slot = torch.zeros_like(first).index_fill_(0, group[other], 1)
+    summed = slot.nonzero()[:, 0]
+    slot = slot.cumsum(0) - 1
+    base = first[summed]
+    total = flat[base].float() * share[base, None]
+    total = total.index_add(0, slot[group[other]], flat[other].float() * share[other, None])
+    return out.index_copy_(0, summed, total.to(flat.dtype))
+
+
+def _add(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`out` with `values` added at `index`, in that order: on a GPU `index_put_` sorts, `index_add_` races."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, values)
+    return out.index_put_((index,), values, accumulate=True)
+
+
+def _check_tokens(op: str, name: str, x: Tensor) -> None:
+    if x.ndim != 3 or not x.is_floating_point() or 0 in x.shape:
+        raise InputError(
+            f"{op} needs {name} [B, N, D] of a float dtype, none of them 0; got {x.dtype} {list(x.shape)}."
+        )
+
+
+def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes or mask.device not in (device, torch.device("cpu")):
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise InputError(
+            f"bipartite_match needs {name} as torch.bool {wanted} on {device} or the CPU, to go with the keys; "
+            f"got {mask.dtype} {list(mask.shape)} on {mask.device}."
+        )
+
+
+def _free_tokens(keys: Tensor, protected: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The tokens that may merge or be merged into, `[1 or B, N]` bool; None where all may."""
+    rows = (keys.shape[0], keys.shape[1])
+    if protected is not None:
+        _check_mask("protected", protected, ((rows[1],), rows), keys.device)
+    if valid is not None:
+        _check_mask("valid", valid, (rows,), keys.device)
+    if protected is None:
+        return valid
+    free = ~(protected if protected.ndim == 2 else protected[None])
+    return free if valid is None else free.to(valid.device) & valid
+
+
+def _check_possible(r: int, keys: Tensor, free: Tensor | None, valid: Tensor | None) -> None:
+    """Raise unless every row has `r` sources, and a destination to take them."""
+    n = keys.shape[1]
+    if free is None:
+        possible = [(n + 1) // 2 if n > 1 else 0]
+    else:
+        odd = torch.arange(n, device=free.device)[None] if valid is None else valid.to(free.device).cumsum(1) - 1
+        odd = odd % 2 == 1
+        possible = ((free & ~odd).sum(1) * (free & odd).any(1)).tolist()
+    least = min(possible)
+    if least < r:
+        where = f"row {possible.index(least)}" if len(possible) > 1 else "a row"
+        raise InputError(
+            f"bipartite_match was asked to merge r={r} tokens, but {where} has only {least} that may: of its "
+            f"{n} positions the even ones merge into the odd ones, without those that are protected or "
+            f"invalid; r may be at most {least} here."
+        )
+
+
+def _check_groups(x: Tensor, assign: Tensor, n_out: int, weight: Tensor | None) -> None:
+    rows = list(x.shape[:2])
+    if isinstance(n_out, bool) or not isinstance(n_out, int) or not 1 <= n_out <= rows[1]:
+        raise OptionError(f"merge_tokens needs an int from 1 to {rows[1]} as n_out; got {n_out!r}.")
+    if assign.dtype != torch.int64 or list(assign.shape) != rows or assign.device != x.device:
+        raise InputError(
+            f"merge_tokens needs assign as torch.int64 {rows} on {x.device}, to go with x; "
+            f"got {assign.dtype} {list(assign.shape)} on {assign.device}."
+        )
+    if weight is not None and (
+        not weight.is_floating_point() or list(weight.shape) != rows or weight.device != x.device
+    ):
+        raise InputError(
+            f"merge_tokens needs weight as floats {rows} on {x.device}, to go with x; "
+            f"got {weight.dtype} {list(weight.shape)} on {weight.device}."
+        )
+    if x.device.type == "cpu" and (int(assign.min()) < 0 or int(assign.max()) >= n_out):
+        raise InputError(
+            f"merge_tokens needs groups from 0 to n_out - 1 = {n_out - 1}; "
+            f"got {int(assign.min())} to {int(assign.max())}."
+        )
