@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune import report
-from tokenprune.comparison import Cost, drift
+from tokenprune.comparison import Cost, break_even, drift
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.generation import inspect_generation
 from tokenprune.measure import MIB
@@ -91,38 +92,112 @@ def test_tokens_and_kv_bytes_are_exact(measured: tuple[nn.Module, Any, Any]) -> 
 
 
 def _decoder_flops(model: nn.Module, n_tokens: int) -> int:
-    """Of a prefill of two rows of `n_tokens`: linear layers, attention, and the head at the last position."""
+    """Of a prefill of two rows of `n_tokens`: linear layers and attention."""
     decoder = model.get_decoder()
     weights = sum(module.weight.numel() for module in decoder.modules() if isinstance(module, nn.Linear))
     attention = 4 * 4 * n_tokens**2 * 4 * 8
-    return 2 * (2 * n_tokens * weights + attention + 2 * model.lm_head.weight.numel())
+    return 2 * (2 * n_tokens * weights + attention)
 
 
-def test_flops_are_those_of_the_formula() -> None:
+def test_flops_by_stage_are_those_of_the_formula() -> None:
     model = tiny("llava")
     with tokenprune.patch(model, "uniform", keep=0.25) as session:
-        flops = session.report(batch("llava", ROWS).inputs, max_new_tokens=1, repeats=1).cost("prefill_flops_g")
-    assert flops.dense * 1e9 == pytest.approx(_decoder_flops(model, 71), rel=0.02)
-    assert flops.pruned * 1e9 == pytest.approx(_decoder_flops(model, 23), rel=0.02)
+        result = session.report(batch("llava", ROWS).inputs, max_new_tokens=1, repeats=1)
+    for name in ("prefill_flops_g", "prefill_formula_flops_g"):
+        flops = result.cost(name)
+        assert flops.dense * 1e9 == pytest.approx(_decoder_flops(model, 71), rel=0.02)
+        assert flops.pruned * 1e9 == pytest.approx(_decoder_flops(model, 23), rel=0.02)
+    head = 2 * 2 * model.lm_head.weight.numel() / 1e9
+    assert result.cost("head_flops_g").dense == result.cost("head_flops_g").pruned == head
+    assert result.cost("encoder_flops_g").dense == result.cost("encoder_flops_g").pruned
 
 
-def test_flops_of_the_selection_are_counted(measured: tuple[nn.Module, Any, Any]) -> None:
+def test_flops_of_the_selection_are_counted_apart(measured: tuple[nn.Module, Any, Any]) -> None:
     model, _, result = measured
     similarities = 2 * 2 * 64 * 64 * 32
-    assert result.cost("prefill_flops_g").pruned * 1e9 > _decoder_flops(model, 23) + 0.9 * similarities
-    assert result.cost("total_flops_g").pruned > result.cost("prefill_flops_g").pruned
+    assert result.cost("selection_flops_g").dense == 0
+    assert result.cost("selection_flops_g").pruned * 1e9 > 0.9 * similarities
+    assert result.cost("prefill_flops_g").pruned * 1e9 == pytest.approx(_decoder_flops(model, 23), rel=0.02)
+
+
+def test_stages_add_up(measured: tuple[nn.Module, Any, Any]) -> None:
+    result = measured[2]
+    for side in ("dense", "pruned"):
+        parts = [f"{stage}_flops_g" for stage in ("encoder", "selection", "prefill", "head", "decode")]
+        total = sum(getattr(result.cost(part), side) for part in parts)
+        assert total == pytest.approx(getattr(result.cost("total_flops_g"), side))
 
 
 def test_every_latency_has_a_median_within_its_range(measured: tuple[nn.Module, Any, Any]) -> None:
     result = measured[2]
     names = [cost.name for cost in result.costs if cost.name.endswith("latency_ms")]
-    parts = ["prefill", "encoder", "decoder_prefill", "decode", "total"]
+    parts = ["encoder", "selection", "prefill", "first_token", "decode", "total"]
     assert names == [f"{part}_latency_ms" for part in parts]
     for name in names:
         cost = result.cost(name)
         assert cost.dense_range[0] <= cost.dense <= cost.dense_range[1]
         assert cost.pruned_range[0] <= cost.pruned <= cost.pruned_range[1]
+    selection = result.cost("selection_latency_ms")
+    assert selection.dense == 0 < selection.pruned <= result.cost("first_token_latency_ms").pruned
     assert result.cost("peak_mib").pruned < result.cost("peak_mib").dense
+
+
+def test_layers_tell_tokens_and_kv_bytes_exactly(measured: tuple[nn.Module, Any, Any]) -> None:
+    result = measured[2]
+    per_token = 2 * 2 * 2 * 8 * 4 / MIB
+    for number, layer in enumerate(result.layers):
+        assert (layer.layer, layer.visual_in, layer.visual_out) == (number, 32, 32)
+        assert (layer.dense_tokens, layer.pruned_tokens) == (71, 23)
+        assert layer.dense_kv_mib == per_token * (71 + NEW_TOKENS - 1)
+        assert layer.pruned_kv_mib == per_token * (23 + NEW_TOKENS - 1)
+    assert len(result.layers) == 4
+    (row,) = [line.split() for line in str(result).splitlines() if line.startswith("0-3 ")]
+    assert row[1:5] == ["32", "32", "71", "23"]
+
+
+def _inside(layer: int, n_in: int, n_out: int) -> Trace:
+    return Trace("llm_layer", layer, "aim", (n_in, n_in), (n_out, n_out), overhead_ms=1.0)
+
+
+def test_many_layers_stand_in_one_table() -> None:
+    counts = (40, 40, 40, 30, 20, 20, 0)
+    traces = [Trace("before_llm", None, "aim", (80, 80), (40, 40))]
+    traces += [_inside(layer, *pair) for layer, pair in enumerate(pairwise(counts), start=2)]
+    result = report.build(Fake(nn.Linear(1, 1), tuple(traces)))
+    rows = [line.split() for line in str(result).splitlines()]
+    assert ["2-3", "80", "80", "100.0", "%", "2.00"] in rows
+    assert ["4", "80", "60", "75.0", "%", "1.00"] in rows
+    assert ["7", "40", "0", "0.0", "%", "1.00"] in rows
+    assert not any(row[:1] == ["llm_layer"] for row in rows)
+    assert [(layer.visual_in, layer.visual_out) for layer in result.layers] == [
+        *[(80, 80)] * 4, (80, 60), (60, 40), (40, 40), (40, 0)
+    ]  # fmt: skip
+
+
+def test_break_even_is_where_selection_eats_the_savings() -> None:
+    def costs(*, pruned: float, selection: float) -> list[Cost]:
+        names = {"visual_tokens": (100, 25), "selection_latency_ms": (0.0, selection), "encoder_latency_ms": (2.0, 2.0)}
+        times = {"prefill_latency_ms": (20.0, 9.0), "first_token_latency_ms": (23.0, pruned)}
+        return [Cost(name, *pair) for name, pair in {**names, **times, "total_latency_ms": (40.0, 30.0)}.items()]
+
+    found = break_even(costs(pruned=11.0, selection=3.0))
+    assert found is not None
+    assert found.saved_ms_per_token == pytest.approx(15 / 75)
+    assert found.visual_tokens == pytest.approx(20)  # 20 tokens: 15 dropped, 0.2 ms each, are the 3 ms of choosing
+    assert found.dominant == "prefill"
+    assert found.shares == pytest.approx({"encoder": 0.05, "prefill": 0.5, "head": 0.025, "decode": 0.425})
+    nothing = break_even(costs(pruned=27.0, selection=3.0))
+    assert nothing is not None
+    assert nothing.visual_tokens is None
+    assert break_even([cost for cost in costs(pruned=9.0, selection=1.0) if cost.name != "visual_tokens"]) is None
+
+
+def test_break_even_is_told(measured: tuple[nn.Module, Any, Any]) -> None:
+    result = measured[2]
+    for text in (str(result), result.to_markdown(), result._repr_html_()):
+        assert "Break-even" in text
+        assert f"{result.break_even.dominant.replace('_', ' ')} takes the most" in text.replace("\n  ", " ")
+    assert json.loads(result.to_json())["break_even"]["dominant"] == result.break_even.dominant
 
 
 def test_drift_is_that_of_two_independent_runs(measured: tuple[nn.Module, Any, Any]) -> None:
@@ -186,7 +261,7 @@ def test_a_wide_report_stays_within_its_columns() -> None:
         Trace("encoder_block", 31, "a" * 40, (123456,) * 9, (12345,) * 9, images=((9,) * 99,) * 9) for _ in range(2)
     )
     wide = report.build(Fake(nn.Linear(1, 1), sites))
-    costs = (Cost("decoder_prefill_latency_ms", 123456.7, 12345.6, (123400.1, 123999.9), (12345.1, 12345.9)),)
+    costs = (Cost("first_token_latency_ms", 123456.7, 12345.6, (123400.1, 123999.9), (12345.1, 12345.9)),)
     text = str(replace(wide, costs=costs, setting={"device": "x" * 60}))
     assert max(map(len, text.splitlines())) <= 100
     assert "6 more rows are in to_dict()" in text
@@ -201,7 +276,7 @@ def test_markup_escapes_what_it_shows() -> None:
 
 
 def test_an_unmeasured_cost_is_named_with_those_that_exist(measured: tuple[nn.Module, Any, Any]) -> None:
-    with pytest.raises(OptionError, match="'speed' was not measured; measured: visual_tokens, prefill_latency_ms"):
+    with pytest.raises(OptionError, match="'speed' was not measured; measured: visual_tokens, encoder_latency_ms"):
         measured[2].cost("speed")
     with pytest.raises(OptionError, match=r"call report\(inputs\)"):
         report.build(Fake(nn.Linear(1, 1))).cost("kv_mib")

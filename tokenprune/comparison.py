@@ -14,7 +14,7 @@ class Cost:
     """One quantity, dense against pruned.
 
     Attributes:
-        name: what was measured, its unit last (`prefill_latency_ms`).
+        name: what was measured, its unit last (`first_token_latency_ms`).
         dense: value without pruning; the median where it was timed.
         pruned: value with pruning, likewise.
         dense_range: 20 % and 80 % quantiles of the timed runs; None for what does not vary.
@@ -34,27 +34,46 @@ class Cost:
 
     @property
     def factor(self) -> float | None:
-        """Dense over pruned."""
-        return self.dense / self.pruned if self.pruned else None
+        """Dense over pruned; None where one of them is nothing."""
+        return self.dense / self.pruned if self.dense and self.pruned else None
 
 
-def latencies(timed: Mapping[str, Sequence[Generation]]) -> list[Cost]:
-    """Latencies of the timed runs of the sides "dense" and "pruned"."""
-    names = {
-        "prefill_latency_ms": "prefill_ms",
-        "encoder_latency_ms": "encoder_ms",
-        "decoder_prefill_latency_ms": "decoder_ms",
-        "decode_latency_ms": "decode_ms",
-        "total_latency_ms": "total_ms",
-    }
+LATENCIES = {
+    "encoder_latency_ms": "encoder_ms",
+    "prefill_latency_ms": "prefill_ms",
+    "first_token_latency_ms": "first_token_ms",
+    "decode_latency_ms": "decode_ms",
+    "total_latency_ms": "total_ms",
+}
+STAGES = ("first_token", "encoder", "selection", "prefill", "head", "decode")
+
+
+def latencies(timed: Mapping[str, Sequence[Generation]], selection: Sequence[float]) -> list[Cost]:
+    """Latencies of the timed runs of the sides "dense" and "pruned".
+
+    Args:
+        timed: the runs of each side.
+        selection: milliseconds that each pruned run spent at its sites, as its traces say.
+
+    Returns:
+        `encoder`: everything before the decoder. `selection`: at the sites; it is part of the stages they lie in.
+        `prefill`: the decoder over the prompt. `first_token`: from the call to the first token, the two before
+        included. `decode`: each token after the first. `total`: end to end.
+    """
     costs = []
-    for name, attribute in names.items():
+    for name, attribute in LATENCIES.items():
         dense, pruned = ([getattr(run, attribute) for run in timed[side]] for side in ("dense", "pruned"))
         if None not in dense and None not in pruned:
-            sides = Timing(tuple(dense)), Timing(tuple(pruned))
-            ranges = [(side.quantile(0.2), side.quantile(0.8)) for side in sides]
-            costs.append(Cost(name, sides[0].median, sides[1].median, *ranges))
+            costs.append(_timed(name, dense, pruned))
+        if name == "encoder_latency_ms":
+            costs.append(_timed("selection_latency_ms", [0.0] * len(selection), selection))
     return costs
+
+
+def _timed(name: str, *samples: Sequence[float]) -> Cost:
+    dense, pruned = (Timing(tuple(side)) for side in samples)
+    ranges = [(side.quantile(0.2), side.quantile(0.8)) for side in (dense, pruned)]
+    return Cost(name, dense.median, pruned.median, *ranges)
 
 
 def amounts(dense: Inspection, pruned: Inspection) -> list[Cost]:
@@ -62,10 +81,63 @@ def amounts(dense: Inspection, pruned: Inspection) -> list[Cost]:
     costs = [Cost("peak_mib", dense.peak_mib, pruned.peak_mib)]
     if dense.kv_mib is not None and pruned.kv_mib is not None:
         costs.append(Cost("kv_mib", dense.kv_mib, pruned.kv_mib))
-    costs.append(Cost("prefill_flops_g", dense.prefill_flops_g, pruned.prefill_flops_g))
-    if dense.new_ids.shape[1] > 1:
-        costs.append(Cost("total_flops_g", dense.total_flops_g, pruned.total_flops_g))
-    return costs
+    for stage in STAGES:
+        if stage in dense.flops_g and (stage != "decode" or dense.new_ids.shape[1] > 1):
+            costs.append(Cost(f"{stage}_flops_g", dense.flops_g[stage], pruned.flops_g.get(stage, 0.0)))
+        if stage == "prefill" and dense.formula_flops_g is not None and pruned.formula_flops_g is not None:
+            costs.append(Cost("prefill_formula_flops_g", dense.formula_flops_g, pruned.formula_flops_g))
+    return [*costs, Cost("total_flops_g", sum(dense.flops_g.values()), sum(pruned.flops_g.values()))]
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From how many visual tokens on pruning pays on this machine, estimated from the runs of one report.
+
+    What is measured is one prompt of `N` visual tokens of which `M` are left in the end. Its time to the first token
+    gives the time that a dropped token saves, `s = (dense - pruned + selection) / (N - M)`, and the traces give the
+    time that choosing takes, `selection`. At the same fraction kept, `n` visual tokens would save `s n (1 - M / N)`,
+    which equals `selection` at the number given here.
+
+    It is a straight line through two points, and it errs in both directions: selection takes less time on fewer tokens
+    (the true number is lower), a dropped token saves less in a shorter prompt, where fixed costs weigh more (the true
+    number is higher), and work that pruning adds outside of its sites is counted as savings lost. Take it for an order
+    of magnitude, and measure near it.
+
+    Attributes:
+        visual_tokens: the number, all rows of the batch together; None where nothing was dropped or saved, so that no
+            number of tokens can be told.
+        saved_ms_per_token: `s`, negative where pruning costs more than it saves before any selection.
+        selection_ms: `selection`.
+        shares: part of the dense end-to-end time by stage, in order: `encoder`, `prefill`, `head` (with everything
+            else before the first token), `decode`.
+    """
+
+    visual_tokens: float | None
+    saved_ms_per_token: float | None
+    selection_ms: float
+    shares: dict[str, float]
+
+    @property
+    def dominant(self) -> str:
+        """The stage that takes the largest part of the dense time: what else could be saved at all."""
+        return max(self.shares, key=lambda stage: self.shares[stage])
+
+
+def break_even(costs: Sequence[Cost]) -> BreakEven | None:
+    """Estimate from the costs of a report; None if there was no visual token."""
+    by_name = {cost.name: cost for cost in costs}
+    tokens, first = by_name.get("visual_tokens"), by_name["first_token_latency_ms"]
+    if tokens is None:
+        return None
+    selection, dropped = by_name["selection_latency_ms"].pruned, tokens.dense - tokens.pruned
+    each = (first.dense - first.pruned + selection) / dropped if dropped else None
+    number = selection / (each * dropped / tokens.dense) if each is not None and each > 0 else None
+    total = by_name["total_latency_ms"].dense
+    stages = {"encoder": by_name.get("encoder_latency_ms"), "prefill": by_name.get("prefill_latency_ms")}
+    shares = {name: cost.dense / total for name, cost in stages.items() if cost is not None}
+    shares["head" if shares else "first_token"] = max(0.0, first.dense / total - sum(shares.values()))
+    shares["decode"] = max(0.0, 1.0 - first.dense / total)
+    return BreakEven(number, each, selection, shares)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
-"""One greedy generation, timed or looked into.
+"""One greedy generation, timed or looked into, stage by stage.
 
-Prefill latency is the time to the first token of ``generate``: vision encoder, embedding, the decoder over the prompt
-and the head. The decoder's own part is reported beside it, with everything that pruning does in it. Both runs of a
-comparison take the same number of steps: the end of a sequence does not stop them.
+The stages are the encoder (everything before the decoder: vision encoder, projector, embedding), the decoder over the
+prompt with everything that pruning does in it, the head with the choice of the first token, and the decoding steps.
+Both runs of a comparison take the same number of steps: the end of a sequence does not stop them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.measure import Meter, Stopwatch, kv_mib, watch_peak
+from tokenprune.flops import decoder_flops_g
+from tokenprune.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, watch_peak
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,
@@ -31,16 +33,16 @@ class Generation:
     """Where the time of one greedy generation went, in milliseconds.
 
     Attributes:
-        prefill_ms: to the first token.
+        first_token_ms: to the first token.
         encoder_ms: of it, before the decoder (vision encoder, embedding); None if the model shows no decoder.
-        decoder_ms: of it, in the decoder over the prompt, selection included; likewise.
+        prefill_ms: of it, in the decoder over the prompt, selection included; likewise.
         decode_ms: per token after the first one; None if only one was generated.
         total_ms: all of it.
     """
 
-    prefill_ms: float
+    first_token_ms: float
     encoder_ms: float | None
-    decoder_ms: float | None
+    prefill_ms: float | None
     decode_ms: float | None
     total_ms: float
 
@@ -54,16 +56,24 @@ class Inspection:
         first_logits: logits of the first new token, `[B, V]`, fp32, on the CPU.
         kv_mib: KV cache at the end; None if the model kept none.
         peak_mib: peak memory beyond weights and inputs.
-        prefill_flops_g: billions of floating-point operations up to the first token.
-        total_flops_g: the same for the whole generation.
+        flops_g: billions of floating-point operations by stage, in order: `encoder`, `selection` (before the decoder),
+            `prefill` (the decoder over the prompt), `head`, `decode`; only `first_token` and `decode` if the model
+            shows no decoder.
+        formula_flops_g: what :func:`~tokenprune.flops.decoder_flops_g` says `prefill` should be; None if it does not
+            know the decoder.
+        layer_tokens: length of the sequence that entered each decoder layer in the prefill, text and padding included;
+            empty if the decoder shows no layers.
+        layer_kv_mib: KV cache of each layer at the end; empty if the model kept none.
     """
 
     new_ids: Tensor
     first_logits: Tensor
     kv_mib: float | None
     peak_mib: float
-    prefill_flops_g: float
-    total_flops_g: float
+    flops_g: dict[str, float]
+    formula_flops_g: float | None
+    layer_tokens: tuple[int, ...]
+    layer_kv_mib: tuple[float, ...]
 
 
 def _greedy(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, on_token: Callable[[], None]) -> Any:
@@ -78,6 +88,32 @@ def _greedy(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, on_token
     return model.generate(**fresh, **GREEDY, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([tap]))
 
 
+def _decoder(model: Any) -> nn.Module | None:
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+@contextmanager
+def _marked(decoder: nn.Module | None, mark: Callable[[str], object]) -> Iterator[None]:
+    """Within the block each call of `decoder` marks "enter", "begin" (after what other hooks do before it) and
+    "leave"."""
+    handles = []
+    try:
+        if decoder is not None:  # first in and last out: what pruning does belongs to the decoder
+            handles.append(decoder.register_forward_pre_hook(lambda *_: _none(mark("enter")), prepend=True))
+            handles.append(decoder.register_forward_pre_hook(lambda *_: _none(mark("begin"))))
+            handles.append(decoder.register_forward_hook(lambda *_: _none(mark("leave"))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _none(_result: object) -> None:
+    """What a hook returns that changes nothing."""
+
+
 def time_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int) -> Generation:
     """Time one greedy generation of exactly `max_new_tokens` tokens; the end of a sequence does not stop it.
 
@@ -87,58 +123,98 @@ def time_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_toke
         max_new_tokens: tokens to generate.
     """
     watch = Stopwatch(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    handles = []
-    try:
-        if isinstance(decoder, nn.Module):  # first in and last out: what pruning does belongs to the decoder's time
-            handles.append(decoder.register_forward_pre_hook(lambda *_: watch.mark("enter"), prepend=True))
-            handles.append(decoder.register_forward_hook(lambda *_: watch.mark("leave")))
+    with _marked(_decoder(model), watch.mark):
         watch.mark("start")
         output = _greedy(model, inputs, max_new_tokens, lambda: watch.mark("token"))
         watch.mark("end")
         del output
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _generation(watch.read())
-
-
-def _generation(marks: list[tuple[str, float]]) -> Generation:
+    marks = watch.read()
+    stages = _stages(marks)
     tokens = [moment for name, moment in marks if name == "token"]
-    entered = [moment for name, moment in marks if name == "enter" and moment <= tokens[0]]
-    left = [moment for name, moment in marks if name == "leave" and moment <= tokens[0]]
     return Generation(
-        prefill_ms=tokens[0],
-        encoder_ms=entered[0] if entered else None,
-        decoder_ms=sum(left) - sum(entered) if entered else None,
+        first_token_ms=tokens[0],
+        encoder_ms=stages.get("encoder"),
+        prefill_ms=stages["selection"] + stages["prefill"] if "prefill" in stages else None,
         decode_ms=(tokens[-1] - tokens[0]) / (len(tokens) - 1) if len(tokens) > 1 else None,
         total_ms=marks[-1][1],
     )
 
 
+def _stages(marks: list[tuple[str, float]]) -> dict[str, float]:
+    """What was spent between the marks, by stage; a prompt may come in chunks, then the decoder is entered again."""
+    first = next(value for name, value in marks if name == "token")
+    prompt = marks[: next(place for place, (name, _) in enumerate(marks) if name == "token")]
+    enter, begin, leave = ([value for key, value in prompt if key == name] for name in ("enter", "begin", "leave"))
+    decode = marks[-1][1] - first
+    if not enter:
+        return {"first_token": first, "decode": decode}
+    return {
+        "encoder": enter[0],
+        "selection": sum(begin) - sum(enter),
+        "prefill": sum(leave) - sum(begin),
+        "head": first - enter[0] - (sum(leave) - sum(enter)),
+        "decode": decode,
+    }
+
+
 def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int) -> Inspection:
     """Run one greedy generation of exactly `max_new_tokens` tokens and note what it computed, held and returned."""
     logits: list[Tensor] = []
-    flops: list[int] = []
+    marks: list[tuple[str, float]] = []
+    decoder, meter = _decoder(model), Meter()
+
+    def mark(name: str) -> None:
+        marks.append((name, meter.flops))
 
     def note_logits(_module: nn.Module, _args: Any, output: Any) -> None:
-        if not flops:  # overwritten until the first token is chosen: a prompt may come in chunks
+        if "token" not in dict(marks):  # overwritten until the first token is chosen: a prompt may come in chunks
             logits[:] = [output.logits[:, -1].detach().float().cpu()]
 
     handle = model.register_forward_hook(note_logits)
     try:
-        with Meter() as meter, watch_peak([parameter.device for parameter in model.parameters()], meter) as read:
-            output = _greedy(model, inputs, max_new_tokens, lambda: flops.append(meter.flops))
+        with (
+            meter,
+            watch_peak([parameter.device for parameter in model.parameters()], meter) as read,
+            _marked(decoder, mark),
+            _layer_lengths(decoder) as lengths,
+        ):
+            output = _greedy(model, inputs, max_new_tokens, lambda: mark("token"))
             highest = read()
     finally:
         handle.remove()
+    mark("end")
     cache = getattr(output, "past_key_values", None)
+    rows = logits[0].shape[0]
     return Inspection(
         new_ids=output.sequences[:, -max_new_tokens:].cpu(),
         first_logits=logits[0],
         kv_mib=None if cache is None else kv_mib(cache),
         peak_mib=highest,
-        prefill_flops_g=flops[0] / 1e9,
-        total_flops_g=meter.flops / 1e9,
+        flops_g={stage: flops / 1e9 for stage, flops in _stages(marks).items()},
+        formula_flops_g=None if decoder is None else decoder_flops_g(decoder, rows=rows, lengths=lengths),
+        layer_tokens=tuple(lengths),
+        layer_kv_mib=() if cache is None else kv_mib_by_layer(cache),
     )
+
+
+@contextmanager
+def _layer_lengths(decoder: nn.Module | None) -> Iterator[list[int]]:
+    """Note the length of the sequence that enters each layer of `decoder` the first time."""
+    layers = getattr(decoder, "layers", None)
+    layers = list(layers) if isinstance(layers, nn.ModuleList) else []
+    lengths = [0] * len(layers)
+
+    def hook(place: int) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs.get("hidden_states")
+            if not lengths[place] and isinstance(states, Tensor):
+                lengths[place] = states.shape[1]
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield lengths
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -229,13 +229,25 @@ def kv_mib(cache: object) -> float:
     Args:
         cache: a cache of transformers (anything with `layers`); of an encoder-decoder cache both halves count.
     """
+    return _stored_mib(_layers(cache))
+
+
+def kv_mib_by_layer(cache: object) -> tuple[float, ...]:
+    """The same for each layer of the cache; a storage that layers share counts in each of them."""
+    return tuple(_stored_mib([layer]) for layer in _layers(cache))
+
+
+def _layers(cache: object) -> list[object]:
     halves = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     parts = [half for half in halves if half is not None] or [cache]
+    return [layer for part in parts for layer in getattr(part, "layers", [])]
+
+
+def _stored_mib(layers: Sequence[object]) -> float:
     storages: dict[int, int] = {}
     names = ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states")
-    for layer in [layer for part in parts for layer in getattr(part, "layers", [])]:
-        for leaf in tree_leaves([getattr(layer, name, None) for name in names]):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
+    for leaf in tree_leaves([getattr(layer, name, None) for layer in layers for name in names]):
+        if isinstance(leaf, Tensor):
+            storage = leaf.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
     return sum(storages.values()) / MIB

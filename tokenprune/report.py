@@ -3,25 +3,40 @@
 import dataclasses
 import html
 import json
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.comparison import Cost, Drift, amounts, drift, latencies
+from tokenprune.comparison import BreakEven, Cost, Drift, amounts, break_even, drift, latencies
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.generation import GREEDY, Generation, Inspection, inspect_generation, time_generation
 from tokenprune.measure import rounds
+from tokenprune.progress import progress
 from tokenprune.signals import Trace
-from tokenprune.tables import as_html, as_markdown, as_text, number, plain
+from tokenprune.sites import (
+    BLOCK_HEADER,
+    LAYER_HEADER,
+    SITE_HEADER,
+    LayerReport,
+    SiteReport,
+    block_rows,
+    crowded,
+    layer_rows,
+    layers_of,
+    site_rows,
+    visual_tokens,
+)
+from tokenprune.tables import Table, as_html, as_markdown, as_text, number, plain
 
 WIDTH = 100
 SHOWN_ROWS = 12
+SHOWN_LAYERS = 40
 NOT_INPUTS = {
     *GREEDY,
     "max_new_tokens",
@@ -57,28 +72,6 @@ class SessionLike(Protocol):
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """One site of one forward: a :class:`~tokenprune.signals.Trace` without its tensors; same names, same meaning."""
-
-    site: str
-    layer: int | None
-    method: str
-    status: str
-    reason: str
-    n_in: tuple[int, ...]
-    n_out: tuple[int, ...]
-    images: tuple[tuple[int, ...], ...]
-    radius: tuple[tuple[float, ...], ...] | None
-    overhead_ms: float
-
-    @classmethod
-    def of(cls, *traces: Trace) -> "SiteReport":
-        """Take over what the traces of a site say, one trace a run; of their times the median counts."""
-        said = {entry.name: getattr(traces[-1], entry.name) for entry in dataclasses.fields(cls)}
-        return cls(**{**said, "overhead_ms": statistics.median(trace.overhead_ms for trace in traces)})
-
-
-@dataclass(frozen=True)
 class Report:
     """What :meth:`Session.report` returns; print it, or show it in a notebook.
 
@@ -89,6 +82,9 @@ class Report:
         setting: how the costs were measured; empty if they were not.
         costs: dense against pruned.
         drift: None if nothing was measured.
+        layers: the decoder's layers: tokens and KV memory; empty if nothing was measured and no site lies inside.
+        break_even: an estimate of the number of visual tokens from which on pruning pays here, and which stage takes
+            the dense time; None if nothing was measured or there was no visual token.
     """
 
     model: str
@@ -97,6 +93,8 @@ class Report:
     setting: dict[str, Any] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
     drift: Drift | None = None
+    layers: tuple[LayerReport, ...] = ()
+    break_even: BreakEven | None = None
 
     def cost(self, name: str) -> Cost:
         """The cost of that name.
@@ -114,12 +112,24 @@ class Report:
         """Everything as plain data: lists, dictionaries, strings, numbers; numbers that are not finite become None."""
         data = dataclasses.asdict(self)
         data["costs"] = [dict(dataclasses.asdict(cost), saved=cost.saved, factor=cost.factor) for cost in self.costs]
+        if self.break_even is not None:
+            data["break_even"]["dominant"] = self.break_even.dominant
         result: dict[str, Any] = plain(data)
         return result
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw tokens by layer and latencies, dense against pruned, to an image file of the kind its name says.
+
+        Raises:
+            OptionError: nothing was measured, matplotlib is not installed, or the file cannot be written.
+        """
+        from tokenprune.figures import plot_report
+
+        plot_report(path, title=f"{self.model}: {' + '.join(self.methods)}", layers=self.layers, costs=self.costs)
 
     def to_markdown(self) -> str:
         """The report as Markdown."""
@@ -132,24 +142,37 @@ class Report:
     def _repr_html_(self) -> str:
         return "\n".join(self._parts(as_html, lambda line: f"<p>{html.escape(line)}</p>"))
 
-    def _parts(self, table: Callable[[list[str], list[list[str]]], str], line: Callable[[str], str]) -> list[str]:
+    def _parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
         parts = [line(f"tokenprune: {self.model}, {' + '.join(self.methods)}")]
         if not self.sites:
             parts.append(line("No forward with a prompt has run through this session yet: there is nothing to report."))
             return parts
-        header = ["site", "layer", "method", "status", "row", "images", "in", "out", "kept", "radius", "site ms"]
-        rows = [row for site in self.sites for row in _site_rows(site)]
-        parts.append(table(header, rows[:SHOWN_ROWS]))
-        if len(rows) > SHOWN_ROWS:
-            parts.append(line(f"{len(rows) - SHOWN_ROWS} more rows are in to_dict()."))
-        parts += [line(f"{site.site}, {site.method}: skipped, {site.reason}.") for site in self.sites if site.reason]
-        if all(site.status != "applied" for site in self.sites):
-            parts.append(line("Nothing was pruned."))
+        parts += self._site_parts(table, line)
         if self.costs:
             setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.setting.items())
             parts.append(line(f"Dense against pruned, in turn; median (20 % - 80 % of the runs). {setting}."))
             parts.append(table(["", "dense", "pruned", "saved", "factor"], [_cost_row(cost) for cost in self.costs]))
-        return parts + [line(sentence) for sentence in _drift_sentences(self.drift)]
+        return parts + [line(sentence) for sentence in _drift_sentences(self.drift) + _break_even(self.break_even)]
+
+    def _site_parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
+        parts, grouped = [], crowded(self.sites)
+        rows = [row for site in self.sites if site.site not in grouped for row in site_rows(site)]
+        if rows:
+            parts.append(table(SITE_HEADER, rows[:SHOWN_ROWS]))
+        if len(rows) > SHOWN_ROWS:
+            parts.append(line(f"{len(rows) - SHOWN_ROWS} more rows are in to_dict()."))
+        for name, sites in grouped.items():
+            methods = ", ".join(dict.fromkeys(site.method for site in sites))
+            parts.append(line(f"{name}, {methods}: all rows of the batch together."))
+            parts.append(table(BLOCK_HEADER, block_rows(sites)[:SHOWN_LAYERS]))
+        reasons = dict.fromkeys((site.site, site.method, site.reason) for site in self.sites if site.reason)
+        parts += [line(f"{site}, {method}: skipped, {reason}.") for site, method, reason in reasons]
+        if all(site.status != "applied" for site in self.sites):
+            parts.append(line("Nothing was pruned."))
+        if any(layer.dense_tokens is not None for layer in self.layers):
+            parts.append(line("Layers of the decoder: visual tokens, length of the sequence at the prefill, KV cache."))
+            parts.append(table(LAYER_HEADER, layer_rows(self.layers)[:SHOWN_LAYERS]))
+        return parts
 
 
 def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16, repeats: int = 5) -> Report:
@@ -167,28 +190,42 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     """
     model, methods = type(session.model).__name__, tuple(map(_describe, session.methods))
     if inputs is None:
-        return Report(model, methods, tuple(SiteReport.of(trace) for trace in session.traces))
+        sites = tuple(SiteReport.of(trace) for trace in session.traces)
+        return Report(model, methods, sites, layers=layers_of(sites))
     if not session.installed:
         raise OptionError(
             "the model is not patched by this session any more, so there is nothing to compare; patch it again"
         )
     _check(session.model, inputs, max_new_tokens, repeats)
+    inspected, timed, traces = _run(session, inputs, max_new_tokens, repeats)
+    sites = tuple(SiteReport.of(*run) for run in zip(*traces, strict=True))
+    seen = visual_tokens(sites)
+    tokens = [] if seen is None else [Cost("visual_tokens", *seen)]
+    selection = [sum(trace.overhead_ms for trace in run) for run in traces]
+    costs = (*tokens, *latencies(timed, selection), *amounts(**inspected))
+    setting = {**_machine(session.model), "repeats": repeats, "max_new_tokens": max_new_tokens}
+    eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
+    layers = layers_of(sites, **inspected)
+    return Report(model, methods, sites, setting, costs, drift(**inspected, eos=eos), layers, break_even(costs))
+
+
+def _run(
+    session: SessionLike, inputs: Mapping[str, Any], max_new_tokens: int, repeats: int
+) -> tuple[dict[str, Inspection], dict[str, list[Generation]], list[Sequence[Trace]]]:
+    """Look into one run of each side, then time both in turn; the traces are those of the timed pruned runs."""
     inspected: dict[str, Inspection] = {}
     timed: dict[str, list[Generation]] = {"dense": [], "pruned": []}
-    for side in timed:
-        with session.pause() if side == "dense" else nullcontext():
-            inspected[side] = inspect_generation(session.model, inputs, max_new_tokens=max_new_tokens)
     traces: list[Sequence[Trace]] = []
-    for side in rounds(tuple(timed), repeats):
+    turns = [("look", side) for side in timed] + [("time", side) for side in rounds(tuple(timed), repeats)]
+    for kind, side in progress(turns, label="dense and pruned in turn"):
         with session.pause() if side == "dense" else nullcontext():
+            if kind == "look":
+                inspected[side] = inspect_generation(session.model, inputs, max_new_tokens=max_new_tokens)
+                continue
             timed[side].append(time_generation(session.model, inputs, max_new_tokens=max_new_tokens))
         if side == "pruned":
             traces.append(session.traces)
-    sites = tuple(SiteReport.of(*run) for run in zip(*traces, strict=True))
-    costs = (*_tokens(sites), *latencies(timed), *amounts(**inspected))
-    setting = {**_machine(session.model), "repeats": repeats, "max_new_tokens": max_new_tokens}
-    eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
-    return Report(model, methods, sites, setting, costs, drift(**inspected, eos=eos))
+    return inspected, timed, traces
 
 
 def _describe(method: Any) -> str:
@@ -224,40 +261,12 @@ def _check(model: nn.Module, inputs: Any, max_new_tokens: int, repeats: int) -> 
         )
 
 
-def _tokens(sites: Sequence[SiteReport]) -> list[Cost]:
-    seen = [site for site in sites if site.n_in]
-    return [Cost("visual_tokens", sum(seen[0].n_in), sum(seen[-1].n_out or seen[-1].n_in))] if seen else []
-
-
 def _machine(model: nn.Module) -> dict[str, Any]:
     weight = next(model.parameters())
     if weight.device.type == "cuda":
         return {"device": torch.cuda.get_device_name(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
     threads = torch.get_num_threads()
     return {"device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch."), "threads": threads}
-
-
-def _site_rows(site: SiteReport) -> list[list[str]]:
-    head = [site.site, "-" if site.layer is None else str(site.layer), site.method[:14], site.status]
-    rows = []
-    for row, n_in in enumerate(site.n_in):
-        n_out = site.n_out[row] if row < len(site.n_out) else n_in
-        images = str(len(site.images[row])) if row < len(site.images) else "-"
-        radius = max(site.radius[row], default=None) if site.radius is not None else None
-        kept = f"{100 * n_out / n_in:.1f} %" if n_in else "-"
-        rows.append(
-            [
-                *head,
-                str(row),
-                images,
-                f"{n_in:,}",
-                f"{n_out:,}",
-                kept,
-                number(radius),
-                "" if row else number(site.overhead_ms),
-            ]
-        )
-    return rows or [[*head, *["-"] * 7]]
 
 
 def _cost_row(cost: Cost) -> list[str]:
@@ -277,3 +286,21 @@ def _drift_sentences(drift: Drift | None) -> list[str]:
         f"Drift, row by row: KL of the first token, dense from pruned, {kl} nats; greedy tokens equal before the first "
         f"difference: {', '.join(pairs[:SHOWN_ROWS])}."
     ]
+
+
+def _break_even(found: BreakEven | None) -> list[str]:
+    if found is None:
+        return []
+    parts = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in found.shares.items())
+    stages = f"Of the dense time: {parts}; {found.dominant.replace('_', ' ')} takes the most."
+    if found.saved_ms_per_token is None:
+        return [stages]
+    each = f"{number(found.saved_ms_per_token)} ms saved per dropped token, {number(found.selection_ms)} ms selection"
+    if found.visual_tokens is None:
+        return [
+            stages,
+            f"Break-even: none; at this size dropping tokens does not bring the first token nearer ({each}).",
+        ]
+    least = f"{max(1, round(found.visual_tokens)):,}"
+    told = f"the first token comes sooner from about {least} visual tokens on ({each})."
+    return [stages, f"Break-even, estimated from these runs: {told}"]

@@ -2,8 +2,11 @@
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+Table = Callable[[list[str], list[list[str]]], str]
+"""Makes a table out of a header and rows of cells."""
 
 
 def number(value: float | None) -> str:
