@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 OUT ?= out
 PIP_FLAGS := --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo test matrix lint bench bench-gpu train quality clean
+.PHONY: help demo demo-video demo-compare test matrix lint bench bench-gpu train quality clean
 
 help:
 	@echo "make demo       prune a small model and show what was pruned and what it saved"
+	@echo "make demo-video  the same on a sample clip; make demo-compare: every method side by side"
 	@echo "make test       the tests"
 	@echo "make matrix     the wide matrix of families, attention implementations and inputs"
 	@echo "make lint       ruff and mypy"
@@ -22,6 +23,12 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demos/image.py
+
+demo-video: $(VENV)/demo.stamp
+	$(BIN)/python demos/video.py
+
+demo-compare: $(VENV)/demo.stamp
+	$(BIN)/python demos/compare.py
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from overlay import Selection
@@ -72,26 +73,88 @@ def prepare(loaded: Loaded, image: Image.Image, question: str) -> dict[str, Any]
     Raises:
         DemoError: the model's processor refuses them.
     """
-    processor, weight = loaded.processor, next(loaded.model.parameters())
+    return prepare_images(loaded, [image], question)
+
+
+def prepare_images(loaded: Loaded, images: Sequence[Image.Image], question: str) -> dict[str, Any]:
+    """Inputs of ``generate`` for images, in this order, and a question about them.
+
+    Raises:
+        DemoError: the model's processor refuses them.
+    """
+    processor = loaded.processor
     mark = getattr(processor, "image_token", None) or "<image>"
-    if mark in question:
-        raise DemoError(f"argument --question: must not hold {mark}, which stands for the image")
+    _check_marks(question, mark)
     try:
         if getattr(processor, "chat_template", None):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            content = [{"type": "image", "image": image} for image in images]
             inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
+                [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
             )
         else:
-            inputs = processor(images=image, text=f"{mark}\n{question}", return_tensors="pt")
+            text = "".join(f"{mark}\n" for _ in images) + question
+            inputs = processor(images=list(images), text=text, return_tensors="pt")
     except Exception as error:  # processors refuse odd sizes and shapes each in their own way
         raise DemoError(
             f"the processor of {loaded.name} refuses this picture or question: {one_line(error)}"
         ) from error
+    return _placed(loaded, inputs)
+
+
+def takes_videos(loaded: Loaded) -> bool:
+    """Whether the model takes the frames of a video as such, not only as so many images."""
+    config, processor = loaded.model.config, loaded.processor
+    found = getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None)
+    return found is not None and getattr(processor, "video_processor", None) is not None
+
+
+def prepare_video(loaded: Loaded, frames: Sequence[Image.Image], question: str, *, rate: float) -> dict[str, Any]:
+    """Inputs of ``generate`` for a video and a question about it.
+
+    Args:
+        loaded: a model that takes videos.
+        frames: the frames, sampled already.
+        question: what to ask.
+        rate: frames a second among `frames`, for models that are told times.
+
+    Raises:
+        DemoError: the model's processor refuses them.
+    """
+    processor = loaded.processor
+    mark = getattr(processor, "video_token", None) or "<video>"
+    _check_marks(question, mark)
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    number = len(frames)
+    times = {"fps": rate, "duration": number / rate, "frames_indices": list(range(number))}
+    try:
+        text = f"{mark}\n{question}"
+        if getattr(processor, "chat_template", None):
+            chat = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = processor(
+            text=[text],
+            videos=[np.stack([np.asarray(frame) for frame in frames])],
+            do_sample_frames=False,
+            video_metadata=[{"total_num_frames": number, **times}],
+            return_tensors="pt",
+        )
+    except Exception as error:
+        raise DemoError(f"the processor of {loaded.name} refuses these frames: {one_line(error)}") from error
+    return _placed(loaded, inputs)
+
+
+def _check_marks(question: str, mark: str) -> None:
+    if mark in question:
+        raise DemoError(f"argument --question: must not hold {mark}, which stands for the picture")
+
+
+def _placed(loaded: Loaded, inputs: Any) -> dict[str, Any]:
+    """Inputs on the model's device, in its dtype."""
+    weight = next(loaded.model.parameters())
     return dict(inputs.to(weight.device, dtype=weight.dtype))
 
 
@@ -154,15 +217,16 @@ def select(traces: Sequence[tokenprune.Trace], embeds: Tensor) -> Selection:
     return Selection(tuple(kept.tolist()), tuple(nearest.tolist()), tuple(distance.tolist()), grid)
 
 
+def answer(loaded: Loaded, inputs: dict[str, Any], limit: int) -> str:
+    """What the model says, by greedy decoding of at most `limit` tokens."""
+    choice = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    ids = loaded.model.generate(**inputs, max_new_tokens=limit, **choice)[0, inputs["input_ids"].shape[1] :]
+    return " ".join(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).split()) or "(nothing)"
+
+
 def ask(loaded: Loaded, session: tokenprune.Session, inputs: dict[str, Any], limit: int) -> tuple[str, str, Selection]:
     """The answers with all tokens and pruned, and which tokens were kept."""
-
-    def answer() -> str:
-        choice = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        ids = loaded.model.generate(**inputs, max_new_tokens=limit, **choice)[0, inputs["input_ids"].shape[1] :]
-        return " ".join(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).split()) or "(nothing)"
-
     with session.pause(), decoder_inputs(loaded.model) as embeds:
-        dense = answer()
-    pruned = answer()
+        dense = answer(loaded, inputs, limit)
+    pruned = answer(loaded, inputs, limit)
     return dense, pruned, select(session.traces, embeds[0])

@@ -81,21 +81,27 @@ class Figure:
 def draw(figure: Figure) -> Image.Image:
     """The overlay: the image, the kept tokens, and for each dropped token the kept one that is nearest to it."""
     selection = figure.selection
-    rows, columns = selection.grid or _strip(len(selection.nearest))
+    rows, columns = selection.grid or strip(len(selection.nearest))
     size = _panel_size(figure.image.size if selection.grid else (1, 1))
-    cells = _cells(size, rows, columns)[: len(selection.nearest)]
-    seen = _fit(figure.image, size, stretch=selection.grid is not None)
+    cells = cells_of(size, rows, columns)[: len(selection.nearest)]
+    seen = fit(figure.image, size, stretch=selection.grid is not None)
     below = seen if selection.grid else Image.new("RGB", size, (120, 126, 142))
     panels = (seen, _kept_panel(below, cells, selection), _nearest_panel(below, cells, selection, columns))
 
     width = 3 * size[0] + 2 * GAP + 2 * MARGIN
     page = Image.new("RGB", (width, 4 * size[1] + 4000), BACKGROUND)
     pen = ImageDraw.Draw(page)
-    y = _header(pen, figure, width)
+    n_tokens, n_kept = len(selection.nearest), len(selection.kept)
+    stats = (
+        (f"{n_tokens:,} -> {n_kept:,}", "visual tokens"),
+        (f"{100 * n_kept / n_tokens:.1f} %", "kept"),
+        (f"{selection.radius:.3f}", "coverage radius"),
+    )
+    y = header(pen, figure.title, figure.model, stats, width)
     edges = [MARGIN + number * (size[0] + GAP) for number in range(3)]
     captions = zip(edges, panels, _captions(selection), strict=True)
     y = max(_place(page, pen, x, y, *entry) for x, *entry in captions)
-    y = _table(pen, figure.answers, edges, size[0], y + 24)
+    y = table(pen, figure.answers, edges, size[0], y + 24)
     if figure.note:
         y += 12 + paragraph(pen, figure.note, (MARGIN, y + 12), width - 2 * MARGIN, 22, KEPT)
     return page.crop((0, 0, width, y + MARGIN))
@@ -123,7 +129,7 @@ def _captions(selection: Selection) -> list[tuple[str, str]]:
     return [("The image", seen), (f"Kept: {n_kept} of {n_tokens} tokens", where), ("Nearest kept token", tie)]
 
 
-def _strip(n_tokens: int) -> tuple[int, int]:
+def strip(n_tokens: int) -> tuple[int, int]:
     """Rows and columns to lay out tokens that have no place in the image."""
     columns = math.isqrt(max(0, n_tokens - 1)) + 1
     return -(-n_tokens // columns), columns
@@ -139,7 +145,7 @@ def _panel_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, max(height, PANEL // 4)
 
 
-def _fit(image: Image.Image, size: tuple[int, int], *, stretch: bool) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int], *, stretch: bool) -> Image.Image:
     """The image at the size of a panel, or as large as fits into it."""
     smooth = Image.Resampling.NEAREST if max(image.size) <= PANEL // 3 else Image.Resampling.LANCZOS
     if stretch:
@@ -151,14 +157,14 @@ def _fit(image: Image.Image, size: tuple[int, int], *, stretch: bool) -> Image.I
     return panel
 
 
-def _cells(size: tuple[int, int], rows: int, columns: int) -> list[Box]:
+def cells_of(size: tuple[int, int], rows: int, columns: int) -> list[Box]:
     """Boxes of the tokens, line by line; right and bottom are exclusive."""
     xs = [round(i * size[0] / columns) for i in range(columns + 1)]
     ys = [round(i * size[1] / rows) for i in range(rows + 1)]
     return [(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(rows) for c in range(columns)]
 
 
-def _outline(pen: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+def outline(pen: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
     left, top, right, bottom = box
     width = max(1, min(3, min(right - left, bottom - top) // 12))
     if right - left > 2 and bottom - top > 2:
@@ -172,7 +178,7 @@ def _kept_panel(image: Image.Image, cells: Sequence[Box], selection: Selection) 
     pen = ImageDraw.Draw(panel)
     for token in selection.kept:
         panel.paste(image.crop(cells[token]), cells[token])
-        _outline(pen, cells[token], KEPT)
+        outline(pen, cells[token], KEPT)
     return panel
 
 
@@ -209,7 +215,7 @@ def _nearest_panel(image: Image.Image, cells: Sequence[Box], selection: Selectio
     for token in selection.kept:
         left, top, right, bottom = cells[token]
         pen.rectangle((left, top, right - 1, bottom - 1), fill=colours[token])
-        _outline(pen, cells[token], (255, 255, 255))
+        outline(pen, cells[token], (255, 255, 255))
     return panel
 
 
@@ -226,15 +232,8 @@ def _linked(panel: Image.Image, cells: Sequence[Box], selection: Selection) -> I
     return Image.composite(Image.new("RGB", panel.size, "white"), panel, veil.reduce(2))
 
 
-def _header(pen: ImageDraw.ImageDraw, figure: Figure, width: int) -> int:
-    """The title strip; returns where it ends."""
-    selection = figure.selection
-    n_tokens, n_kept = len(selection.nearest), len(selection.kept)
-    stats = (
-        (f"{n_tokens:,} -> {n_kept:,}", "visual tokens"),
-        (f"{100 * n_kept / n_tokens:.1f} %", "kept"),
-        (f"{selection.radius:.3f}", "coverage radius"),
-    )
+def header(pen: ImageDraw.ImageDraw, title: str, model: str, stats: Sequence[tuple[str, str]], width: int) -> int:
+    """The title strip, with figures and what they count on its right; returns where it ends."""
     x = width - MARGIN
     for value, label in reversed(stats):
         block = max(font(34).getlength(value), font(20).getlength(label))
@@ -243,13 +242,13 @@ def _header(pen: ImageDraw.ImageDraw, figure: Figure, width: int) -> int:
         pen.text((x, 74), label, MUTED, font(20))
         x -= 44
     room = x - MARGIN
-    pen.text((MARGIN, 30), lines(figure.title, room, 34, most=1)[0], KEPT, font(34))
-    pen.text((MARGIN, 74), lines(figure.model, room, 20, most=1)[0], MUTED, font(20))
+    pen.text((MARGIN, 30), lines(title, room, 34, most=1)[0], KEPT, font(34))
+    pen.text((MARGIN, 74), lines(model, room, 20, most=1)[0], MUTED, font(20))
     pen.line((MARGIN, 116, width - MARGIN, 116), RULE, 2)
     return 136
 
 
-def _table(pen: ImageDraw.ImageDraw, answers: Sequence[Answer], edges: Sequence[int], column: int, y: int) -> int:
+def table(pen: ImageDraw.ImageDraw, answers: Sequence[Answer], edges: Sequence[int], column: int, y: int) -> int:
     """Questions and answers in columns below the panels; returns where the table ends."""
     end = edges[2] + column
     for x, label in zip(edges, ("question", "answer with all tokens", "answer with the kept tokens"), strict=True):

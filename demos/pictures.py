@@ -1,7 +1,7 @@
 """Pictures for the demo: read from files of all kinds, taken from scikit-image, or recovered from a model's inputs."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,21 @@ def photograph() -> Image.Image:
 
 def seen_by(processor: Any, inputs: Mapping[str, Any], image: Image.Image) -> Image.Image:
     """What the model sees: the pixels it gets, where they are one plain image, else the image as it is."""
+    return frames_seen(processor, inputs, [image])[0]
+
+
+def frames_seen(processor: Any, inputs: Mapping[str, Any], frames: Sequence[Image.Image]) -> Sequence[Image.Image]:
+    """What the model sees: the pixels it gets, where they are one plain image for each frame, else the frames."""
     pixels, images = inputs.get("pixel_values"), processor.image_processor
+    if pixels is None and isinstance(inputs.get("pixel_values_videos"), Tensor):
+        pixels, images = inputs["pixel_values_videos"], processor.video_processor
+        pixels = pixels[0] if pixels.ndim == 5 else pixels
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3) or mean is None or std is None:
-        return image
-    plain = pixels[0].float().cpu()
+    plain = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (len(frames), 3)
+    if not plain or mean is None or std is None:
+        return frames
+    shown = pixels.float().cpu()
     if getattr(images, "do_normalize", True):
-        plain = plain * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return Image.fromarray((255 * plain.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy())
+        shown = shown * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    values = (255 * shown.clamp(0, 1)).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(value) for value in values]
