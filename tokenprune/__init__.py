@@ -9,7 +9,7 @@ from tokenprune.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
-from tokenprune.methods import DivPrune, Method, Random, Uniform
+from tokenprune.methods import AIM, DivPrune, FastV, Method, PyramidDrop, Random, Uniform
 from tokenprune.report import Report
 from tokenprune.session import Session
 from tokenprune.signals import Trace
@@ -17,11 +17,14 @@ from tokenprune.signals import Trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "AIM",
     "BackendError",
     "DivPrune",
+    "FastV",
     "InputError",
     "Method",
     "OptionError",
+    "PyramidDrop",
     "Random",
     "Report",
     "Session",

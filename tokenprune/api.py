@@ -101,8 +101,9 @@ def patch(
             f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm"
         )
     adapter.preflight(sites=sites, positions=positions)
-    unpatch(model)
     session = Session(model, methods, adapter, positions=positions)
+    session.plan()
+    unpatch(model)
     session.install()
     return session
 

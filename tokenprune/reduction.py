@@ -99,11 +99,14 @@ class Merge:
         index: `[B, M]` int64, the position that each group stands at, ascending in each row.
         assign: `[B, N]` int64, the group (0 to M - 1) that each token goes to.
         weight: `[B, N]` fp32 above 0, what a token counts in the mean of its group; None where all count alike.
+        biased: whether attention is to see a group as often as it has tokens: the log of their number is added to the
+            logits.
     """
 
     index: Tensor
     assign: Tensor
     weight: Tensor | None = None
+    biased: bool = False
 
     @property
     def valid(self) -> None:
@@ -158,7 +161,8 @@ class Merge:
         """
         _check_rows(self.index, other.index)
         weight = self._shares() if other.weight is None else self._shares() * gather(other.weight, self.assign)
-        return Merge(gather(self.index, other.index), gather(other.assign, self.assign), weight)
+        biased = self.biased or other.biased
+        return Merge(gather(self.index, other.index), gather(other.assign, self.assign), weight, biased)
 
     def _shares(self) -> Tensor:
         """Weight of each token over the weight of its group, `[B, N]` fp32."""

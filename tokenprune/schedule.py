@@ -24,10 +24,98 @@ def check_keep(keep: object, *, name: str = "keep") -> None:
         )
 
 
+def share(keep: float, n_tokens: int) -> int:
+    """How many of `n_tokens` tokens a share of them stands for: a fraction in [0, 1] or a count, at most all, rounded
+    as in :func:`count`, but 0 where it says so."""
+    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + 0.5)
+    return max(0, min(int(wanted), n_tokens))
+
+
 def count(keep: float, n_tokens: int) -> int:
     """How many of `n_tokens` tokens of an image `keep` stands for: at least 1, at most all.
 
     A fraction is rounded half up (0.098 of 576 is 56), so that the count is monotonic in both arguments.
     """
-    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + 0.5)
-    return max(1, min(int(wanted), n_tokens))
+    return max(1, share(keep, n_tokens))
+
+
+Removal = int | tuple[int, float] | list[int]
+"""Tokens removed per encoder block: a number, a number with an inflection in [-1, 1], or a list with one per block."""
+
+
+def check_removal(r: object) -> None:
+    """Check that `r` is a :data:`Removal`.
+
+    Raises:
+        OptionError: it is not.
+    """
+    wanted = (
+        "r must be an int of at least 0 (tokens removed per block), a pair (int, inflection in [-1, 1]) or a list of "
+        f"ints, one per block, got {r!r}"
+    )
+    pair = isinstance(r, tuple)
+    if pair and (len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], int | float) or not -1 <= r[1] <= 1):
+        raise OptionError(wanted)
+    counts = r if isinstance(r, list) else [r[0] if pair else r]
+    if not counts or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in counts):
+        raise OptionError(wanted)
+
+
+def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
+    """How many tokens each of `n_layers` blocks removes of an image of `n_tokens` patches, at most half of what is left.
+
+    With an inflection i the numbers run on a line from r (1 - i) in the first block to r (1 + i) in the last one,
+    rounded down: -1 removes most at the beginning, 1 at the end.
+
+    Raises:
+        OptionError: `r` has more entries than there are blocks, or would remove every token.
+    """
+    if isinstance(r, list):
+        if len(r) > n_layers:
+            raise OptionError(f"r names {len(r)} blocks, but the encoder has {n_layers}")
+        wanted = r + [0] * (n_layers - len(r))
+    elif isinstance(r, tuple):
+        steps = [0.0] if n_layers == 1 else [2 * layer / (n_layers - 1) - 1 for layer in range(n_layers)]
+        wanted = [math.floor(r[0] * (1 + r[1] * step) + 1e-9) for step in steps]
+    else:
+        wanted = [r] * n_layers
+    if sum(wanted) >= n_tokens:
+        raise OptionError(
+            f"r={r!r} over {n_layers} blocks would remove {sum(wanted)} of {n_tokens} patches, and at least one has to "
+            f"be left; r={(n_tokens - 1) // n_layers} is the largest equal number, keep=0.5 works for every size"
+        )
+    found = []
+    for one in wanted:
+        found.append(min(one, n_tokens // 2))
+        n_tokens -= found[-1]
+    return tuple(found)
+
+
+def removals_for(keep: float, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
+    """How many tokens each of `n_layers` blocks removes so that `keep` of `n_tokens` patches are left after the last.
+
+    The numbers are as equal as they can be, larger ones first; no block removes more than half of what reaches it.
+
+    Raises:
+        OptionError: so few cannot be reached in so many blocks.
+    """
+    wanted = count(keep, n_tokens)
+    least = _halved(n_tokens, n_layers)
+    if wanted < least:
+        raise OptionError(
+            f"keep={keep!r} leaves {wanted} of {n_tokens} patches, but {n_layers} blocks that each remove at most half "
+            f"leave {least}; keep={least} or more works here"
+        )
+    found = []
+    for left in range(n_layers, 0, -1):
+        r = min(-(-(n_tokens - wanted) // left), n_tokens // 2)
+        while _halved(n_tokens - r, left - 1) > wanted:
+            r += 1
+        found.append(r)
+        n_tokens -= r
+    return tuple(found)
+
+
+def _halved(n_tokens: int, times: int) -> int:
+    """What is left of `n_tokens` after half of them, rounded down, was removed so many times."""
+    return max(1, -(-n_tokens >> times)) if n_tokens else 0

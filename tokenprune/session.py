@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
-from tokenprune.models.base import Adapter, Reducer
-from tokenprune.reduction import Keep
-from tokenprune.signals import Signals, Trace
+from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
+from tokenprune.reduction import Keep, Merge, Reduction
+from tokenprune.schedule import share
+from tokenprune.signals import Budget, LayerSignals, Probe, Signals, Stage, Trace
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 
@@ -60,20 +61,20 @@ class _Reducer:
     def name(self) -> str:
         return self.method.name or type(self.method).__name__
 
-    def __call__(self, signals: Signals) -> Keep:
-        """What the method keeps, on the CPU.
+    def __call__(self, signals: Signals) -> Reduction:
+        """What the method keeps, on the CPU, or how it merges.
 
         Raises:
             InputError: the method did not answer with distinct ascending positions within its budget.
         """
         n_rows, n_tokens = signals.features.shape[:2]
         budget = self.method.budget(n_tokens)
-        keep = getattr(self.method, self.site)(signals, budget)
+        answer = getattr(self.method, self.site)(signals, budget)
         due = f"{n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
         who = f"method {self.name!r} at site {self.site!r} returned"
-        if not isinstance(keep, Keep):
-            raise InputError(f"{who} {type(keep).__name__}; a Keep with {due}")
-        index, valid = keep.index.cpu(), None if keep.valid is None else keep.valid.cpu()
+        if not isinstance(answer, Keep | Merge):
+            raise InputError(f"{who} {type(answer).__name__}; a Keep or a Merge with {due}")
+        index, valid = answer.index.cpu(), None if answer.valid is None else answer.valid.cpu()
         fits = index.ndim == 2 and index.shape[0] == n_rows and budget.low <= index.shape[1] <= budget.high
         if not fits or (valid is not None and valid.shape != index.shape):
             raise InputError(f"{who} an index of shape {tuple(index.shape)}; {due}, and valid of that shape or None")
@@ -87,7 +88,52 @@ class _Reducer:
                     f"{who} {kept.tolist()} for image {row}; {budget.low} to {budget.high} distinct ascending "
                     f"positions below {n_tokens} were due"
                 )
-        return Keep(index, valid, keep.radius)
+        if isinstance(answer, Keep):
+            return Keep(index, valid, answer.radius)
+        if answer.assign.shape != (n_rows, n_tokens) or not torch.equal(
+            answer.assign.cpu().gather(1, index), torch.arange(index.shape[1]).expand_as(index)
+        ):
+            raise InputError(f"{who} a Merge whose groups do not stand at tokens of their own; {due}")
+        return answer
+
+
+@dataclass(frozen=True)
+class _LayerReducer:
+    """A method after decoder layers, with its answer checked."""
+
+    method: Method
+
+    @property
+    def name(self) -> str:
+        return self.method.name or type(self.method).__name__
+
+    @property
+    def probe(self) -> Probe | None:
+        return self.method.probe
+
+    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
+        return self.method.schedule(n_layers)
+
+    def count(self, stage: Stage, n_tokens: int) -> int:
+        return share(stage.keep, n_tokens)
+
+    def __call__(self, signals: LayerSignals, *, n_keep: int) -> Tensor:
+        """Positions that go on, `[R, n_keep]` int64.
+
+        Raises:
+            InputError: the method did not answer with as many distinct ascending positions.
+        """
+        n_rows, n_tokens = signals.importance.shape
+        keep = self.method.llm_layer(signals, Budget(n_keep, n_keep))  # type: ignore[attr-defined]
+        due = f"{n_rows} rows of {n_keep} distinct ascending positions below {n_tokens} were due"
+        who = f"method {self.name!r} returned after layer {signals.layer}"
+        if not isinstance(keep, Keep) or keep.index.shape != (n_rows, n_keep) or keep.index.dtype != torch.int64:
+            raise InputError(f"{who} something other than a Keep of shape {(n_rows, n_keep)}; {due}")
+        index = keep.index.cpu()
+        inside = bool(((index >= 0) & (index < n_tokens)).all())
+        if not inside or not bool((index.diff(dim=1) > 0).all()):
+            raise InputError(f"{who} {index.tolist()}; {due}")
+        return index
 
 
 class Session:
@@ -109,12 +155,16 @@ class Session:
         self.forced = False
         self._adapter = adapter
         self._handles: list[RemovableHandle] = []
+        self._swapped: list[Swap] = []
+        self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
         self._reducers = {
             site: tuple(_Reducer(method, site) for method in methods if site in method.sites())
             for method in methods
             for site in method.sites()
+            if site != "llm_layer"
         }
+        self._layer_reducers = tuple(_LayerReducer(method) for method in methods if "llm_layer" in method.sites())
 
     @property
     def family(self) -> str:
@@ -144,20 +194,43 @@ class Session:
         """The methods that take part at `site`, in order (called by adapters)."""
         return self._reducers.get(site, ())
 
+    def layer_reducers(self) -> tuple[LayerReducer, ...]:
+        """The methods that take part after decoder layers, in order (called by adapters)."""
+        return self._layer_reducers
+
+    def plan(self) -> None:
+        """Find out what has to be installed; touches nothing.
+
+        Raises:
+            OptionError: the model cannot honour what the methods ask for.
+        """
+        self._planned = self._adapter.hooks(self)
+
     def install(self) -> None:
         """Put the hooks in place: all of them or, when that raises, none."""
+        if self._planned is None:
+            self.plan()
         register: dict[str, Callable[..., RemovableHandle]] = {
             "pre": lambda module, hook: module.register_forward_pre_hook(hook, with_kwargs=True),
             "post": lambda module, hook: module.register_forward_hook(hook, with_kwargs=True, always_call=True),
+            "first": lambda module, hook: module.register_forward_hook(
+                hook, with_kwargs=True, always_call=True, prepend=True
+            ),
         }
         try:
-            for hook in self._adapter.hooks(self):
+            for hook in self._planned or ():
+                if isinstance(hook, Swap):
+                    self._swapped.append(Swap(hook.module, hook.name, getattr(hook.module, hook.name)))
+                    setattr(hook.module, hook.name, hook.value)
+                    continue
                 ours = _Hook(self, self._guarded(hook.function))
                 ours.handle = register[hook.kind](hook.module, ours)
                 self._handles.append(ours.handle)
         except BaseException:
             self.remove()
             raise
+        finally:
+            self._planned = None
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` outside of any compiled graph, and idle once the hooks are out: a graph compiled before has
@@ -173,6 +246,9 @@ class Session:
         """Take the hooks out. The model is as it was before; calling it again does nothing."""
         while self._handles:
             self._handles.pop().remove()
+        while self._swapped:
+            swap = self._swapped.pop()
+            setattr(swap.module, swap.name, swap.value)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-SITES = ("before_llm",)
+SITES = ("encoder_block", "before_llm", "llm_layer")
 """Names of the places where a method can take part; a method does so by defining a function of that name."""
 
 
@@ -28,6 +28,66 @@ class Signals:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Which importance scores a method wants of the attention of a decoder layer.
+
+    Attributes:
+        reduction: `"column_sum"`, `"last_query"` or `"pagerank"`, as in :func:`tokenprune.ops.attention_importance`.
+        temperature: what logits are divided by before the softmax.
+        cumulative: whether the scores of all layers so far are added up.
+    """
+
+    reduction: str
+    temperature: float = 1.0
+    cumulative: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """After which decoder layer a method drops tokens, and how many it leaves.
+
+    Attributes:
+        layer: index of the layer, from 0; later layers see what is left.
+        keep: float in [0, 1] = fraction of the visual tokens of a row that entered the decoder, int >= 0 = tokens of a
+            row.
+    """
+
+    layer: int
+    keep: float | int
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """What a method may look at after a decoder layer. Rows with equally many visual tokens are handed over together.
+
+    Attributes:
+        layer: index of the layer.
+        importance: scores of the visual tokens that are left, `[R, N]` fp32, as the method's :class:`Probe` asked.
+    """
+
+    layer: int
+    importance: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSignals:
+    """What a method may look at inside a block of a vision encoder, between attention and MLP.
+
+    Attributes:
+        layer: index of the block.
+        keys: keys of the block's attention averaged over its heads, before any rotation, `[B, N, K]` fp32.
+        sizes: how many tokens each one stands for, `[B, N]` fp32; None where nothing was merged yet.
+        protected: tokens that go on by themselves whatever happens (class, distillation, registers), `[N]` bool on the
+            CPU; they come first.
+    """
+
+    layer: int
+    keys: Tensor
+    sizes: Tensor | None
+    protected: Tensor
+
+
+@dataclass(frozen=True)
 class Budget:
     """How many tokens of each image a method has to keep: from `low` to `high`, both included."""
 
@@ -41,7 +101,7 @@ class Trace:
 
     Attributes:
         site: name of the site, for instance `before_llm`.
-        layer: index of the decoder layer, or None where the site stands before all layers.
+        layer: index of the decoder layer (of the block inside an encoder), or None where the site stands before all layers.
         method: name of the method.
         n_in: visual tokens that reached the site, per row.
         n_out: visual tokens that went on, per row.
@@ -54,6 +114,9 @@ class Trace:
             method knows it.
         status: "applied" or "skipped".
         reason: why the site was skipped, else "".
+        assignment: inside an encoder: which of the `n_out` tokens that went on stands for each source patch,
+            `[B, patches]` int64 on the model's device.
+        place: inside an encoder: where in the block tokens were reduced.
         overhead_ms: wall time spent at the site: selection, gathering and masks. On a GPU it includes the wait for the
             selection.
     """
@@ -68,6 +131,8 @@ class Trace:
     images: tuple[tuple[int, ...], ...] = ()
     grids: tuple[tuple[tuple[int, int] | None, ...], ...] = ()
     radius: tuple[tuple[float, ...], ...] | None = None
+    assignment: Tensor | None = None
+    place: str = ""
     status: str = "applied"
     reason: str = ""
     overhead_ms: float = 0.0

@@ -44,6 +44,9 @@ class _Probe:
     def reducers(self, site: str) -> tuple[_EveryOther, ...]:
         return (_EveryOther(),)
 
+    def layer_reducers(self) -> tuple[()]:
+        return ()
+
     def publish(self, traces: tuple[Trace, ...]) -> None:
         return None
 

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenprune.schedule import check_keep, count
-from tokenprune.signals import SITES, Budget
+from tokenprune.signals import SITES, Budget, Probe, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A frozen set of hyper-parameters that takes part at the sites whose names it defines as functions.
 
-    A site function is pure: `(self, signals: Signals, budget: Budget) -> Keep`. It sees the images of one size as one
-    batch, and what it keeps of an image must depend on that image and the options alone.
+    A site function is pure, and what it keeps of an image (a row) depends on that image (row) and the options alone:
+
+    * `before_llm(self, signals: Signals, budget: Budget) -> Keep | Merge`: sees the images of one size as one batch;
+    * `llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep`: sees the rows with equally many visual tokens as
+      one batch, after each of the layers that :meth:`schedule` names.
 
     Args:
         keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 =
@@ -38,3 +41,16 @@ class Method:
         assert not isinstance(self.keep, str)  # a child that allows a word overrides this function
         n_keep = count(self.keep, n_tokens)
         return Budget(n_keep, n_keep)
+
+    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
+        """After which of the decoder's `n_layers` layers the method drops tokens, in order.
+
+        Raises:
+            OptionError: the options do not fit a decoder of this depth.
+        """
+        return ()
+
+    @property
+    def probe(self) -> Probe | None:
+        """The importance scores that `llm_layer` looks at."""
+        return None

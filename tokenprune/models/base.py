@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokenprune.reduction import Keep
-from tokenprune.signals import Signals, Trace
+from tokenprune.reduction import Reduction
+from tokenprune.signals import LayerSignals, Probe, Signals, Stage, Trace
 
 
 class Reducer(Protocol):
@@ -18,8 +18,34 @@ class Reducer(Protocol):
         """Name of the method."""
         ...
 
-    def __call__(self, signals: Signals) -> Keep:
-        """Select tokens of `signals.features` `[B, N, D]`."""
+    def __call__(self, signals: Signals) -> Reduction:
+        """Select or merge tokens of `signals.features` `[B, N, D]`."""
+        ...
+
+
+class LayerReducer(Protocol):
+    """A method that takes part after decoder layers, with its shares turned into counts."""
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        ...
+
+    @property
+    def probe(self) -> Probe | None:
+        """The importance scores that it looks at."""
+        ...
+
+    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
+        """After which layers it drops tokens."""
+        ...
+
+    def count(self, stage: Stage, n_tokens: int) -> int:
+        """How many of the `n_tokens` visual tokens of a row that entered the decoder go on after `stage`."""
+        ...
+
+    def __call__(self, signals: LayerSignals, *, n_keep: int) -> Tensor:
+        """Positions `[R, n_keep]` among the tokens of `signals.importance` `[R, N]` that go on, ascending."""
         ...
 
 
@@ -45,6 +71,10 @@ class Engine(Protocol):
         """The methods that take part at `site`, in order."""
         ...
 
+    def layer_reducers(self) -> tuple[LayerReducer, ...]:
+        """The methods that take part after decoder layers, in order."""
+        ...
+
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last forward."""
         ...
@@ -52,12 +82,21 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Hook:
-    """One hook to be installed: `kind` is `"pre"` (before the module's forward) or `"post"` (after it, also when it
-    raised)."""
+    """One hook to be installed: `kind` is `"pre"` (before the module's forward), `"post"` (after it, also when it
+    raised) or `"first"` (likewise, before the hooks that are there already)."""
 
     module: nn.Module
     kind: str
     function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One attribute of a module to be replaced by `value` as long as the hooks are in place."""
+
+    module: nn.Module
+    name: str
+    value: Any
 
 
 class Adapter(Protocol):
@@ -77,6 +116,10 @@ class Adapter(Protocol):
         """Raise unless the model can honour what is asked; touches nothing."""
         ...
 
-    def hooks(self, engine: Engine) -> list[Hook]:
-        """The hooks that make `engine` act on the model."""
+    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+        """What makes `engine` act on the model; touches nothing.
+
+        Raises:
+            OptionError: the model cannot honour what the methods ask for.
+        """
         ...

@@ -4,7 +4,7 @@ After pruning, a cache holds fewer slots than the sequence has tokens. Everythin
 manual loop, the model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything
 inside the decoder counts slots. The cache object bridges the two: its class becomes a subclass of its own class whose
 answers are *logical* outside the decoder's forward and *physical* within it, and the map between the two
-(:class:`Slots`) sits on the object. So a second turn, chunked prefill, assisted decoding and manual loops need no code
+(:class:`Ledger`) sits on the object. So a second turn, chunked prefill, assisted decoding and manual loops need no code
 of their own.
 
 Mask sizes are logical outside the decoder too, although physical ones would spare the decoder's masks a gather: so
@@ -12,8 +12,9 @@ every mask that is built above the decoder comes out as for the unpruned sequenc
 (:mod:`masks`).
 """
 
+import bisect
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,22 +28,20 @@ _STATE = "_tokenprune_slots"
 
 @dataclass
 class Slots:
-    """Where the slots of a pruned cache stand in the unpruned sequence.
+    """Where the slots of some layers of a pruned cache stand in the unpruned sequence.
 
     Attributes:
         index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a slot that only
             fills a row up. Slots after the M-th stand at `slot + dropped`.
         dropped: how many more tokens than slots there are.
-        shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
         has_fillers: whether some slot only fills a row up.
-        inside: whether the decoder's forward is running, so that lengths are asked for in slots.
+        bias: `[B, M]` fp32, what attention adds to the logits of each of the first M slots (0 for later ones), or None.
     """
 
     index: Tensor
     dropped: int
-    shift: Tensor | None = None
     has_fillers: bool = False
-    inside: bool = False
+    bias: Tensor | None = None
 
     def columns(self, *, n_slots: int) -> Tensor:
         """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only
@@ -51,8 +50,15 @@ class Slots:
         tail = torch.arange(start, n_slots, device=self.index.device) + self.dropped
         return torch.cat([self.index[:, :n_slots], tail.expand(self.index.shape[0], -1)], dim=1)
 
-    def crop(self, *, n_slots: int) -> None:
-        """Forget the slots from the `n_slots`-th on.
+    def biases(self, *, n_slots: int) -> Tensor | None:
+        """What attention adds to the logits of each of `n_slots` slots, `[B, n_slots]` fp32, or None."""
+        if self.bias is None:
+            return None
+        bias = self.bias[:, :n_slots]
+        return torch.nn.functional.pad(bias, (0, n_slots - bias.shape[1]))
+
+    def cropped(self, *, n_slots: int) -> "Slots":
+        """The first `n_slots` slots alone.
 
         Raises:
             InputError: a removed slot stands before a token that was pruned, so that removing slots would not remove
@@ -60,7 +66,7 @@ class Slots:
         """
         surplus = self.index.shape[1] - n_slots
         if surplus <= 0:
-            return
+            return self
         end = self.index.shape[1] + self.dropped
         tail = torch.arange(end - surplus, end, device=self.index.device)
         if not bool((self.index[:, n_slots:] == tail).all()):
@@ -68,7 +74,33 @@ class Slots:
                 f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after "
                 "them can be cropped"
             )
-        self.index = self.index[:, :n_slots]
+        return replace(self, index=self.index[:, :n_slots], bias=None if self.bias is None else self.bias[:, :n_slots])
+
+    def take(self, rows: Tensor) -> "Slots":
+        """The slots of some rows of the batch."""
+        rows = rows.to(self.index.device)
+        return replace(self, index=self.index[rows], bias=None if self.bias is None else self.bias[rows])
+
+
+@dataclass
+class Ledger:
+    """What a pruned cache knows about itself.
+
+    Attributes:
+        starts: first layer of each part of the decoder whose layers hold the same tokens; the first one is 0.
+        parts: the slots of each part.
+        shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
+        inside: whether the decoder's forward is running, so that lengths are asked for in slots.
+    """
+
+    starts: tuple[int, ...]
+    parts: tuple[Slots, ...]
+    shift: Tensor | None = None
+    inside: bool = False
+
+    def at(self, layer: int) -> Slots:
+        """The slots of a layer."""
+        return self.parts[bisect.bisect_right(self.starts, layer) - 1]
 
 
 class _PrunedCache:
@@ -78,14 +110,14 @@ class _PrunedCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Length of the sequence: in tokens outside the decoder, in slots within it."""
-        slots: Slots = getattr(self, _STATE)
+        ledger: Ledger = getattr(self, _STATE)
         physical = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return physical if slots.inside else physical + slots.dropped
+        return physical if ledger.inside else physical + ledger.at(layer_idx).dropped
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Any, int]:
         """Length and offset of the keys that a mask has to cover, counted as in :meth:`get_seq_length`."""
-        slots: Slots = getattr(self, _STATE)
-        if slots.inside:
+        ledger: Ledger = getattr(self, _STATE)
+        if ledger.inside:
             sizes: tuple[Any, int] = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
             return sizes
         past = int(self.get_seq_length(layer_idx))
@@ -101,9 +133,13 @@ class _PrunedCache:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as on an unpruned cache."""
-        slots: Slots = getattr(self, _STATE)
-        physical = int(super().get_seq_length())  # type: ignore[misc]
-        slots.crop(n_slots=physical - abs(tokens_to_remove))
+        ledger: Ledger = getattr(self, _STATE)
+        physical = super().get_seq_length  # type: ignore[misc]
+        lengths = [int(physical(start)) for start in ledger.starts]
+        ledger.parts = tuple(
+            slots.cropped(n_slots=length - abs(tokens_to_remove))
+            for slots, length in zip(ledger.parts, lengths, strict=True)
+        )
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -125,14 +161,13 @@ class _PrunedCache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        n_rows = getattr(self, _STATE).index.shape[0]
+        n_rows = getattr(self, _STATE).parts[0].index.shape[0]
         self._take_rows(torch.arange(n_rows).repeat_interleave(repeats))
 
     def _take_rows(self, rows: Tensor) -> None:
-        slots: Slots = getattr(self, _STATE)
-        rows = rows.to(slots.index.device)
-        slots.index = slots.index[rows]
-        slots.shift = None if slots.shift is None else slots.shift[rows]
+        ledger: Ledger = getattr(self, _STATE)
+        ledger.parts = tuple(slots.take(rows) for slots in ledger.parts)
+        ledger.shift = None if ledger.shift is None else ledger.shift[rows.to(ledger.shift.device)]
 
 
 @functools.cache
@@ -152,10 +187,10 @@ def window_of(layer: Any) -> int | None:
     return int(layer.max_cache_len if window is None else window)
 
 
-def slots_of(cache: Any) -> Slots | None:
-    """The slots of a pruned cache, None for any other cache or for no cache."""
-    slots = getattr(cache, _STATE, None)
-    return slots if isinstance(slots, Slots) else None
+def ledger_of(cache: Any) -> Ledger | None:
+    """The ledger of a pruned cache, None for any other cache or for no cache."""
+    ledger = getattr(cache, _STATE, None)
+    return ledger if isinstance(ledger, Ledger) else None
 
 
 def past_length(cache: Any) -> int:
@@ -163,8 +198,12 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def check_cache(cache: Any) -> None:
+def check_cache(cache: Any, *, layered: bool = False) -> None:
     """Check that a cache can go on after pruning.
+
+    Args:
+        cache: the cache, or None.
+        layered: whether its layers are to hold different tokens.
 
     Raises:
         UnsupportedModelError: it cannot.
@@ -174,30 +213,45 @@ def check_cache(cache: Any) -> None:
             f"cannot prune with a cache of type {type(cache).__name__}; a transformers Cache made of layers works "
             "(DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
         )
+    if layered and cache is not None and any("Quantized" in type(layer).__name__ for layer in cache.layers):
+        raise UnsupportedModelError(
+            f"cannot prune between decoder layers with a {type(cache).__name__}: its layers keep one quantized block "
+            "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method that "
+            "prunes before the decoder"
+        )
 
 
-def record(cache: Any, keep: Keep, *, past: int, length: int, shift: Tensor | None) -> None:
-    """Write down on `cache` that its last forward stored `keep` of `length` tokens after `past` tokens.
+def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: int, rows: Tensor) -> Slots:
+    """The slots of a layer after a forward that stored some of its tokens.
 
     Args:
-        cache: the cache that the forward filled.
-        keep: which of the `length` tokens were stored, `index` `[B, M]`.
-        past: tokens of the unpruned sequence before this forward.
-        length: tokens of the unpruned sequence in this forward.
-        shift: `[B]` how many positions the packed policy has taken out so far, or None.
+        slots: the slots before it; None where they were the tokens themselves.
+        keep: which of the tokens of the call were stored; None for all.
+        bias: `[B, M]` fp32 of the stored tokens, or None.
+        past: tokens of the unpruned sequence before the call.
+        rows: `[B, length]` int64, positions of all tokens of the call within it.
     """
-    slots = slots_of(cache)
-    index = keep.index + past
-    if keep.valid is not None:
-        index = index.masked_fill(~keep.valid, -1)
+    new = (rows if keep is None else keep.index) + past
+    if keep is not None and keep.valid is not None:
+        new = new.masked_fill(~keep.valid, -1)
     before = past if slots is None else past - slots.dropped
     if slots is None:
-        earlier = torch.arange(before, device=index.device).expand(index.shape[0], -1)
+        earlier = torch.arange(before, device=new.device).expand(len(new), -1)
     else:
-        earlier = slots.columns(n_slots=before).to(index.device)
-    dropped = past + length - before - keep.index.shape[1]
-    has_fillers = keep.valid is not None or (slots is not None and slots.has_fillers)
-    setattr(cache, _STATE, Slots(torch.cat([earlier, index], dim=1), dropped, shift, has_fillers))
-    if slots is None:
+        earlier = slots.columns(n_slots=before).to(new.device)
+    old_bias = None if slots is None else slots.biases(n_slots=before)
+    if bias is not None or old_bias is not None:
+        old_bias = torch.zeros(earlier.shape, device=new.device) if old_bias is None else old_bias.to(new.device)
+        bias = torch.zeros(new.shape, device=new.device) if bias is None else bias
+        bias = torch.cat([old_bias, bias], dim=1)
+    dropped = past + rows.shape[1] - before - new.shape[1]
+    has_fillers = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_fillers)
+    return Slots(torch.cat([earlier, new], dim=1), dropped, has_fillers, bias)
+
+
+def record(cache: Any, ledger: Ledger) -> None:
+    """Write down on `cache` which tokens its layers hold."""
+    if ledger_of(cache) is None:
         cls: Any = type(cache)
         cache.__class__ = _pruned_class(cls)
+    setattr(cache, _STATE, ledger)

@@ -5,7 +5,7 @@ unpruned sequence) and the bidirectional image blocks of some families. Where th
 itself from a 2-D padding mask, it is given just that, so that fused attention keeps its fast paths.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,23 @@ class Layout:
             slot that only fills a row up.
         past: tokens of the unpruned sequence before this call.
         length: tokens of the unpruned sequence in this call.
+        has_fillers: whether some slot only fills a row up.
+        bias: `[B, P + M]` fp32, what is added to the logits of every slot, or None.
     """
 
     rows: Tensor
     columns: Tensor
     past: int
     length: int
+    has_fillers: bool = False
+    bias: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether None, "plain causality" to fused attention, stands for the pruned rows too: no row is filled up, and
+        the keys are the same tokens as the queries or there is one query."""
+        same = self.rows.shape[1] == 1 or self.columns.shape[1] == self.rows.shape[1]
+        return same and not self.has_fillers and self.bias is None
 
 
 def _padding(mask: Tensor | None, layout: Layout) -> Tensor:
@@ -79,15 +90,14 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     )
 
 
-def _entry(mask: Any, layout: Layout, cache: Any, layer: int, logical: dict[int, tuple[int, int]], plain: bool) -> Any:
+def _entry(mask: Any, layout: Layout, cache: Any, layer: int, offset: int) -> Any:
     """Prune the mask of the layers of one kind, of which `layer` is one."""
     if mask is not None and mask.ndim == 2:
         return _padding(mask, layout)
-    if mask is None and plain:
+    if mask is None and layout.plain:
         return None
     n_rows = layout.rows.shape[1]
     sizes = (n_rows, 0) if cache is None else cache_sizes(cache, n_rows, layer)
-    offset = 0 if layer not in logical else logical[layer][1]
     return _block(mask, layout, sizes=sizes, offset=offset)
 
 
@@ -146,34 +156,85 @@ def dense_mask(config: Any, mask: Tensor | None, cache: Any, *, embeds: Tensor, 
     )
 
 
-def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, *, has_fillers: bool) -> Any:
+def offsets_of(mask: Any, cache: Any, config: Any, length: int) -> dict[str | None, int]:
+    """For each kind of layers that `mask` tells apart, the position in the unpruned sequence of its first column.
+
+    To be asked before the decoder runs, while the cache answers in tokens.
+    """
+    kinds: list[str | None] = sorted(mask) if isinstance(mask, dict) else [None]
+    layers = {kind: layer_of_kind(config, kind) for kind in kinds}
+    return {
+        kind: int(cache.get_mask_sizes(length, layer)[1]) if cache is not None and layer < len(cache.layers) else 0
+        for kind, layer in layers.items()
+    }
+
+
+def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict[str | None, int]) -> Any:
     """Prune whatever the decoder was to get as `attention_mask`.
 
     Args:
         mask: None, 2-D padding mask `[B, past + length]`, 4-D mask `[B, 1, length, keys]`, or a dict of these by kind
             of layer.
         layout: rows and columns of the pruned forward.
-        cache: the cache that the forward will use (still answering in tokens of the unpruned sequence), or None.
+        cache: the cache that the forward will use, or None.
         config: configuration of the decoder.
-        has_fillers: whether some slot only fills a row up.
+        offsets: see :func:`offsets_of`.
 
     Returns:
         The same kind of thing for M rows. A 2-D mask stays one.
     """
     if isinstance(mask, dict):
-        layers = {kind: layer_of_kind(config, kind) for kind in mask}
-    elif mask is None or mask.ndim == 2:
+        return {
+            kind: _entry(entry, layout, cache, layer_of_kind(config, kind), offsets[kind])
+            for kind, entry in mask.items()
+        }
+    if mask is None or mask.ndim == 2:
         return _padding(mask, layout)
-    else:
-        layers = {None: layer_of_kind(config, None)}
-    # None means "plain causality" to fused attention; that stands for the pruned rows too, unless rows are filled up or
-    # the keys are not the same tokens as the queries.
-    plain = not has_fillers and (layout.rows.shape[1] == 1 or layout.columns.shape[1] == layout.rows.shape[1])
-    logical = {
-        layer: cache.get_mask_sizes(layout.length, layer)
-        for layer in layers.values()
-        if cache is not None and layer < len(cache.layers)
-    }
+    return _entry(mask, layout, cache, layer_of_kind(config, None), offsets[None])
+
+
+def layer_mask(
+    mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict[str | None, int], *, layer: int, like: Tensor
+) -> Any:
+    """What one decoder layer is to get as `attention_mask`, in the form that its attention takes.
+
+    Args:
+        mask: what the decoder was to get for the unpruned sequence, see :func:`prune_mask`.
+        layout: rows and columns of the layer's forward.
+        cache: the cache, or None.
+        config: configuration of the decoder.
+        offsets: see :func:`offsets_of`.
+        layer: index of the layer.
+        like: hidden states; an additive mask has their dtype.
+    """
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds and isinstance(mask, dict) else None
     if isinstance(mask, dict):
-        return {kind: _entry(entry, layout, cache, layers[kind], logical, plain) for kind, entry in mask.items()}
-    return _entry(mask, layout, cache, 0, logical, plain)
+        kind = kind if kind in mask else next(iter(mask))
+        mask = mask[kind]
+    implementation = str(config._attn_implementation)
+    if kind == "linear_attention" or "flash" in implementation:
+        if mask is not None and mask.ndim == 4:
+            return _entry(mask, layout, cache, layer, offsets[kind])
+        padding = _padding(mask, layout)
+        return None if bool(padding.all()) else padding
+    block = None
+    if mask is not None and mask.ndim == 4:
+        block = _entry(mask, layout, cache, layer, offsets[kind])
+    else:
+        padding = _padding(mask, layout)
+        sizes = (layout.rows.shape[1], 0) if cache is None else cache_sizes(cache, layout.rows.shape[1], layer)
+        longer = sum(sizes) != layout.columns.shape[1]  # a static cache has room for more
+        if longer or not layout.plain or implementation == "eager" or not bool(padding.all()):
+            seen = replace(layout, columns=layout.columns.masked_fill(~padding, -1))
+            block = _block(None, seen, sizes=sizes, offset=0)
+    if block is None or (block.dtype == torch.bool and implementation != "eager" and layout.bias is None):
+        return block
+    if block.dtype == torch.bool:
+        block = torch.zeros_like(block, dtype=like.dtype).masked_fill_(~block, torch.finfo(like.dtype).min)
+    if layout.bias is not None:
+        n_keys, first = (block.shape[-1], 0) if cache is None else cache_sizes(cache, layout.rows.shape[1], layer)
+        bias = layout.bias[:, first : first + n_keys]
+        bias = torch.nn.functional.pad(bias, (0, n_keys - bias.shape[1]))[:, None, None, :].to(block)
+        block = torch.where(block == torch.finfo(block.dtype).min, block, block + bias)
+    return block

@@ -1,7 +1,8 @@
 """Selection at the decoder's entrance: from the images of a forward to the tokens of every row that go on."""
 
 import time
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,28 +11,64 @@ from torch import Tensor
 from tokenprune.errors import InputError
 from tokenprune.models.base import Reducer
 from tokenprune.models.visual import Image
-from tokenprune.reduction import Keep, pack
+from tokenprune.reduction import Keep, Merge, pack
 from tokenprune.signals import Signals, Trace
 
 SITE = "before_llm"
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
-def skipped(reducers: tuple[Reducer, ...], reason: str) -> list[Trace]:
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did to some images of one size.
+
+    Attributes:
+        rows: `[R]` int64, the row of each image.
+        tokens: `[R, N]` int64, the positions of its tokens.
+        merge: what was done to them.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    merge: Merge
+
+    def write(self, x: Tensor) -> None:
+        """Put the means of the groups into `x` `[B, L, ...]`, at the places where the groups stand."""
+        rows, tokens = self.rows.to(x.device)[:, None], self.tokens.to(x.device)
+        x[rows, tokens.gather(1, self.merge.index.to(x.device))] = self.merge.apply(x[rows, tokens])
+
+
+def sizes_of(merged: list[Merged], shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """How many tokens each token stands for, `[B, L]` fp32; None where attention is not to know."""
+    if not any(one.merge.biased for one in merged):
+        return None
+    sizes = torch.ones(shape)
+    for one in merged:
+        rows, tokens, merge = one.rows.cpu()[:, None], one.tokens.cpu(), one.merge
+        before = sizes[rows, tokens]
+        after = torch.zeros(merge.index.shape).scatter_add_(1, merge.assign.cpu(), before)
+        sizes[rows, tokens.gather(1, merge.index.cpu())] = after
+    return sizes.to(device)
+
+
+def skipped(names: Iterable[str], reason: str, *, site: str = SITE) -> list[Trace]:
     """A trace for each method that had nothing to do."""
-    return [Trace(SITE, None, reducer.name, status="skipped", reason=reason) for reducer in reducers]
+    return [Trace(site, None, name, status="skipped", reason=reason) for name in names]
 
 
-def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tuple[list[Image], Trace]:
-    """Let one method choose among the tokens of every image; images of one size go to it together.
+def reduce_images(
+    images: list[Image], reducer: Reducer, embeds: Tensor, merged: list[Merged]
+) -> tuple[list[Image], Tensor, Trace]:
+    """Let one method choose among, or merge, the tokens of every image; images of one size go to it together.
 
     Args:
         images: the images of the forward, with the tokens that are left of them.
         reducer: the method.
         embeds: what the decoder was to get, `[B, L, D]`.
+        merged: what was merged before; what is merged now is added.
 
     Returns:
-        The images with the tokens that go on, and the trace.
+        The images with the tokens that go on, the embeddings with the groups' means in place, and the trace.
 
     Raises:
         InputError: a visual token holds NaN or infinite values.
@@ -42,6 +79,7 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
         groups.setdefault((len(image.tokens), image.grid), []).append(i)
     chosen = list(images)
     radii: dict[int, float] = {}
+    n_before = len(merged)
     for (n_tokens, grid), members in groups.items():
         rows = torch.tensor([images[i].row for i in members], device=embeds.device)
         tokens = torch.stack([images[i].tokens for i in members]).to(embeds.device)
@@ -53,6 +91,10 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
         keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members)))
+        if isinstance(keep, Merge):
+            embeds = embeds if len(merged) > n_before else embeds.clone()
+            merged.append(Merged(rows, tokens, keep))
+            merged[-1].write(embeds)
         index = keep.index.cpu()  # sessions hand it over on the CPU
         valid = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
         for member, i in enumerate(members):
@@ -60,18 +102,20 @@ def reduce_images(images: list[Image], reducer: Reducer, embeds: Tensor) -> tupl
             chosen[i] = replace(images[i], tokens=images[i].tokens[kept], grid=grid if len(kept) == n_tokens else None)
         if keep.radius is not None:
             radii.update(zip(members, keep.radius.tolist(), strict=True))
-    return chosen, _trace(reducer.name, images, chosen, embeds.shape[0], radii, started)
+    return chosen, embeds, _trace(reducer.name, images, chosen, embeds.shape[0], radii, started)
+
+
+def tokens_by_row(images: list[Image], n_rows: int) -> tuple[Tensor, ...]:
+    """Positions of the visual tokens of every row, `[n]` int64 each, ascending."""
+    rows = [[image.tokens for image in images if image.row == row] for row in range(n_rows)]
+    return tuple(torch.cat(row).sort().values if row else _NONE for row in rows)
 
 
 def _trace(
     name: str, before: list[Image], after: list[Image], n_rows: int, radii: dict[int, float], started: float
 ) -> Trace:
-    def by_row(images: list[Image]) -> tuple[Tensor, ...]:
-        rows = [[image.tokens for image in images if image.row == row] for row in range(n_rows)]
-        return tuple(torch.cat(row).sort().values if row else _NONE for row in rows)
-
     members = [[i for i, image in enumerate(before) if image.row == row] for row in range(n_rows)]
-    seen, kept = by_row(before), by_row(after)
+    seen, kept = tokens_by_row(before, n_rows), tokens_by_row(after, n_rows)
     return Trace(
         SITE,
         None,

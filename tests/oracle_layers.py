@@ -1,0 +1,120 @@
+"""The independent oracle of pruning inside the decoder: the unpatched model at full length, with a mask for every layer.
+
+Nothing here uses the library, and no token ever leaves: a token that was dropped after layer l is hidden from all others
+in the layers after l by a 4-D mask of its own for each layer. Merged embeddings are put in place by plain arithmetic.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from families import MROPE, Batch, fresh
+from oracle import additive
+from torch import Tensor, nn
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    return next(list(child) for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) > 1)
+
+
+def full_masks(decoder: nn.Module, given: Any, length: int) -> list[Tensor]:
+    """What each layer of the unpatched decoder would see of an unpadded row, `[1, 1, L, L]` bool."""
+    kinds = getattr(decoder.config, "layer_types", None)
+    window = getattr(decoder.config, "sliding_window", None)
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    masks = []
+    for layer in range(decoder.config.num_hidden_layers):
+        kind = kinds[layer] if kinds else None
+        mask = given[kind] if isinstance(given, dict) else given
+        if mask is not None and mask.ndim == 4:
+            masks.append(mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0)
+            continue
+        seen = key <= query
+        if window is not None and (kind is None or "sliding" in kind):
+            seen = seen & (query - key < window)
+        masks.append(seen)
+    return masks
+
+
+@contextmanager
+def hidden_by_layer(
+    model: nn.Module, alive: list[Tensor], *, merge: Any = None, sizes: Tensor | None = None, collected: Any = None
+) -> Iterator[None]:
+    """Within the block the decoder of `model` runs its single row at full length, but in layer l no token sees one that
+    `alive[l]` `[L]` does not hold.
+
+    Args:
+        model: the unpatched model.
+        alive: for each layer which tokens are left, `[L]` bool.
+        merge: a function of the embeddings `[1, L, D]` (and of DeepStack planes spread to `[1, L, D]`).
+        sizes: `[L]`, what each token counts in attention.
+        collected: a dict that gets each layer's queries and keys, by a wrapper around its projections' attention.
+    """
+    decoder = model.get_decoder()
+    masks: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        length = embeds.shape[1]
+        masks.clear()
+        masks.extend(full_masks(module, kwargs.get("attention_mask"), length))
+        changed = dict(kwargs, past_key_values=None, use_cache=False)
+        changed["position_ids"] = torch.arange(length)[None] if positions is None else positions
+        changed["attention_mask"] = {} if isinstance(kwargs.get("attention_mask"), dict) else masks[0][None, None]
+        kinds = getattr(module.config, "layer_types", None)
+        if kinds and len(set(kinds)) > 1 or isinstance(kwargs.get("attention_mask"), dict):
+            changed["attention_mask"] = {kind: masks[0][None, None] for kind in set(kinds or [])}
+        if merge is not None:
+            changed["inputs_embeds"] = merge(embeds)
+            if kwargs.get("deepstack_visual_embeds") is not None:
+                visual = kwargs["visual_pos_masks"]
+                planes = []
+                for plane in kwargs["deepstack_visual_embeds"]:
+                    whole = torch.zeros(1, length, plane.shape[-1])
+                    whole[visual] = plane
+                    planes.append(merge(whole)[visual])
+                changed["deepstack_visual_embeds"] = planes
+        return (), changed
+
+    def layer_hook(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen = masks[layer] & (alive[layer][None, :] | torch.eye(len(alive[layer]), dtype=torch.bool))
+            mask = additive(seen, hidden.dtype)[None, None]
+            if sizes is not None:
+                mask = torch.where(seen, sizes.log()[None, :].expand_as(seen), mask)
+            elif decoder.config._attn_implementation != "eager":
+                mask = seen[None, None]
+            return args, dict(kwargs, attention_mask=mask.view(1, 1, *seen.shape))
+
+        return hook
+
+    handles = [decoder.register_forward_pre_hook(enter, with_kwargs=True)]
+    for i, layer in enumerate(layers_of(decoder)):
+        handles.append(layer.register_forward_pre_hook(layer_hook(i), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layered_logits(model: nn.Module, family: str, row: Batch, alive: list[Tensor], **options: Any) -> Tensor:
+    """Logits `[L, V]` of a single unpadded row, by the unpatched model."""
+    inputs = {**fresh(row.inputs), "use_cache": False}
+    if family not in MROPE:
+        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
+    with hidden_by_layer(model, alive, **options), torch.no_grad():
+        return model(**inputs).logits[0]
+
+
+def alive_by_layer(traces: Any, row: int, pad: int, length: int, n_layers: int) -> list[Tensor]:
+    """For each layer which tokens of a row are left, counted without its padding, out of the traces."""
+    alive = [torch.ones(length, dtype=torch.bool) for _ in range(n_layers)]
+    for trace in traces:
+        gone = set(trace.visual_indices[row].tolist()) - set(trace.kept_indices[row].tolist())
+        first = 0 if trace.layer is None else trace.layer + 1
+        for layer in range(first, n_layers):
+            alive[layer][[i - pad for i in gone]] = False
+    return alive

@@ -1,0 +1,59 @@
+"""FastV: drop visual tokens once, after an early decoder layer (Chen et al., ECCV 2024, arXiv 2403.06764)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokenprune import ops
+from tokenprune.errors import OptionError
+from tokenprune.methods.base import Method
+from tokenprune.reduction import Keep
+from tokenprune.signals import Budget, LayerSignals, Probe, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Method):
+    """Drop visual tokens once, after the first `layer` decoder layers (section 4 of the paper).
+
+    Those go on that receive most attention from the last token of the prompt in the last of these layers, on average
+    over the heads. The visual tokens of a row are ranked together.
+
+    Args:
+        layer: how many layers see all tokens, at least 1 (the paper's K).
+        keep: float in (0, 1] = fraction of the visual tokens of a row, int >= 1 = tokens of a row.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    name: ClassVar[str] = "fastv"
+
+    keep: float | int | str = 0.5
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise OptionError(f"layer must be an int of at least 1, got {self.layer!r}")
+
+    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
+        """One stage.
+
+        Raises:
+            OptionError: the decoder has no layer after it.
+        """
+        if self.layer >= n_layers:
+            raise OptionError(
+                f"layer={self.layer} leaves no layer to gain from in a decoder of {n_layers} layers; give at most "
+                f"{n_layers - 1}"
+            )
+        assert not isinstance(self.keep, str)
+        return (Stage(self.layer - 1, self.keep),)
+
+    @property
+    def probe(self) -> Probe | None:
+        """Attention from the last token."""
+        return Probe("last_query")
+
+    def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
+        """The most attended of the tokens of `signals.importance` `[R, N]`."""
+        return Keep(ops.top_k_select(signals.importance, k=budget.high))

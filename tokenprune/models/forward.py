@@ -1,0 +1,184 @@
+"""What is known of one forward of one patched model: it lives in a context variable, never on a module.
+
+A forward falls into *segments*: stretches of decoder layers that see the same tokens. Without pruning inside the
+decoder there is one.
+"""
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.models import masks
+from tokenprune.models.base import Engine
+from tokenprune.models.cache import Ledger, Slots, grown, ledger_of
+from tokenprune.models.selection import padding_of
+from tokenprune.reduction import Keep
+from tokenprune.signals import Probe, Trace
+
+
+@dataclass
+class Call:
+    """What the decoder was called with, in terms of the unpruned sequence.
+
+    Attributes:
+        mask: `attention_mask`, in any of its forms.
+        cache: the KV cache, or None.
+        embeds: `inputs_embeds` `[B, length, 0]`: its shape, dtype and device without its content.
+        positions: text positions `[B, length]`.
+        past: tokens before this call.
+        config: configuration of the decoder.
+    """
+
+    mask: Any
+    cache: Any
+    embeds: Tensor
+    positions: Tensor
+    past: int
+    config: Any
+    offsets: dict[str | None, int] = field(init=False)
+    slides: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what the cache can only tell before the decoder runs, and build masks that a window makes necessary."""
+        flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
+        self._given = self.mask, 0 if flat else masks.offset_of(self.mask, self.cache, self.config, self.length)
+        self.slides = flat and masks.slides(self.config, self.cache, total=self.past + self.length)
+        if self.slides:
+            self.mask = masks.dense_mask(
+                self.config, self.mask, self.cache, embeds=self.embeds, positions=self.positions
+            )
+        self.offsets = masks.offsets_of(self.mask, self.cache, self.config, self.length)
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """Which tokens of the call are no padding, `[B, length]` bool on the CPU, None where all are."""
+        mask, offset = self._given
+        return padding_of(mask, past=self.past, length=self.length, offset=offset)
+
+    @property
+    def length(self) -> int:
+        """Tokens of this call."""
+        return int(self.embeds.shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return int(self.embeds.shape[0])
+
+    @property
+    def all_rows(self) -> Tensor:
+        """Every position of the call, `[B, length]`."""
+        return torch.arange(self.length, device=self.embeds.device).expand(self.n_rows, -1)
+
+
+@dataclass
+class Segment:
+    """Decoder layers that see the same tokens.
+
+    Attributes:
+        first: index of the first of them.
+        keep: the tokens of the call that they see, None for all.
+        slots: what their caches held before the call, None where that is the unpruned sequence.
+        bias: `[B, M]` fp32, what attention adds to the logits of these tokens, or None.
+        local: `[B, M]` int64, these tokens among those of the first segment; None where they are the same.
+    """
+
+    first: int
+    keep: Keep | None
+    slots: Slots | None
+    bias: Tensor | None = None
+    local: Tensor | None = None
+    layer_masks: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def layout(self, call: Call) -> masks.Layout:
+        """Rows and columns of the segment's masks."""
+        rows = call.all_rows if self.keep is None else self.keep.index
+        after = grown(self.slots, self.keep, self.bias, past=call.past, rows=call.all_rows)
+        return masks.Layout(rows, after.index, call.past, call.length, after.has_fillers, after.bias)
+
+    def mask(self, call: Call, *, layer: int, like: Tensor) -> Any:
+        """What `layer` is to get as `attention_mask`; `like` are its hidden states."""
+        kinds = getattr(call.config, "layer_types", None)
+        key = (kinds[layer] if kinds else None, like.device)
+        if key not in self.layer_masks:
+            self.layer_masks[key] = masks.layer_mask(
+                call.mask, self.layout(call), call.cache, call.config, call.offsets, layer=layer, like=like
+            )
+        return self.layer_masks[key]
+
+
+@dataclass
+class Forward:
+    """State of one forward.
+
+    Attributes:
+        owner: the session.
+        inputs: keyword arguments of the root's forward.
+        outer: the forward that this one runs in, if any.
+        traces: what happened so far.
+        call: how the decoder was called; None before it was, or where nothing will be pruned.
+        segments: by their first layer.
+        visual: positions within the call of the visual tokens that are left, `[n]` per row, on the CPU.
+        entered: how many of them entered the decoder, per row.
+        shift: `[B]` how many positions the packed policy has taken out so far, this call included; None for original
+            positions.
+        lowered: `[B, length]` how many it has taken out within this call before each token, likewise.
+        probes: for each layer that is to be probed, what is wanted of its attention.
+        scores: importance of the tokens of the last segment `[B, M]` fp32, by what asked for it.
+        probe_ms: time that probing took since the last trace.
+    """
+
+    owner: Engine
+    inputs: dict[str, Any]
+    outer: "Forward | None"
+    traces: list[Trace] = field(default_factory=list)
+    call: Call | None = None
+    segments: list[Segment] = field(default_factory=list)
+    visual: tuple[Tensor, ...] = ()
+    entered: tuple[int, ...] = ()
+    shift: Tensor | None = None
+    lowered: Tensor | None = None
+    probes: dict[int, tuple[Probe, ...]] = field(default_factory=dict)
+    scores: dict[Probe, Tensor] = field(default_factory=dict)
+    probe_ms: float = 0.0
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that `layer` belongs to."""
+        return next(segment for segment in reversed(self.segments) if segment.first <= layer)
+
+    def ledger(self, call: Call) -> Ledger:
+        """What the cache has to know after this forward."""
+        parts = tuple(
+            grown(segment.slots, segment.keep, segment.bias, past=call.past, rows=call.all_rows)
+            for segment in self.segments
+        )
+        return Ledger(tuple(segment.first for segment in self.segments), parts, self.shift)
+
+
+CURRENT: ContextVar[Forward | None] = ContextVar("tokenprune_forward", default=None)
+
+
+def current(engine: Engine) -> Forward | None:
+    """The forward that runs now, if it is one of the model that `engine` has patched."""
+    state = CURRENT.get()
+    return state if state is not None and state.owner is engine else None
+
+
+def first_segments(cache: Any) -> list[Segment]:
+    """One segment for each part of a cache."""
+    ledger = ledger_of(cache)
+    if ledger is None:
+        return [Segment(0, None, None)]
+    return [Segment(start, None, slots) for start, slots in zip(ledger.starts, ledger.parts, strict=True)]
+
+
+def bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}

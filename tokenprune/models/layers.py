@@ -1,0 +1,250 @@
+"""Pruning between decoder layers: before a layer runs, tokens that the one before it has made superfluous leave.
+
+Hidden states, position embeddings, positions and masks of all later layers are shortened alike, so that their caches
+hold that much less.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import InputError, OptionError
+from tokenprune.models.base import Engine, LayerReducer
+from tokenprune.models.forward import Call, Forward, Segment, current
+from tokenprune.models.probe import attention_of
+from tokenprune.reduction import Keep, gather, pack
+from tokenprune.signals import LayerSignals, Probe, Stage, Trace
+
+SITE = "llm_layer"
+_NONE = torch.empty(0, dtype=torch.int64)
+Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers.
+
+    Raises:
+        OptionError: they are not found.
+    """
+    config: Any = decoder.config
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+            return list(child)
+    raise OptionError(
+        f"{type(decoder).__name__} has no list of {config.num_hidden_layers} layers to prune between; use a method "
+        "that prunes before the decoder"
+    )
+
+
+def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
+    """For each layer the methods that drop tokens before it runs (that is, after the layer before it).
+
+    Raises:
+        OptionError: a method's stages do not fit the decoder's depth.
+    """
+    cuts: Cuts = {}
+    for reducer in reducers:
+        for stage in reducer.schedule(n_layers):
+            if not 0 <= stage.layer < n_layers - 1:
+                raise OptionError(
+                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can leave this "
+                    f"decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
+                )
+            cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (reducer, stage))
+    return cuts
+
+
+def plan_probes(cuts: Cuts, layers: list[nn.Module]) -> dict[int, tuple[Probe, ...]]:
+    """For each layer that has to be probed what is wanted of its attention.
+
+    Raises:
+        OptionError: a layer has no attention that can be probed.
+    """
+    wanted: dict[int, tuple[Probe, ...]] = {}
+    for first, group in cuts.items():
+        for reducer, _ in group:
+            if (probe := reducer.probe) is None:
+                continue
+            for layer in range(first) if probe.cumulative else (first - 1,):
+                if attention_of(layers[layer]) is None:
+                    if probe.cumulative:
+                        continue  # a layer of linear attention has no probabilities to add
+                    raise OptionError(
+                        f"method {reducer.name!r} asks for the attention of layer {layer}, which is a "
+                        f"{type(layers[layer]).__name__} without attention that can be read; choose other layers"
+                    )
+                if probe not in wanted.get(layer, ()):
+                    wanted[layer] = (*wanted.get(layer, ()), probe)
+    return wanted
+
+
+def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
+    """Check that tokens can leave this decoder before the layers of `cuts`.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    config: Any = decoder.config
+    implementation = str(config._attn_implementation)
+    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
+        raise OptionError(
+            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
+            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
+            "method that prunes before the decoder"
+        )
+    vision: Any = getattr(getattr(root, "config", None), "vision_config", None)
+    n_planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if cuts and min(cuts) < n_planes:
+        raise OptionError(
+            f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
+            f"adds features to the visual tokens of layers 0 to {n_planes - 1} (DeepStack); prune after layer "
+            f"{n_planes - 1} or later"
+        )
+
+
+def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...]) -> Any:
+    """The hook that runs before `layer`: drops tokens where it is time to, and fits the layer's arguments."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = current(engine)
+        if state is None or state.call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shortened = _cut(state, state.call, layer, cuts, hidden) if cuts and state.visual else None
+        segment = state.segment_of(layer)
+        if segment is state.segments[0]:
+            return None
+        changed = _fit(state.call, state.segments[0], segment, kwargs)
+        hidden = hidden if shortened is None else shortened.apply(hidden)
+        changed["attention_mask"] = segment.mask(state.call, layer=layer, like=hidden)
+        if args:
+            return (hidden, *args[1:]), changed
+        return args, {**changed, "hidden_states": hidden}
+
+    return enter
+
+
+def _fit(call: Call, first: Segment, segment: Segment, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a layer that the decoder made for the tokens of the first segment, shortened to `segment`."""
+    if segment.local is None:
+        return dict(kwargs)
+    n_tokens = call.length if first.keep is None else first.keep.index.shape[1]
+    local = segment.local
+
+    def fit(name: str, value: Any) -> Any:
+        if name == "position_embeddings":
+            if isinstance(value, Tensor):
+                return gather(value, local, dim=value.ndim - 2)
+            return tuple(gather(part, local, dim=part.ndim - 2) for part in value)
+        if name == "position_ids" and isinstance(value, Tensor):
+            return gather(value, local, dim=value.ndim - 1)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (call.n_rows, n_tokens):
+            return gather(value, local)
+        return value
+
+    return {name: value if name == "attention_mask" else fit(name, value) for name, value in kwargs.items()}
+
+
+def _cut(
+    state: Forward, call: Call, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...], hidden: Tensor
+) -> Keep | None:
+    """Drop visual tokens before `layer`: what goes on of the tokens of `hidden`, None for all. Appends traces."""
+    started = time.perf_counter()
+    old, before = state.segment_of(layer), state.visual
+    index = (call.all_rows if old.keep is None else old.keep.index).cpu()
+    if not any(map(len, before)):
+        return None
+    for reducer, stage in cuts:
+        state.visual, trace = _choose(state, reducer, stage, index)
+        state.traces.append(trace)
+    dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool)
+    for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
+        dropped[row, seen] = True
+        dropped[row, kept] = False
+    local = None
+    if bool(dropped.any()) or state.owner.forced:
+        real = ~gather(dropped, index)
+        if old.keep is not None and old.keep.valid is not None:
+            real &= old.keep.valid.cpu()
+        if call.padding is not None and bool(dropped.any()):
+            real &= gather(call.padding, index)
+        local = _pack(real, hidden.device)
+        _insert(state, call, layer, local)
+        state.scores = {probe: local.apply(scores) for probe, scores in state.scores.items()}
+    spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
+    state.probe_ms = 0.0
+    state.traces[-1] = replace(state.traces[-1], overhead_ms=spent)
+    return local
+
+
+def _choose(state: Forward, reducer: LayerReducer, stage: Stage, index: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
+    """Let one method choose among the visual tokens of every row; rows with equally many go to it together.
+
+    Args:
+        state: the forward.
+        reducer: the method.
+        stage: what it does here.
+        index: `[B, M]` int64 on the CPU, positions within the call of the tokens that the layer before has seen.
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    before, kept = state.visual, list(state.visual)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, visual in enumerate(before):
+        n_keep = min(reducer.count(stage, state.entered[row]), len(visual))
+        groups.setdefault((len(visual), n_keep), []).append(row)
+    for (n_tokens, n_keep), rows in groups.items():
+        if n_keep == n_tokens:
+            continue
+        if n_keep == 0:
+            kept = [_NONE if row in rows else visual for row, visual in enumerate(kept)]
+            continue
+        visual = torch.stack([before[row] for row in rows])
+        scores = torch.zeros(visual.shape)
+        if reducer.probe is not None:
+            found = state.scores[reducer.probe]
+            where = torch.searchsorted(index[rows], visual).to(found.device)
+            scores = found[torch.tensor(rows, device=found.device)[:, None], where]
+            if not bool(scores.isfinite().all()):
+                raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
+        chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)
+        for row, tokens, places in zip(rows, visual, chosen, strict=True):
+            kept[row] = tokens[places]
+    trace = Trace(
+        SITE,
+        stage.layer,
+        reducer.name,
+        n_in=tuple(map(len, before)),
+        n_out=tuple(map(len, kept)),
+        kept_indices=tuple(kept),
+        visual_indices=before,
+    )
+    return tuple(kept), trace
+
+
+def _pack(real: Tensor, device: torch.device) -> Keep:
+    """What goes on of `real` `[B, M]` bool, short rows filled up."""
+    rows = [row.nonzero()[:, 0] for row in real]
+    keep = pack(rows, length=real.shape[1])
+    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
+    valid = None if full or keep.valid is None else keep.valid.to(device)
+    return Keep(keep.index.to(device), valid)
+
+
+def _insert(state: Forward, call: Call, layer: int, local: Keep) -> None:
+    """From `layer` on the segments see what `local` leaves of the tokens that they saw so far."""
+    old = state.segment_of(layer)
+    if old.first < layer:
+        place = state.segments.index(old) + 1
+        state.segments.insert(place, replace(old, first=layer))
+    for segment in state.segments:
+        if segment.first >= layer:
+            whole = Keep(call.all_rows) if segment.keep is None else segment.keep
+            segment.keep = whole.then(local)
+            segment.local = local.index if segment.local is None else gather(segment.local, local.index)
+            segment.bias = None if segment.bias is None else gather(segment.bias, local.index)
+            segment.layer_masks = {}

@@ -1,0 +1,145 @@
+"""Importance scores out of a layer's attention, whatever its implementation.
+
+One function is registered in transformers' table of attention functions. The attention modules that are probed see it
+as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
+the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
+and computes the scores beside it from the queries and keys.
+"""
+
+import copy
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune import ops
+from tokenprune.errors import InputError
+from tokenprune.models.base import Swap
+from tokenprune.models.forward import CURRENT, Call, Forward, Segment
+from tokenprune.reduction import gather
+from tokenprune.signals import Probe
+
+NAME = "tokenprune"
+
+
+class ProbedConfig:
+    """A configuration as a probed attention module sees it. Copies and pickles are the configuration itself."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "original":
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return _itself, (self.original,)
+
+
+def _itself(original: Any) -> Any:
+    return original
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer whose attention can be probed; None where there is none (linear attention)."""
+    modules = (module for module in layer.modules() if hasattr(module, "config") and hasattr(module, "layer_idx"))
+    return next((module for module in modules if module is not layer and hasattr(module, "scaling")), None)
+
+
+def swap(attention: nn.Module) -> Swap:
+    """What makes `attention` call :func:`attend`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    config: Any = attention.config
+    return Swap(attention, "config", ProbedConfig(getattr(config, "original", config)))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention function of a probed module: the real one, and the scores that were asked for beside it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = module.config
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    real = ALL_ATTENTION_FUNCTIONS.get_interface(config.original._attn_implementation, eager)
+    output = real(module, query, key, value, attention_mask, *args, **kwargs)
+    state = CURRENT.get()
+    if state is not None and state.call is not None and any(map(len, state.visual)):
+        layer: Any = module.layer_idx
+        started = time.perf_counter()
+        for probe in state.probes.get(layer, ()):
+            scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"))
+            earlier = state.scores.get(probe) if probe.cumulative else None
+            state.scores[probe] = scores if earlier is None else earlier + scores
+        state.probe_ms += (time.perf_counter() - started) * 1e3
+    return output
+
+
+def _scores(
+    state: Forward,
+    call: Call,
+    layer: int,
+    probe: Probe,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    scale: float | None,
+) -> Tensor:
+    """Importance of the tokens of this call that `layer` sees, `[B, M]` fp32."""
+    segment, n_new = state.segment_of(layer), query.shape[2]
+    n_past = call.past if segment.slots is None else call.past - segment.slots.dropped
+    key = key[:, :, : n_past + n_new]  # a static cache is longer than what it holds
+    if probe.reduction == "pagerank":  # among the tokens of this call: the walk needs a row for every column
+        key = key[:, :, -n_new:]
+    n_keys = key.shape[2]
+    if len(query) != call.n_rows:
+        raise InputError(f"layer {layer} was called with {len(query)} rows instead of {call.n_rows}")
+    seen = None
+    if (
+        isinstance(mask, Tensor)
+        and mask.ndim == 4
+        and (call.slides or not _is_flat(call.mask) or segment.bias is not None)
+    ):
+        seen = mask[..., : n_past + n_new][..., -n_keys:]
+    scores: Tensor = ops.attention_importance(
+        query,
+        key,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        valid=_valid(call, segment, n_new, n_keys),
+        seen=seen,
+        reduction=probe.reduction,
+        temperature=probe.temperature,
+    )
+    return scores[:, -n_new:]
+
+
+def _is_flat(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+
+
+def _valid(call: Call, segment: Segment, n_new: int, n_keys: int) -> Tensor | None:
+    """Which of the last `n_keys` keys are neither padding nor fill a row up, `[B, n_keys]` bool, None where all are."""
+    rows = call.all_rows if segment.keep is None else segment.keep.index
+    device = rows.device
+    new = torch.ones(rows.shape, dtype=torch.bool) if call.padding is None else gather(call.padding, rows.cpu())
+    if segment.keep is not None and segment.keep.valid is not None:
+        new = new & segment.keep.valid.cpu()
+    if bool(new.all()) and n_keys == n_new:
+        return None
+    columns = segment.layout(call).columns
+    valid = columns >= 0
+    valid[:, -n_new:] &= new.to(device)
+    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
+        valid &= gather(call.mask.to(device, torch.bool), columns.clamp(min=0))
+    return valid[:, -n_keys:]
