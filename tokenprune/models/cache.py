@@ -216,8 +216,8 @@ def check_cache(cache: Any, *, layered: bool = False) -> None:
     if layered and cache is not None and any("Quantized" in type(layer).__name__ for layer in cache.layers):
         raise UnsupportedModelError(
             f"cannot prune between decoder layers with a {type(cache).__name__}: its layers keep one quantized block "
-            "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method that "
-            "prunes before the decoder"
+            "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method "
+            "that prunes before the decoder"
         )
 
 

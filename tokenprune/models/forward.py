@@ -129,7 +129,7 @@ class Forward:
             positions.
         lowered: `[B, length]` how many it has taken out within this call before each token, likewise.
         probes: for each layer that is to be probed, what is wanted of its attention.
-        scores: importance of the tokens of the last segment `[B, M]` fp32, by what asked for it.
+        scores: importance of the tokens of the call `[B, length]` fp32, by what asked for it; 0 for those that left.
         probe_ms: time that probing took since the last trace.
     """
 

@@ -158,7 +158,7 @@ def _cut(
     if not any(map(len, before)):
         return None
     for reducer, stage in cuts:
-        state.visual, trace = _choose(state, reducer, stage, index)
+        state.visual, trace = _choose(state, reducer, stage)
         state.traces.append(trace)
     dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool)
     for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
@@ -173,21 +173,19 @@ def _cut(
             real &= gather(call.padding, index)
         local = _pack(real, hidden.device)
         _insert(state, call, layer, local)
-        state.scores = {probe: local.apply(scores) for probe, scores in state.scores.items()}
     spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
     state.probe_ms = 0.0
     state.traces[-1] = replace(state.traces[-1], overhead_ms=spent)
     return local
 
 
-def _choose(state: Forward, reducer: LayerReducer, stage: Stage, index: Tensor) -> tuple[tuple[Tensor, ...], Trace]:
+def _choose(state: Forward, reducer: LayerReducer, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
     """Let one method choose among the visual tokens of every row; rows with equally many go to it together.
 
     Args:
         state: the forward.
         reducer: the method.
         stage: what it does here.
-        index: `[B, M]` int64 on the CPU, positions within the call of the tokens that the layer before has seen.
 
     Raises:
         InputError: a score is NaN or infinite.
@@ -207,8 +205,7 @@ def _choose(state: Forward, reducer: LayerReducer, stage: Stage, index: Tensor) 
         scores = torch.zeros(visual.shape)
         if reducer.probe is not None:
             found = state.scores[reducer.probe]
-            where = torch.searchsorted(index[rows], visual).to(found.device)
-            scores = found[torch.tensor(rows, device=found.device)[:, None], where]
+            scores = found[torch.tensor(rows, device=found.device)[:, None], visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
         chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)

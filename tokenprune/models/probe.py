@@ -80,10 +80,20 @@ def attend(
         started = time.perf_counter()
         for probe in state.probes.get(layer, ()):
             scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"))
-            earlier = state.scores.get(probe) if probe.cumulative else None
-            state.scores[probe] = scores if earlier is None else earlier + scores
+            _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
     return output
+
+
+def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:
+    """Write `scores` `[B, M]` of the tokens that `layer` sees down at their places in the call, `[B, length]`."""
+    keep = state.segment_of(layer).keep
+    if keep is not None:
+        if keep.valid is not None:
+            scores = scores * keep.valid.to(scores.device)
+        scores = scores.new_zeros(call.n_rows, call.length).scatter_(1, keep.index.to(scores.device), scores)
+    earlier = state.scores.get(probe) if probe.cumulative else None
+    state.scores[probe] = scores if earlier is None else earlier.to(scores.device) + scores
 
 
 def _scores(
