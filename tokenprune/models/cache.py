@@ -14,7 +14,7 @@ every mask that is built above the decoder comes out as for the unpruned sequenc
 
 import bisect
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import Keep
+from tokenprune.signals import Probe
 
 _STATE = "_tokenprune_slots"
 
@@ -42,6 +43,11 @@ class Slots:
     dropped: int
     has_fillers: bool = False
     bias: Tensor | None = None
+
+    @property
+    def differ(self) -> bool:
+        """Whether the slots are not simply the tokens."""
+        return self.dropped > 0 or self.has_fillers or self.bias is not None
 
     def columns(self, *, n_slots: int) -> Tensor:
         """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only
@@ -91,12 +97,15 @@ class Ledger:
         parts: the slots of each part.
         shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
         inside: whether the decoder's forward is running, so that lengths are asked for in slots.
+        scores: `[B, n]` fp32, importance that the first n tokens of the unpruned sequence have gathered, by what asked
+            for it.
     """
 
     starts: tuple[int, ...]
     parts: tuple[Slots, ...]
     shift: Tensor | None = None
     inside: bool = False
+    scores: dict[Probe, Tensor] = field(default_factory=dict)
 
     def at(self, layer: int) -> Slots:
         """The slots of a layer."""
@@ -168,6 +177,7 @@ class _PrunedCache:
         ledger: Ledger = getattr(self, _STATE)
         ledger.parts = tuple(slots.take(rows) for slots in ledger.parts)
         ledger.shift = None if ledger.shift is None else ledger.shift[rows.to(ledger.shift.device)]
+        ledger.scores = {probe: scores[rows.to(scores.device)] for probe, scores in ledger.scores.items()}
 
 
 @functools.cache

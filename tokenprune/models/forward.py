@@ -94,9 +94,15 @@ class Segment:
     bias: Tensor | None = None
     local: Tensor | None = None
     layer_masks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    known_layout: masks.Layout | None = field(default=None, repr=False)
 
     def layout(self, call: Call) -> masks.Layout:
         """Rows and columns of the segment's masks."""
+        if self.known_layout is None:
+            self.known_layout = self._layout(call)
+        return self.known_layout
+
+    def _layout(self, call: Call) -> masks.Layout:
         rows = call.all_rows if self.keep is None else self.keep.index
         after = grown(self.slots, self.keep, self.bias, past=call.past, rows=call.all_rows)
         return masks.Layout(rows, after.index, call.past, call.length, after.has_fillers, after.bias)
@@ -129,7 +135,8 @@ class Forward:
             positions.
         lowered: `[B, length]` how many it has taken out within this call before each token, likewise.
         probes: for each layer that is to be probed, what is wanted of its attention.
-        scores: importance of the tokens of the call `[B, length]` fp32, by what asked for it; 0 for those that left.
+        scores: importance of the tokens of the unpruned sequence `[B, past + length]` fp32, by what asked for it; 0 for
+            those that left.
         probe_ms: time that probing took since the last trace.
     """
 
@@ -174,7 +181,10 @@ def first_segments(cache: Any) -> list[Segment]:
     ledger = ledger_of(cache)
     if ledger is None:
         return [Segment(0, None, None)]
-    return [Segment(start, None, slots) for start, slots in zip(ledger.starts, ledger.parts, strict=True)]
+    return [
+        Segment(start, None, slots if slots.differ else None)
+        for start, slots in zip(ledger.starts, ledger.parts, strict=True)
+    ]
 
 
 def bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

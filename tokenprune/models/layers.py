@@ -158,7 +158,7 @@ def _cut(
     if not any(map(len, before)):
         return None
     for reducer, stage in cuts:
-        state.visual, trace = _choose(state, reducer, stage)
+        state.visual, trace = _choose(state, call, reducer, stage)
         state.traces.append(trace)
     dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool)
     for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
@@ -179,11 +179,12 @@ def _cut(
     return local
 
 
-def _choose(state: Forward, reducer: LayerReducer, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
+def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
     """Let one method choose among the visual tokens of every row; rows with equally many go to it together.
 
     Args:
         state: the forward.
+        call: how the decoder was called.
         reducer: the method.
         stage: what it does here.
 
@@ -205,7 +206,7 @@ def _choose(state: Forward, reducer: LayerReducer, stage: Stage) -> tuple[tuple[
         scores = torch.zeros(visual.shape)
         if reducer.probe is not None:
             found = state.scores[reducer.probe]
-            scores = found[torch.tensor(rows, device=found.device)[:, None], visual.to(found.device)]
+            scores = found[torch.tensor(rows, device=found.device)[:, None], call.past + visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
         chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)
@@ -244,4 +245,4 @@ def _insert(state: Forward, call: Call, layer: int, local: Keep) -> None:
             segment.keep = whole.then(local)
             segment.local = local.index if segment.local is None else gather(segment.local, local.index)
             segment.bias = None if segment.bias is None else gather(segment.bias, local.index)
-            segment.layer_masks = {}
+            segment.layer_masks, segment.known_layout = {}, None

@@ -86,14 +86,17 @@ def attend(
 
 
 def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:
-    """Write `scores` `[B, M]` of the tokens that `layer` sees down at their places in the call, `[B, length]`."""
-    keep = state.segment_of(layer).keep
-    if keep is not None:
-        if keep.valid is not None:
-            scores = scores * keep.valid.to(scores.device)
-        scores = scores.new_zeros(call.n_rows, call.length).scatter_(1, keep.index.to(scores.device), scores)
+    """Write `scores` `[B, n_keys]` of the last keys of `layer` down at their places in the unpruned sequence."""
+    segment, total = state.segment_of(layer), call.past + call.length
+    if segment.keep is not None or segment.slots is not None or scores.shape[1] < total:
+        columns = segment.layout(call).columns[:, -scores.shape[1] :].to(scores.device)
+        scores = scores.masked_fill(columns < 0, 0.0)
+        scores = scores.new_zeros(call.n_rows, total).scatter_add_(1, columns.clamp(min=0), scores)
     earlier = state.scores.get(probe) if probe.cumulative else None
-    state.scores[probe] = scores if earlier is None else earlier.to(scores.device) + scores
+    if earlier is not None:
+        earlier = earlier.to(scores.device)
+        scores[:, : earlier.shape[1]] += earlier
+    state.scores[probe] = scores
 
 
 def _scores(
@@ -106,7 +109,7 @@ def _scores(
     mask: Any,
     scale: float | None,
 ) -> Tensor:
-    """Importance of the tokens of this call that `layer` sees, `[B, M]` fp32."""
+    """Importance of the last keys that `layer` sees, `[B, n_keys]` fp32; those of this call are among them."""
     segment, n_new = state.segment_of(layer), query.shape[2]
     n_past = call.past if segment.slots is None else call.past - segment.slots.dropped
     key = key[:, :, : n_past + n_new]  # a static cache is longer than what it holds
@@ -122,7 +125,7 @@ def _scores(
         and (call.slides or not _is_flat(call.mask) or segment.bias is not None)
     ):
         seen = mask[..., : n_past + n_new][..., -n_keys:]
-    scores: Tensor = ops.attention_importance(
+    return ops.attention_importance(
         query,
         key,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
@@ -131,7 +134,6 @@ def _scores(
         reduction=probe.reduction,
         temperature=probe.temperature,
     )
-    return scores[:, -n_new:]
 
 
 def _is_flat(mask: Any) -> bool:
