@@ -41,13 +41,95 @@ def max_min_select_cases(dtype: str, block: int, block_d: int, warps: int) -> li
     ]
 
 
+def top_k_select_cases(dtype: str, block: int, *, masked: bool) -> list[Case]:
+    """The cases of `kernels/top_k_select.py`, with the constants that its launcher chooses."""
+    types = {"scores": f"*{dtype}", "valid": "*i1", "counts": "*i32", "index": "*i64"}
+    sizes = {"n_tokens": "i32", "width": "i32", "stride_b": "i32"}
+    constants = {"stride_n": 1, "HAS_VALID": masked, "HAS_COUNTS": masked, "BLOCK": block}
+    return [("_top_k_kernel", types | sizes, constants, {"num_warps": min(block // 256, 16)})]
+
+
+def bipartite_match_cases(dtype: str, block_d: int, *, masked: bool) -> list[Case]:
+    """The cases of `kernels/bipartite_match.py`, with the constants that its launcher chooses."""
+    tokens = {"keys": f"*{dtype}", "n_tokens": "i32", "width": "i32", "stride_b": "i64", "stride_n": "i32"}
+    masks = {"order": "*i64", "free": "*i1", "valid": "*i1", "n_before": "*i64", "free_stride": "i32"}
+    scratch = {"best": "*fp32", "partner": "*i32", "before": "*i32", "n_sources": "i32", "r": "i32"}
+    types = tokens | masks | scratch | {"index": "*i64", "assign": "*i64", "n_groups": "i32"}
+    tile = {"stride_d": 1, "BLOCK": 64, "BLOCK_D": block_d, "HAS_ORDER": masked, "HAS_FREE": masked}
+    return [
+        ("_partner_kernel", types, tile, {}),
+        ("_assign_kernel", types, {"HAS_ORDER": masked, "BLOCK": 128}, {}),
+        ("_rank_kernel", types, {"BLOCK": 128, "BLOCK_J": 64}, {"num_warps": 4}),
+        ("_rank_kernel", types, {"BLOCK": 4096, "BLOCK_J": 2}, {"num_warps": 16}),
+    ][: 2 if masked else 4]
+
+
+def merge_tokens_cases(dtype: str, *, weighted: bool) -> list[Case]:
+    """The cases of `kernels/merge_tokens.py`, with the constants that its launcher chooses."""
+    tokens = {"x": f"*{dtype}", "weight": "*fp32", "out": f"*{dtype}", "size": "*fp32"}
+    groups = {"assign": "*i64", "order": "*i32", "start": "*i32", "count": "*i32"}
+    sizes = {"n_tokens": "i32", "n_groups": "i32", "width": "i32", "stride_b": "i64", "stride_n": "i32"}
+    types = tokens | groups | sizes
+    return [
+        ("_order_kernel", types, {"BLOCK": 64, "BLOCK_J": 64}, {}),
+        ("_mean_kernel", types, {"stride_d": 1, "HAS_WEIGHT": weighted, "BLOCK": 8, "BLOCK_D": 256}, {}),
+    ]
+
+
+def attention_importance_cases(dtype: str, width: int) -> list[Case]:
+    """The cases of `kernels/attention_importance.py`: plain causal ones, and all that a mask and a window add."""
+    from tokenprune.kernels.attention_importance import tiles
+
+    tensors = {"query": f"*{dtype}", "key": f"*{dtype}", "valid": "*i1", "before": "*i32"}
+    floats = {"lse": "*fp32", "weight": "*fp32", "out": "*fp32", "scale": "fp32", "bias_scale": "fp32", "low": "fp32"}
+    integers = ("n_queries", "n_keys", "width", "n_heads", "group", "window", "stride_sb", "stride_sq")
+    strides = [f"stride_{side}{axis}" for side in "qk" for axis in "bhn"]
+    types = tensors | floats | dict.fromkeys([*integers, *strides], "i32")
+    cases = []
+    for seen, pointer, masked in ((0, f"*{dtype}", False), (1, "*i1", True), (2, "*fp32", True)):
+        kinds = {"CAUSAL": seen == 0, "WINDOW": masked, "SEEN": seen, "HAS_VALID": masked}
+        fixed = kinds | {"stride_qd": 1, "stride_kd": 1, "stride_sk": 1}
+        for name, chosen in zip(("_log_sum_exp_kernel", "_column_kernel"), tiles(width, ITEMSIZE[dtype]), strict=True):
+            options = {option: chosen[option] for option in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+            tile = {constant: value for constant, value in chosen.items() if constant.isupper()}
+            tile |= {"WEIGHTED": masked} if name == "_column_kernel" else {}
+            cases.append((name, types | {"seen": pointer}, fixed | tile, options))
+    return cases
+
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
 CASES: dict[str, dict[str, list[Case]]] = {
+    "attention_importance": {
+        "bf16": [case for width in (64, 128, 256) for case in attention_importance_cases("bf16", width)[:2]]
+        + attention_importance_cases("bf16", 80)[2:],
+        "fp32": attention_importance_cases("fp32", 128)[::5],
+        "fp16": attention_importance_cases("fp16", 128),
+        "fp64": attention_importance_cases("fp64", 64)[:2],
+    },
+    "bipartite_match": {
+        "fp32": bipartite_match_cases("fp32", 32, masked=False) + bipartite_match_cases("fp32", 32, masked=True),
+        "bf16": bipartite_match_cases("bf16", 64, masked=True),
+        "fp16": bipartite_match_cases("fp16", 64, masked=True)[:1],
+        "fp64": bipartite_match_cases("fp64", 32, masked=True)[:1],
+    },
+    "merge_tokens": {
+        "fp32": merge_tokens_cases("fp32", weighted=False),
+        "bf16": merge_tokens_cases("bf16", weighted=True),
+        "fp16": merge_tokens_cases("fp16", weighted=True)[1:],
+        "fp64": merge_tokens_cases("fp64", weighted=True)[1:],
+    },
     "max_min_select": {
         "fp32": max_min_select_cases("fp32", 64, 32, 4),
         "bf16": max_min_select_cases("bf16", 128, 64, 8),
         "fp16": max_min_select_cases("fp16", 128, 64, 8)[:3],
         "fp64": max_min_select_cases("fp64", 64, 32, 4)[:3],
-    }
+    },
+    "top_k_select": {
+        "fp32": top_k_select_cases("fp32", 8192, masked=False) + top_k_select_cases("fp32", 1024, masked=True),
+        "bf16": top_k_select_cases("bf16", 8192, masked=True),
+        "fp16": top_k_select_cases("fp16", 8192, masked=True),
+    },
 }
 
 

@@ -100,8 +100,8 @@ def merge_tokens(
 ) -> MergedTokens:
     """The weighted mean of every group of tokens.
 
-    Means are sums, in fp32 and in the order of the tokens, of each token times its share of its group's weight. A token
-    that is a group by itself is copied bit for bit, and equal inputs give equal bits.
+    Means are sums, in fp32 (fp64 for fp64 tokens) and in the order of the tokens, of each token times its share of its
+    group's weight. A token that is a group by itself is copied as it is, and equal inputs give equal bits.
 
     The torch version lets gradients through to `x`, and `"auto"` takes it where they are wanted.
 
@@ -138,7 +138,8 @@ def merge_tokens(
     if x.device.type == "cpu":
         tokens = _merge_few(flat, group, share, len(x), n_out)
     else:
-        tokens = _add(share.new_zeros(len(x) * n_out, x.shape[2]), group, flat.float() * share[:, None]).to(x.dtype)
+        parts = _widen(flat) * share[:, None]
+        tokens = _add(parts.new_zeros(len(x) * n_out, x.shape[2]), group, parts).to(x.dtype)
     return MergedTokens(tokens.view(len(x), n_out, x.shape[2]), size.view(len(x), n_out))
 
 
@@ -171,6 +172,7 @@ def _best_partners(keys: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
             if free is not None:
                 cosine.masked_fill_(~free[:, None, 1::2], -torch.inf)
             parts.append(cosine.max(dim=2))
+            del cosine  # Before the next one is made.
     best = torch.cat([part.values for part in parts], 1)
     if free is not None:
         best.masked_fill_(~free[:, ::2], -torch.inf)
@@ -198,9 +200,13 @@ def _merge_few(flat: Tensor, group: Tensor, share: Tensor, n_rows: int, n_out: i
     summed = slot.nonzero()[:, 0]
     slot = slot.cumsum(0) - 1
     base = first[summed]
-    total = flat[base].float() * share[base, None]
-    total = total.index_add(0, slot[group[other]], flat[other].float() * share[other, None])
+    total = _widen(flat[base]) * share[base, None]
+    total = total.index_add(0, slot[group[other]], _widen(flat[other]) * share[other, None])
     return out.index_copy_(0, summed, total.to(flat.dtype))
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _add(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
