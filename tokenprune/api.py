@@ -13,6 +13,7 @@ from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
+from tokenprune.models.towers import TOWERS, encoder_refusal, find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
 
 _POSITIONS = ("original", "packed")
@@ -24,8 +25,9 @@ def list_methods() -> tuple[str, ...]:
 
 
 def list_families() -> tuple[str, ...]:
-    """Families of models that :func:`patch` takes, as transformers' `model_type` has them."""
-    return tuple(sorted(family.name for family in FAMILIES))
+    """Families of models that :func:`patch` takes, as transformers' `model_type` has them; vision encoders of timm
+    begin with `timm_`."""
+    return tuple(sorted([family.name for family in FAMILIES] + [tower.name for tower in TOWERS]))
 
 
 def build_method(method: str | Method, **options: Any) -> Method:
@@ -69,8 +71,8 @@ def patch(
     """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
 
     Args:
-        model: a vision-language model of transformers, see :func:`list_families`. Its class, parameters and
-            configuration stay as they are; only hooks are added.
+        model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
+            :func:`list_families`. Its class, parameters and configuration stay as they are; only hooks are added.
         method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
         positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
             dropped tokens had never been there.
@@ -131,6 +133,10 @@ def find_adapter(model: nn.Module) -> Adapter:
     if (refused := refusal(model)) is not None:
         raise UnsupportedModelError(f"{name} cannot be pruned: {refused[1]}; {supported}")
     config = getattr(model, "config", None)
+    if (reason := encoder_refusal(model)) is not None:
+        raise UnsupportedModelError(f"{name} cannot be reduced: {reason}; {supported}")
+    if not _takes_images(model) and (encoder := find_encoder(model)) is not None:
+        return encoder
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are pruned; {supported}")
     get_decoder: Any = getattr(model, "get_decoder", None)
@@ -145,6 +151,13 @@ def find_adapter(model: nn.Module) -> Adapter:
     if family is None:
         return _untabled(model, root, decoder, supported)
     return DecoderAdapter(root, decoder, family)
+
+
+def _takes_images(model: nn.Module) -> bool:
+    """Whether there are placeholder tokens for images in the text of `model` or of what it wraps."""
+    fields = {field for family in FAMILIES for field in family.ids}
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(isinstance(getattr(config, field, None), int) for config in configs for field in fields)
 
 
 def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: str) -> Adapter:

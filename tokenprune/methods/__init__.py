@@ -6,8 +6,11 @@ from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.pyramiddrop import PyramidDrop
 from tokenprune.methods.random import Random
+from tokenprune.methods.tome import ToMe
 from tokenprune.methods.uniform import Uniform
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AIM, DivPrune, FastV, PyramidDrop, Random, Uniform)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (AIM, DivPrune, FastV, PyramidDrop, Random, ToMe, Uniform)
+}
 
-__all__ = ["AIM", "METHODS", "DivPrune", "FastV", "Method", "PyramidDrop", "Random", "Uniform"]
+__all__ = ["AIM", "METHODS", "DivPrune", "FastV", "Method", "PyramidDrop", "Random", "ToMe", "Uniform"]

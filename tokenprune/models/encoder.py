@@ -1,0 +1,285 @@
+"""The adapter of vision transformers: tokens are merged or dropped inside the blocks, between attention and MLP.
+
+The class and register tokens come first and always go on. Blocks that do not fall into two halves (post-norm, parallel)
+reduce at their end instead; the trace says so. Attention counts a merged token by its size through the block's own mask
+argument, so that fused attention stays on.
+
+Whoever may look at what a block returns (a caller that goes around the host's forward, such as
+``forward_intermediates``; hooks of others, such as those behind ``output_hidden_states``; the code behind the last
+block) finds all tokens there, each with the value of the one that stands for it. The next block takes the reduced
+tokens out again.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.models import passage
+from tokenprune.models.base import Engine, Hook, Swap
+from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, silence, still
+from tokenprune.models.passage import SITE, BlockReducer, Passage
+from tokenprune.models.tower import Keys, Tower, child, one_rope, shorten_rope
+from tokenprune.signals import Trace
+
+BETWEEN, END = "between attention and MLP", "at the end of the block"
+_TRIED = 6  # patches that a block is tried on
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block, its halves where it has such, where its keys are read, and what its forward's arguments are called."""
+
+    module: nn.Module
+    half: HalfBlock | None
+    keys: Keys
+    names: tuple[str, ...]
+
+
+class EncoderAdapter:
+    """Sites of a vision encoder whose blocks stand in a row and see all tokens.
+
+    Args:
+        host: the module that holds the blocks.
+        tower: its row.
+    """
+
+    def __init__(self, host: nn.Module, tower: Tower) -> None:
+        self.host = host
+        self.tower = tower
+        self.blocks = tower.blocks(host)
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.tower.name
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Modules that get hooks."""
+        return (self.host, *self.blocks)
+
+    def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
+        """Check that the encoder has `sites`.
+
+        Raises:
+            OptionError: it has not.
+        """
+        if unknown := [site for site in sites if site != SITE]:
+            raise OptionError(
+                f"{type(self.host).__name__} is a vision encoder ({self.family}): it has the site {SITE!r} only, where "
+                f'"tome" takes part, and {unknown} were asked for'
+            )
+        if positions != "original":
+            raise OptionError(
+                f"positions={positions!r} was asked for, but the tokens of a vision encoder keep their positions; use "
+                'positions="original"'
+            )
+
+    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+        """The hooks that make `engine` act on the encoder. Every block is tried on a few random tokens.
+
+        Raises:
+            OptionError: a method's options do not fit the encoder.
+            UnsupportedModelError: a block cannot be reduced.
+        """
+        methods = [reducer.method for reducer in _reducers(engine)]
+        if n_tokens := self.tower.patches(self.host):
+            for method in methods:
+                method.removals(n_layers=len(self.blocks), n_tokens=n_tokens)
+        proportional = any(method.proportional for method in methods)
+        implementation = getattr(getattr(self.host, "config", None), "_attn_implementation", None) or "sdpa"
+        if proportional and implementation not in ("sdpa", "eager"):
+            raise OptionError(
+                f"proportional=True adds sizes to the attention logits, and attn_implementation={implementation!r} has "
+                'no argument for them; use model.set_attn_implementation("sdpa") or proportional=False'
+            )
+        blocks = [self._block(number, module, proportional) for number, module in enumerate(self.blocks)]
+        hooks: list[Hook | Swap] = [
+            Hook(self.host, "pre", lambda module, args, kwargs: passage.open_forward(engine, direct=False)),
+            Hook(self.host, "post", lambda module, args, kwargs, output: passage.close_forward(engine)),
+        ]
+        for number, block in enumerate(blocks):
+            hooks += self._block_hooks(engine, number, block)
+        return hooks
+
+    def _block(self, number: int, module: nn.Module, proportional: bool) -> _Block:
+        """Find out how a block can be reduced.
+
+        Raises:
+            UnsupportedModelError: it cannot.
+        """
+        keys, names = self.tower.keys(module), tuple(inspect.signature(module.forward).parameters)
+        what = f"block {number} ({type(module).__name__}) of {type(self.host).__name__} cannot be reduced"
+        if keys is None:
+            raise UnsupportedModelError(f"{what}: it has no keys that could be read")
+        if proportional and self.tower.mask not in names:
+            raise UnsupportedModelError(
+                f"{what} in proportion to sizes: its forward takes no {self.tower.mask}; proportional=False works"
+            )
+        x, kwargs = self._sample(module, number)
+        kwargs |= {self.tower.mask: None} if self.tower.mask in names else {}
+        mask = {self.tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
+        seen: list[Tensor] = []
+        try:
+            with still(module), hooked([_keys_hook(keys, lambda: True, seen.append)]):
+                module.forward(x, **{**kwargs, **mask})
+        except Exception as error:
+            raise UnsupportedModelError(f"{what}: on a few random tokens it raised {error!r}") from error
+        if len(seen) != 1 or seen[0].shape[:2] != x.shape[:2]:
+            raise UnsupportedModelError(f"{what}: its keys were not found where they were looked for")
+        parts = [child(module, path) for path in self.tower.parts]
+        half = None if None in parts else HalfBlock(module, *cast(list[nn.Module], parts))
+        return _Block(module, half if half and fits(half, x, kwargs, self._brief) else None, keys, names)
+
+    def _sample(self, module: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
+        """Random hidden states for a block, and what else it takes."""
+        weight, n_tokens = next(module.parameters()), self.tower.prefix(self.host) + _TRIED
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(2, n_tokens, self.tower.width(self.host), generator=generator).to(weight.device, weight.dtype)
+        rope = self.tower.sample_rope(self.host, _TRIED) if self.tower.rope else None
+        return x, {} if rope is None else {self.tower.rope: rope}
+
+    def _brief(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for a call of a block whose attention is silenced."""
+        kwargs = {name: None if name == self.tower.mask else value for name, value in kwargs.items()}
+        if kwargs.get(self.tower.rope) is not None:
+            kwargs[self.tower.rope] = one_rope(kwargs[self.tower.rope])
+        return kwargs
+
+    def _block_hooks(self, engine: Engine, number: int, block: _Block) -> list[Hook]:
+        """The hooks of one block and of its parts."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            silence(None)
+            kwargs = {**dict(zip(block.names, args, strict=False)), **kwargs}
+            x = kwargs.pop(block.names[0])
+            if number == 0:
+                self._begin(engine, x, kwargs)
+            run = passage.passage_of(engine)
+            if run is None:
+                return None
+            run.keys, run.wants_keys = None, engine.forced or any(plan[number] for plan in run.plan)
+            run.halved = run.wants_keys and block.half is not None
+            changed = (run.shortened(x, number),), self._shortened(engine, run, x, kwargs)
+            if run.halved and block.half is not None:
+                silence(block.half.mlp)
+            return changed
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            silence(None)
+            run = passage.passage_of(engine)
+            if run is None:
+                return None
+            if output is None:
+                passage.end(engine)
+                return None
+            try:
+                return self._after(engine, number, block, run, kwargs, output)
+            except BaseException:
+                passage.end(engine)
+                raise
+
+        def wants_keys() -> bool:
+            run = passage.passage_of(engine)
+            return run is not None and run.wants_keys
+
+        def keep_keys(keys: Tensor) -> None:
+            run = passage.passage_of(engine)
+            if run is not None:
+                run.keys, run.wants_keys = keys, False
+
+        hooks = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
+        return [
+            *hooks,
+            _keys_hook(block.keys, wants_keys, keep_keys),
+            *(block.half.hooks() if block.half is not None else ()),
+        ]
+
+    def _begin(self, engine: Engine, x: Tensor, kwargs: dict[str, Any]) -> None:
+        """Open a pass, unless there is a reason not to, which then is left in the traces."""
+        if not engine.active:
+            passage.begin(engine, None)
+            return
+        reducers, n_prefix, length = _reducers(engine), self.tower.prefix(self.host), x.shape[1]
+        reason = ""
+        if _hides(kwargs.get(self.tower.mask)):
+            reason = "an attention mask hides tokens, which must not be merged with others"
+        elif kwargs.get("is_causal"):
+            reason = "attention is causal here"
+        elif length <= n_prefix or not x.numel():
+            reason = "empty input"
+        if reason:
+            engine.publish(tuple(Trace(SITE, None, one.name, status="skipped", reason=reason) for one in reducers))
+            passage.begin(engine, None)
+            return
+        plan = tuple(one.method.removals(n_layers=len(self.blocks), n_tokens=length - n_prefix) for one in reducers)
+        passage.begin(engine, Passage(plan, n_prefix, length, length))
+
+    def _shortened(self, engine: Engine, run: Passage, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a block beside its hidden states, for the tokens that are left."""
+        if (patches := run.patches()) is None:
+            return kwargs
+        kwargs = dict(kwargs)
+        proportional = any(reducer.method.proportional for reducer in _reducers(engine))
+        if self.tower.mask in kwargs or proportional:
+            kwargs[self.tower.mask] = run.size_mask(x) if proportional and run.n_left < run.length else None
+        if kwargs.get(self.tower.rope) is not None:
+            kwargs[self.tower.rope] = shorten_rope(kwargs[self.tower.rope], patches)
+        return kwargs
+
+    def _after(
+        self, engine: Engine, number: int, block: _Block, run: Passage, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """What a block returns once its tokens are reduced; publishes the traces."""
+        x, last = first_of(output), number == len(self.blocks) - 1
+        reducers, place = _reducers(engine), END if block.half is None else BETWEEN
+        for reducer, plan in zip(reducers, run.plan, strict=True):
+            r = min(plan[number], (run.n_left - run.n_prefix) // 2)
+            if r or engine.forced:
+                x = run.reduce(reducer, x, number=number, r=r, place=place)
+                continue
+            run.traces.append(
+                Trace(SITE, number, reducer.name, status="skipped", reason="the schedule removes nothing in this block")
+            )
+        if run.halved and block.half is not None:
+            output = block.half.finish(x, self._brief(kwargs))
+            x = first_of(output)
+        engine.publish(tuple(run.traces))
+        watched = passage.is_direct(engine) or len(block.module._forward_hooks) > 1
+        if (watched or (last and not self.tower.pooled(self.host))) and all(one.method.restore for one in reducers):
+            x = run.restored(x)
+        if last:
+            passage.end(engine)
+        else:
+            run.hold(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def _reducers(engine: Engine) -> tuple[BlockReducer, ...]:
+    return cast(tuple[BlockReducer, ...], engine.reducers(SITE))
+
+
+def _keys_hook(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
+    """A hook that hands the keys of a block to `found` where they are wanted."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if wanted():
+            found(keys.read(args[0]))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if output is not None and wanted():
+            found(keys.read(output))
+
+    return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
+
+
+def _hides(mask: Any) -> bool:
+    """Whether an attention mask hides a token from another or favours one."""
+    if not isinstance(mask, Tensor):
+        return mask is not None
+    return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())

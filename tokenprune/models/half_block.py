@@ -1,0 +1,138 @@
+"""Running a block's own forward in two halves, so that tokens can be merged between attention and MLP.
+
+The residual stream between the two branches is local to the block. It is reached by running the forward twice with one
+branch silenced: first attention alone, then, on what is left of the tokens, the MLP alone. A silenced branch is given
+as good as no tokens, and zeros stand for what it adds. That is exact for blocks of the form `x + attention(norm(x))`,
+then `x + mlp(norm(x))`, whatever scales, norms and gates the branches hold, and for no others: whether a block is of
+this form is found out by running it once (:func:`fits`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.models.base import Hook
+
+_SILENT: ContextVar[nn.Module | None] = ContextVar("tokenprune_silent", default=None)
+
+
+def silence(module: nn.Module | None) -> None:
+    """Make the branch of `module` add nothing to the residual stream from now on; None ends that."""
+    _SILENT.set(module)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+@dataclass(frozen=True)
+class HalfBlock:
+    """The parts of a block whose forward is to be run in halves.
+
+    Attributes:
+        block: the block.
+        attention_norm: the norm that the attention branch begins with.
+        attention: the attention.
+        mlp_norm: the norm that the MLP branch begins with.
+        mlp: the MLP.
+    """
+
+    block: nn.Module
+    attention_norm: nn.Module
+    attention: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+
+    def hooks(self) -> list[Hook]:
+        """The hooks that silence a branch where :func:`silence` asked for it."""
+        attention, mlp = self.attention, self.mlp
+
+        def spare_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # One token, not none: some reshape their heads with a -1.
+            return ((args[0][:1, :1], *args[1:]), kwargs) if _SILENT.get() is attention else None
+
+        def spare_mlp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((args[0][:1, :0], *args[1:]), kwargs) if _SILENT.get() is mlp else None
+
+        def nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if output is None or _SILENT.get() is not module:
+                return None
+            states = first_of(output)
+            zeros = states.new_zeros(1, 1, states.shape[-1])
+            return (zeros, *(None for _ in output[1:])) if isinstance(output, tuple) else zeros
+
+        return [
+            Hook(self.attention_norm, "pre", spare_attention),
+            Hook(attention, "first", nothing),
+            Hook(self.mlp_norm, "pre", spare_mlp),
+            Hook(mlp, "first", nothing),
+        ]
+
+    def finish(self, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The block's second half: its forward on `x` `[B, M, D]` with the attention silenced."""
+        silence(self.attention)
+        try:
+            return self.block.forward(x, **kwargs)
+        finally:
+            silence(None)
+
+
+@contextmanager
+def still(block: nn.Module) -> Iterator[None]:
+    """Within the block of code `block` is in evaluation mode, so that it computes the same twice."""
+    training = [module for module in block.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def hooked(hooks: list[Hook]) -> Iterator[None]:
+    """Within the block of code `hooks` are in place."""
+    handles = []
+    try:
+        for hook in hooks:
+            if hook.kind == "pre":
+                handles.append(hook.module.register_forward_pre_hook(hook.function, with_kwargs=True))
+            else:
+                first = hook.kind == "first"
+                handles.append(hook.module.register_forward_hook(hook.function, with_kwargs=True, prepend=first))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fits(half: HalfBlock, x: Tensor, kwargs: dict[str, Any], brief: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+    """Whether the two halves of a block give what its forward gives, bit for bit.
+
+    Args:
+        half: the block; nothing is left on it.
+        x: hidden states to try it on, `[B, N, D]`.
+        kwargs: what else its forward takes.
+        brief: makes `kwargs` fit a call with the attention silenced.
+    """
+    with still(half.block):
+        wanted = first_of(half.block.forward(x, **kwargs))
+        try:
+            with hooked(half.hooks()):
+                silence(half.mlp)
+                middle = first_of(half.block.forward(x, **kwargs))
+                found = first_of(half.finish(middle, brief(kwargs)))
+        except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token or none is not ours
+            return False
+        finally:
+            silence(None)
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)

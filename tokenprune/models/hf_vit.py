@@ -1,0 +1,128 @@
+"""Vision encoders of transformers: the rows, and the encoders that are refused, with the reason."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenprune.models.tower import Keys, Tower, child, heads_averaged
+
+_KEYS = ("attention.k_proj", "self_attn.k_proj", "attention.attention.key")
+
+
+def _keys(block: nn.Module) -> Keys | None:
+    for path in _KEYS:
+        if (projection := child(block, path)) is not None:
+            attention: Any = child(block, path.rpartition(".")[0])
+            config = getattr(attention, "config", None)
+            n_heads = getattr(config, "num_attention_heads", None) or attention.num_attention_heads
+            return Keys(projection, "post", heads_averaged(int(n_heads)))
+    return None
+
+
+def _width(host: Any) -> int:
+    return int(host.config.hidden_size)
+
+
+def _patches(host: Any) -> int:
+    size, patch = host.config.image_size, host.config.patch_size
+    sides = [(side, side) if isinstance(side, int) else tuple(side) for side in (size, patch)]
+    return math.prod(whole // part for whole, part in zip(*sides, strict=True))
+
+
+def _registers(host: Any) -> int:
+    return 1 + int(host.config.num_register_tokens)
+
+
+def _sample_rope(host: Any, n: int) -> Any:
+    config, weight = host.config, next(host.parameters())
+    width = config.hidden_size // config.num_attention_heads
+    table = torch.linspace(-1, 1, n * width, dtype=weight.dtype, device=weight.device).view(n, -1)
+    return table.cos(), table.sin()
+
+
+def _refuse(host: Any) -> str:
+    if any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
+        return (
+            "gradient checkpointing would run its blocks a second time without their place in the forward; turn it off "
+            "with model.gradient_checkpointing_disable()"
+        )
+    return ""
+
+
+def _tower(
+    name: str,
+    hosts: tuple[str, ...],
+    path: tuple[str, ...],
+    parts: tuple[str, str, str, str],
+    prefix: int | Any,
+    **further: Any,
+) -> Tower:
+    count = prefix if callable(prefix) else lambda host: prefix
+    return Tower(
+        name, "transformers", hosts, path, parts, "attention_mask", _keys, _width, count,
+        **{"patches": _patches, "refusal": _refuse, **further},
+    )  # fmt: skip
+
+
+_VIT = ("layernorm_before", "attention", "layernorm_after", "mlp")
+_CLIP = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+_DINO = ("norm1", "attention", "norm2", "mlp")
+
+TOWERS: tuple[Tower, ...] = (
+    _tower("vit", ("ViTModel",), ("layers",), _VIT, 1),
+    _tower("deit", ("DeiTModel",), ("layers",), _VIT, 2),
+    _tower("clip_vision_model", ("CLIPVisionModel",), ("encoder.layers",), _CLIP, 1),
+    _tower("siglip_vision_model", ("SiglipVisionModel",), ("encoder.layers",), _CLIP, 0),
+    _tower(
+        "siglip2_vision_model",
+        ("Siglip2VisionModel",),
+        ("encoder.layers",),
+        _CLIP,
+        0,
+        patches=lambda host: int(host.config.num_patches),
+    ),
+    _tower("dinov2", ("Dinov2Model", "Dinov2Backbone"), ("encoder.layer",), _DINO, 1),
+    _tower(
+        "dinov2_with_registers",
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        ("encoder.layer",),
+        _DINO,
+        _registers,
+    ),
+    _tower(
+        "dinov3_vit",
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        ("model.layer", "layer"),
+        _DINO,
+        _registers,
+        rope="position_embeddings",
+        sample_rope=_sample_rope,
+    ),
+)
+
+_WINDOWS = "its attention looks at windows of the grid, which merged tokens no longer make"
+_STAGES = "its stages pool the grid, which merged tokens no longer make"
+_CONVOLUTIONS = "it is a convolutional network: it has a grid in stages and no tokens"
+_RELATIVE = "its attention adds a table of relative positions of the whole grid, which cannot follow tokens merged"
+
+REFUSED: dict[str, str] = {
+    "Swin": _WINDOWS,
+    "Swinv2": _WINDOWS,
+    "Swin2SR": _WINDOWS,
+    "MaskFormerSwin": _WINDOWS,
+    "DonutSwin": _WINDOWS,
+    "VitDet": _WINDOWS,
+    "SamVisionEncoder": _WINDOWS,
+    "Hiera": _STAGES,
+    "Pvt": _STAGES,
+    "PvtV2": _STAGES,
+    "Segformer": _STAGES,
+    "MobileViT": _STAGES,
+    "ConvNext": _CONVOLUTIONS,
+    "ConvNextV2": _CONVOLUTIONS,
+    "DINOv3ConvNext": _CONVOLUTIONS,
+    "Beit": _RELATIVE,
+    "Data2VecVision": _RELATIVE,
+}

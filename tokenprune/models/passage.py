@@ -1,0 +1,264 @@
+"""One pass of hidden states through the blocks of a vision encoder: what stands for which patch, so far.
+
+It lives in a context variable, never on a module. It is opened by the host (the module that holds the blocks) or, where
+a caller goes around the host's forward, by the first block; the last block ends it, and so does an exception.
+"""
+
+import time
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenprune import ops
+from tokenprune.errors import InputError
+from tokenprune.models.base import Engine
+from tokenprune.reduction import Keep, Merge, Reduction, gather
+from tokenprune.signals import BlockSignals, Budget, Trace
+
+SITE = "encoder_block"
+
+
+class BlockMethod(Protocol):
+    """What the session's methods have that take part inside encoder blocks."""
+
+    proportional: bool
+    restore: bool
+    backend: str
+
+    def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
+        """How many of an image's `n_tokens` patches each block removes."""
+        ...
+
+    def encoder_block(self, signals: BlockSignals, budget: Budget) -> Reduction:
+        """The reduction of one block to `budget.high` tokens, the protected ones included."""
+        ...
+
+
+class BlockReducer(Protocol):
+    """A method as the session hands it over."""
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        ...
+
+    @property
+    def method(self) -> BlockMethod:
+        """The method."""
+        ...
+
+
+@dataclass
+class Passage:
+    """What stands for which token between two blocks.
+
+    Attributes:
+        plan: for each method what each block removes.
+        n_prefix: tokens before the patches.
+        length: tokens that entered the first block, the prefix included.
+        n_left: tokens that are left of them.
+        index: `[B, n_left]` int64, where the tokens that are left stood at first; None while nothing was reduced.
+        assign: `[B, length]` int64, which of them carries each token that entered.
+        sizes: `[B, n_left]` fp32, how many tokens each stands for.
+        keys: keys of the block that runs, `[B, n_left, K]`, once they are seen.
+        wants_keys: whether they are looked for.
+        halved: whether the block that runs has its MLP silenced.
+        traces: what happened so far.
+    """
+
+    plan: tuple[tuple[int, ...], ...]
+    n_prefix: int
+    length: int
+    n_left: int
+    index: Tensor | None = None
+    assign: Tensor | None = None
+    sizes: Tensor | None = None
+    keys: Tensor | None = None
+    wants_keys: bool = False
+    halved: bool = False
+    traces: list[Trace] = field(default_factory=list)
+    holder: "weakref.ref[Tensor] | None" = None
+
+    def shortened(self, x: Tensor, number: int) -> Tensor:
+        """The input of block `number`, `[B, n_left, D]`, out of what reached it, whether that was restored or not.
+
+        Raises:
+            InputError: it has another number of tokens than was handed on.
+        """
+        if x.shape[1] == self.length and self.index is not None:
+            return gather(x, self.index)
+        if x.shape[1] != self.n_left:
+            raise InputError(
+                f"block {number} of the encoder got {x.shape[1]} tokens, but {self.n_left} (of {self.length}) were "
+                "handed on to it; something between the blocks changes their number"
+            )
+        return x
+
+    def restored(self, x: Tensor) -> Tensor:
+        """`x` `[B, n_left, D]` with all tokens back, `[B, length, D]`."""
+        return x if self.assign is None else gather(x, self.assign)
+
+    def size_mask(self, x: Tensor) -> Tensor | None:
+        """What sizes add to the attention logits, `[B, 1, 1, n_left]`; None where all sizes are 1."""
+        return None if self.sizes is None else self.sizes.log()[:, None, None].to(x.dtype)
+
+    def patches(self) -> Tensor | None:
+        """Which patches the tokens that are left stood at, `[B, n_left - n_prefix]`; None while all are there."""
+        return None if self.index is None else self.index[:, self.n_prefix :] - self.n_prefix
+
+    def reduce(self, reducer: BlockReducer, x: Tensor, *, number: int, r: int, place: str) -> Tensor:
+        """Let a method take `r` tokens of `x` `[B, n_left, D]` away; appends a trace.
+
+        Raises:
+            InputError: the method's answer does not fit, or the block's keys were not seen.
+        """
+        started = time.perf_counter()
+        if self.keys is None:
+            raise InputError(f"the keys of block {number} were not seen, so {reducer.name} has nothing to go by")
+        n_in = self.n_left
+        protected = torch.arange(n_in) < self.n_prefix
+        budget = Budget(n_in - r, n_in - r)
+        answer = reducer.method.encoder_block(BlockSignals(number, self.keys, self.sizes, protected), budget)
+        _check(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
+        x = self._take(answer, x, reducer.method.backend)
+        assign = self.assign
+        assert assign is not None
+        self.traces.append(
+            Trace(
+                SITE,
+                number,
+                reducer.name,
+                n_in=(n_in - self.n_prefix,) * x.shape[0],
+                n_out=(self.n_left - self.n_prefix,) * x.shape[0],
+                assignment=assign[:, self.n_prefix :] - self.n_prefix,
+                place=place,
+                overhead_ms=(time.perf_counter() - started) * 1e3,
+            )
+        )
+        return x
+
+    def _take(self, answer: Reduction, x: Tensor, backend: str) -> Tensor:
+        """Apply a reduction to `x` and to everything that is carried along."""
+        if isinstance(answer, Merge):
+            merged = ops.merge_tokens(
+                x, answer.assign, n_out=answer.index.shape[1], weight=answer.weight, backend=backend
+            )
+            x, carries = merged.tokens, answer.assign
+            # A mean of other weights leaves it open how many tokens there were.
+            counted = answer.weight is self.sizes or (self.index is None and answer.weight is None)
+            self.sizes = merged.size if counted else Merge(answer.index, answer.assign, self.sizes).sizes()
+        else:
+            x, carries = answer.apply(x), answer.source(length=x.shape[1])
+            self.sizes = None if self.sizes is None else gather(self.sizes, answer.index)
+        if self.keys is not None:
+            self.keys = gather(self.keys, answer.index)
+        self.index = answer.index if self.index is None else gather(self.index, answer.index)
+        self.assign = carries if self.assign is None else gather(carries, self.assign)
+        self.n_left = answer.index.shape[1]
+        return x
+
+    def hold(self, output: Tensor) -> None:
+        """Let go of the tensors when `output`, which the next block is to take, is gone without it."""
+
+        def forget(ref: "weakref.ref[Tensor]") -> None:
+            if self.holder is ref:
+                self.index = self.assign = self.sizes = self.keys = None
+                self.traces = []
+
+        self.holder = weakref.ref(output, forget)
+
+
+def _check(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_prefix: int) -> None:
+    """Check what a method answered. On a GPU only shapes are looked at: the rest would wait for it.
+
+    Raises:
+        InputError: it is no reduction of `shape` tokens to `n_out` that leaves the first `n_prefix` alone.
+    """
+    due = f"a Keep or a Merge of {shape[0]} rows of {shape[1]} tokens to {n_out} was due"
+    who = f"method {name!r} at site {SITE!r} returned"
+    if not isinstance(answer, Keep | Merge) or answer.valid is not None:
+        raise InputError(f"{who} {type(answer).__name__}{' with gaps' if isinstance(answer, Keep) else ''}; {due}")
+    index = answer.index
+    if index.shape != (shape[0], n_out) or index.dtype != torch.int64:
+        raise InputError(f"{who} an index {index.dtype} {list(index.shape)}; {due}")
+    if isinstance(answer, Merge) and (answer.assign.shape != shape or answer.assign.dtype != torch.int64):
+        raise InputError(f"{who} groups {answer.assign.dtype} {list(answer.assign.shape)}; {due}")
+    if index.device.type != "cpu":
+        return
+    first = torch.arange(n_prefix).expand(shape[0], -1)
+    inside = bool((index[:, :1] >= 0).all() and (index[:, -1:] < shape[1]).all() and (index.diff(dim=1) > 0).all())
+    if not inside or not torch.equal(index[:, :n_prefix], first):
+        raise InputError(
+            f"{who} positions {index[0].tolist()} for the first row; {due}: ascending, and the first {n_prefix} "
+            "(class, distillation, registers) among them"
+        )
+    if isinstance(answer, Merge) and (
+        not torch.equal(answer.assign.gather(1, index), torch.arange(n_out).expand(shape[0], -1))
+        or bool((answer.assign[:, n_prefix:] < n_prefix).any())
+    ):
+        raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")
+
+
+@dataclass
+class _Forward:
+    """State of one forward of one patched encoder; `direct` where its first block opened it."""
+
+    owner: Engine
+    outer: "_Forward | None"
+    direct: bool
+    passage: Passage | None = None
+
+
+_CURRENT: ContextVar[_Forward | None] = ContextVar("tokenprune_encoder", default=None)
+
+
+def open_forward(engine: Engine, *, direct: bool) -> None:
+    """Begin a forward of `engine`; what an interrupt left of an earlier one goes."""
+    outer = _CURRENT.get()
+    while outer is not None and outer.owner is engine:
+        outer = outer.outer
+    _CURRENT.set(_Forward(engine, outer, direct))
+
+
+def close_forward(engine: Engine) -> None:
+    """End the forward of `engine` if there is one."""
+    if (state := _CURRENT.get()) is not None and state.owner is engine:
+        _CURRENT.set(state.outer)
+
+
+def begin(engine: Engine, passage: Passage | None) -> None:
+    """Note that the first block runs; None where nothing is to be reduced."""
+    state = _CURRENT.get()
+    if state is None or state.owner is not engine or state.direct:
+        if passage is None:
+            close_forward(engine)
+            return
+        open_forward(engine, direct=True)
+        state = _CURRENT.get()
+    assert state is not None
+    state.passage = passage
+
+
+def end(engine: Engine) -> None:
+    """Note that no further block runs."""
+    state = _CURRENT.get()
+    if state is not None and state.owner is engine:
+        state.passage = None
+        if state.direct:
+            _CURRENT.set(state.outer)
+
+
+def passage_of(engine: Engine) -> Passage | None:
+    """The pass of `engine` that is going on."""
+    state = _CURRENT.get()
+    return state.passage if state is not None and state.owner is engine else None
+
+
+def is_direct(engine: Engine) -> bool:
+    """Whether the blocks are called by other code than the host's forward."""
+    state = _CURRENT.get()
+    return state is not None and state.owner is engine and state.direct

@@ -1,0 +1,146 @@
+"""Vision encoders of timm: the rows, and the encoders that are refused, with the reason."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.models.tower import Keys, Tower, child
+
+
+def _keys(block: Any) -> Keys | None:
+    """Keys behind their norm, which is called also where it does nothing; before any rotation."""
+    if (norm := child(block, "attn.k_norm")) is not None:  # [B, H, N, K]
+        return Keys(norm, "post", lambda keys: keys.mean(1, dtype=torch.float32))
+    if (norm := child(block, "k_norm")) is not None and child(block, "sub_norm") is None:  # parallel: [B, N, H, K]
+        return Keys(norm, "post", lambda keys: keys.mean(2, dtype=torch.float32))
+    return None
+
+
+def _beit_keys(block: Any) -> Keys:
+    """Keys from the attention's input: BEiT multiplies with the weights of its projection, not through the module."""
+    attention = block.attn
+
+    def read(x: Tensor) -> Tensor:
+        weight = attention.qkv.weight
+        weight = weight.view(3, attention.num_heads, -1, weight.shape[1])[1].mean(0)  # its keys have no bias
+        return nn.functional.linear(x, weight).float()
+
+    return Keys(attention, "pre", read)
+
+
+def _patches(host: Any) -> int:
+    if getattr(host, "dynamic_img_size", False):
+        return 0
+    return int(getattr(host.patch_embed, "num_patches", 0) or 0)
+
+
+def _width(host: Any) -> int:
+    return int(host.embed_dim)
+
+
+def _prefix(host: Any) -> int:
+    return int(host.num_prefix_tokens)
+
+
+def _pooled(host: Any) -> bool:
+    return host.global_pool == "token" and getattr(host, "attn_pool", None) is None
+
+
+def _sample_rope(host: Any, n: int) -> Tensor | None:
+    if getattr(host, "rope", None) is None:
+        return None
+    attention, weight = host.blocks[0].attn, next(host.parameters())
+    return torch.linspace(-1, 1, n * 2 * attention.head_dim, dtype=weight.dtype, device=weight.device).view(n, -1)
+
+
+def _refuse_checkpointing(host: Any) -> str:
+    if getattr(host, "grad_checkpointing", False):
+        return "gradient checkpointing would run its blocks a second time without their place in the forward; turn " \
+            "it off with model.set_grad_checkpointing(False)"  # fmt: skip
+    return ""
+
+
+def _refuse_beit(host: Any) -> str:
+    tables = [getattr(block.attn, "relative_position_bias_table", None) for block in host.blocks]
+    if host.rel_pos_bias is not None or any(table is not None for table in tables):
+        return (
+            "its attention adds a table of relative positions of the whole grid, which cannot follow tokens that are "
+            "merged"
+        )
+    return _refuse_checkpointing(host)
+
+
+_PARTS = ("norm1", "attn", "norm2", "mlp")
+
+TOWERS: tuple[Tower, ...] = (
+    Tower(
+        "timm_vit",
+        "timm",
+        ("VisionTransformer",),
+        ("blocks",),
+        _PARTS,
+        "attn_mask",
+        _keys,
+        _width,
+        _prefix,
+        _patches,
+        pooled=_pooled,
+        refusal=_refuse_checkpointing,
+    ),
+    Tower(
+        "timm_eva",
+        "timm",
+        ("Eva",),
+        ("blocks",),
+        _PARTS,
+        "attn_mask",
+        _keys,
+        _width,
+        _prefix,
+        _patches,
+        rope="rope",
+        sample_rope=_sample_rope,
+        pooled=_pooled,
+        refusal=_refuse_checkpointing,
+    ),
+    Tower(
+        "timm_beit",
+        "timm",
+        ("Beit",),
+        ("blocks",),
+        _PARTS,
+        "shared_rel_pos_bias",
+        _beit_keys,
+        _width,
+        _prefix,
+        _patches,
+        pooled=_pooled,
+        refusal=_refuse_beit,
+    ),
+)
+
+_WINDOWS = "its attention looks at windows of the grid, which merged tokens no longer make"
+_STAGES = "its stages pool the grid, which merged tokens no longer make"
+_RELATIVE = "its attention adds a table of relative positions of the whole grid, which cannot follow tokens merged"
+
+REFUSED: dict[str, str] = {
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "SwinTransformerV2Cr": _WINDOWS,
+    "MaxxVit": _WINDOWS,
+    "GlobalContextVit": _WINDOWS,
+    "VisionTransformerSAM": _WINDOWS,
+    "Twins": _WINDOWS,
+    "DaVit": _WINDOWS,
+    "Hiera": _STAGES,
+    "HieraDet": _STAGES,
+    "MultiScaleVit": _STAGES,
+    "PyramidVisionTransformerV2": _STAGES,
+    "PoolingVisionTransformer": _STAGES,
+    "Levit": _STAGES,
+    "Nest": _STAGES,
+    "ConvNeXt": "it is a convolutional network: it has a grid in stages and no tokens",
+    "VisionTransformerRelPos": _RELATIVE,
+    "NaFlexVit": "its images are packed with padding to sequences of different grids (NaFlex)",
+}

@@ -1,0 +1,110 @@
+"""What has to be known of a kind of vision encoder: one declarative row each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.reduction import gather
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where a block's keys are read.
+
+    Attributes:
+        module: what gets the hook.
+        kind: `"pre"` or `"post"`.
+        read: from the module's input (`"pre"`) or output to the keys averaged over the heads, `[B, N, K]`.
+    """
+
+    module: nn.Module
+    kind: str
+    read: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Encoders of one kind.
+
+    Attributes:
+        name: name of the family.
+        library: the package that its classes come from.
+        hosts: names of the classes that hold the blocks.
+        paths: where the list of blocks stands in a host; the first one that exists counts.
+        parts: names of a block's norm before attention, attention, norm before the MLP, and MLP.
+        mask: argument of a block that is added to the attention logits.
+        keys: finds a block's keys; None where it has none.
+        width: width D of the hidden states.
+        prefix: tokens before the patches (class, distillation, registers).
+        patches: patches of an image, 0 where that is open.
+        rope: argument of a block that holds rotary embeddings of the patches; "" where there is none.
+        sample_rope: rotary embeddings for so many patches, to try a block on.
+        pooled: whether a host's own forward returns what comes of its prefix alone.
+        refusal: why the host cannot be reduced, "" where it can.
+    """
+
+    name: str
+    library: str
+    hosts: tuple[str, ...]
+    paths: tuple[str, ...]
+    parts: tuple[str, str, str, str]
+    mask: str
+    keys: Callable[[nn.Module], Keys | None]
+    width: Callable[[Any], int]
+    prefix: Callable[[Any], int]
+    patches: Callable[[Any], int]
+    rope: str = ""
+    sample_rope: Callable[[Any, int], Any] = lambda host, n: None
+    pooled: Callable[[Any], bool] = lambda host: False
+    refusal: Callable[[Any], str] = lambda host: ""
+
+    def blocks(self, host: nn.Module) -> list[nn.Module]:
+        """The blocks of a host, in order."""
+        for path in self.paths:
+            found = child(host, path)
+            if found is not None:
+                return list(found.children())
+        return []
+
+
+def child(module: Any, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, None where there is none."""
+    try:
+        found = attrgetter(path)(module)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def heads_averaged(n_heads: int) -> Callable[[Tensor], Tensor]:
+    """Reader of the output of a key projection: `[B, N, H * K]` to `[B, N, K]`."""
+    return lambda keys: keys.view(*keys.shape[:2], n_heads, -1).mean(2, dtype=torch.float32)
+
+
+def shorten_rope(rope: Any, index: Tensor) -> Any:
+    """Rotary embeddings of the patches at `index` `[B, M]`, with dimensions for the batch and the heads.
+
+    Args:
+        rope: `[N, K]`, `[H, N, K]` or `[B, H, N, K]`, or a tuple of such.
+        index: `[B, M]` int64.
+    """
+    if isinstance(rope, tuple):
+        return tuple(shorten_rope(part, index) for part in rope)
+    index = index.to(rope.device)
+    if rope.ndim == 2:
+        return rope[index][:, None]
+    if rope.ndim == 3:
+        return rope[:, index].transpose(0, 1)
+    return gather(rope.transpose(1, 2), index).transpose(1, 2)
+
+
+def one_rope(rope: Any) -> Any:
+    """Rotary embeddings of a single patch of a single row."""
+    if isinstance(rope, tuple):
+        return tuple(map(one_rope, rope))
+    rope = rope.narrow(-2, 0, 1)
+    return rope[:1] if rope.ndim == 4 else rope
