@@ -1,5 +1,7 @@
 """Naive versions of the ops: plain loops that read like pseudo-code, slow, and the oracle of the tests."""
 
+import math
+
 import torch
 
 
@@ -34,6 +36,15 @@ def cosine_distance(tokens: torch.Tensor) -> torch.Tensor:
     distance: torch.Tensor = 1 - unit @ unit.T
     distance[distance < 2.0**-20] = 0
     return distance.fill_diagonal_(0)
+
+
+def top_k_select(row: list[float], k: int, valid: list[bool]) -> list[int]:
+    """The `k` largest valid entries of a row in ascending order; ties to the lowest index, a NaN below everything."""
+
+    def rank(i: int) -> tuple[bool, float, int]:
+        return math.isnan(row[i]), 0.0 if math.isnan(row[i]) else -row[i], i
+
+    return sorted(sorted((i for i in range(len(row)) if valid[i]), key=rank)[:k])
 
 
 def _farthest(distance: list[float]) -> int:

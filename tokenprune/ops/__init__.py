@@ -6,6 +6,7 @@ tensors where Triton is installed, and torch everywhere else; an explicit backen
 
 from tokenprune.ops.max_min import MaxMinCover, MaxMinSelection, max_min_cover, max_min_select
 from tokenprune.ops.merging import BipartiteMatch, MergedTokens, bipartite_match, merge_tokens
+from tokenprune.ops.top_k import top_k_select
 
 __all__ = [
     "BipartiteMatch",
@@ -16,4 +17,5 @@ __all__ = [
     "max_min_cover",
     "max_min_select",
     "merge_tokens",
+    "top_k_select",
 ]

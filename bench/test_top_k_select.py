@@ -1,0 +1,62 @@
+"""Top-k selection against `torch.topk` and a sort of its indices, which gives the same order, timed in turns.
+
+That pair leaves open which of several equal scores is taken; the scores here are distinct, so both give the same.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenprune.ops import top_k_select
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pair(scores: Tensor, k: int) -> Tensor:
+    """What a user would write."""
+    return scores.topk(k, dim=1).indices.sort(dim=1).values
+
+
+def seconds(call: Callable[[], object], device: str, calls: int) -> float:
+    """Duration of one of several calls in a row, which the device has then finished."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("n", [576, 2880, 8192, 32768])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("device", DEVICES)
+def test_top_k_select(device: str, rows: int, n: int, keep: float, record: Callable[..., None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.randperm(n, generator=generator) for _ in range(rows)]).float().to(device)
+    k = round(keep * n)
+
+    def select() -> Tensor:
+        return top_k_select(scores, k=k)
+
+    assert torch.equal(select(), pair(scores, k))  # No time counts before its result is right.
+    calls = {"op": select, "pair": lambda: pair(scores, k)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(20):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device, max(1, 20_000 // (rows * n)) if device == "cpu" else 10))
+    op, other = (statistics.median(times[name][1:]) for name in calls)  # The first turn warms up.
+    row = {
+        "device": device,
+        "rows": rows,
+        "n": n,
+        "k": k,
+        "op_us": round(1e6 * op, 1),
+        "pair_us": round(1e6 * other, 1),
+        "pair_over_op": round(other / op, 2),
+    }
+    record(select, row)
