@@ -1,0 +1,131 @@
+"""How much attention every key gets."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import BackendError, InputError, OptionError
+from tokenprune.ops import attention_rows
+from tokenprune.ops.backend import find_kernel
+
+REDUCTIONS = ("column_sum", "last_query", "pagerank")
+
+
+@torch.no_grad()
+def attention_importance(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    valid: Tensor | None = None,
+    window: int | None = None,
+    seen: Tensor | None = None,
+    reduction: str = "column_sum",
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Score every key by the attention it gets, without ever holding an attention matrix.
+
+    With `P = softmax(query key^T scale / temperature)` per head over the keys that a query sees:
+
+    - `"column_sum"`: `P` summed over heads and valid queries (SpAtten, arXiv 2012.09852, section III-A).
+    - `"last_query"`: the last valid query's row of `P`, mean over heads (FastV, arXiv 2403.06764). It reads the keys
+      once and costs next to nothing.
+    - `"pagerank"`: five steps `s <- s P` per head from the uniform vector over the `n` valid tokens of a row, then the
+      root mean square over heads (AIM, arXiv 2412.03248, whose temperature is 0.1).
+
+    Padding is left out of everything, its rows and its columns; its scores are 0. A query that sees nothing contributes
+    nothing. What a row gets depends on its valid tokens alone. Products and sums are taken in fp32 whatever the dtype.
+
+    The torch version holds at most 60 MiB beside its arguments (52 without page-rank's 40) as long as `G K Lk` stays
+    below 2^20 for the `G` queries of a key's head and as long as a row has fewer than 16 Mi pairs in `seen`, and works
+    on one row of the batch after the other. On a GPU it synchronises for every row; the Triton version never does, and
+    holds a few numbers per head and token.
+
+    Args:
+        query: `[B, H, Lq, K]`, any float dtype, any strides: the last `Lq` of the `Lk` positions.
+        key: `[B, Hkv, Lk, K]`, of the same dtype; `H` is a multiple of `Hkv`, query head `h` reads key head `h // G`.
+        scale: factor of the logits, usually `K ** -0.5`.
+        causal: whether a query sees only the keys up to its own position.
+        valid: `[B, Lk]` bool, the tokens that are not padding; all of them by default.
+        window: a query sees only keys with `query position - key position < window`; all by default.
+        seen: `[B or 1, 1, Lq, Lk]`, which keys a query sees, in place of `causal` and `window`: bool, or a float that
+            is added to the logits before the temperature, where -inf and the lowest of its dtype hide a key.
+        reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
+        temperature: divides the logits, for all reductions.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        `[B, Lk]` fp32, on the device of the key.
+
+    Raises:
+        OptionError: `scale`, `window`, `reduction`, `temperature` or `backend` is out of range.
+        InputError: a shape, dtype or device is wrong, or `"pagerank"` is asked for fewer queries than keys.
+        BackendError: the explicit backend cannot run here, or not with these arguments.
+    """
+    _check_options(scale, window, reduction, temperature)
+    _check_tensors(query, key, valid, seen)
+    if reduction == "pagerank" and query.shape[2] != key.shape[2]:
+        raise InputError(
+            f"attention_importance needs as many queries as keys for 'pagerank', got {query.shape[2]} and "
+            f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
+        )
+    kernel = find_kernel("attention_importance", "attention_importance", backend, key)
+    rule = attention_rows.Rule(scale, temperature, causal, window)
+    if kernel is not None and query.shape[3] <= kernel.WIDEST:
+        result: Tensor = kernel.launch(query, key, valid, seen, *rule, reduction)
+        return result
+    if backend == "triton":
+        raise BackendError(
+            f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
+            f"at most {kernel.WIDEST} wide, 'torch' and 'auto' work here."
+        )
+    scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+    with torch.autocast(key.device.type, enabled=False):
+        for i in range(len(key)):
+            mask, row_valid = None if seen is None else seen[i % len(seen), 0], None if valid is None else valid[i]
+            scores[i] = attention_rows.score(query[i], key[i], row_valid, mask, rule, reduction)
+    return scores
+
+
+def _check_options(scale: float, window: int | None, reduction: str, temperature: float) -> None:
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if reduction not in REDUCTIONS:
+        raise OptionError(f"attention_importance knows the reductions {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    if not number(scale):
+        raise OptionError(f"attention_importance needs a finite number as scale; got {scale!r}.")
+    if not number(temperature) or temperature <= 0:
+        raise OptionError(f"attention_importance needs a positive, finite temperature; got {temperature!r}.")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise OptionError(f"attention_importance needs an int of at least 1, or None, as window; got {window!r}.")
+
+
+def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None) -> None:
+    fits = query.ndim == key.ndim == 4 and 0 not in (*query.shape[1:], *key.shape[1:])
+    fits = fits and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+    fits = fits and query.shape[1] % key.shape[1] == 0 and query.shape[2] <= key.shape[2]
+    if not fits or not query.is_floating_point() or query.dtype != key.dtype or query.device != key.device:
+        raise InputError(
+            "attention_importance needs query [B, H, Lq, K] and key [B, Hkv, Lk, K] of one float dtype on one device, "
+            "with H a multiple of Hkv, 1 <= Lq <= Lk and K >= 1; "
+            f"got {query.dtype} {list(query.shape)} on {query.device}, {key.dtype} {list(key.shape)} on {key.device}."
+        )
+    rows, tokens = [key.shape[0], key.shape[2]], query.shape[2]
+    if valid is not None and (valid.dtype != torch.bool or list(valid.shape) != rows or valid.device != key.device):
+        raise InputError(
+            f"attention_importance needs valid as torch.bool {rows} on {key.device}, to go with the key; "
+            f"got {valid.dtype} {list(valid.shape)} on {valid.device}."
+        )
+    if seen is None:
+        return
+    right = seen.dtype == torch.bool or seen.is_floating_point()
+    shapes = [[n, 1, tokens, key.shape[2]] for n in (key.shape[0], 1)]
+    if not right or list(seen.shape) not in shapes or seen.device != key.device:
+        raise InputError(
+            f"attention_importance needs seen of torch.bool or a float dtype, {shapes[0]} or {shapes[1]} on "
+            f"{key.device}; got {seen.dtype} {list(seen.shape)} on {seen.device}."
+        )
