@@ -93,3 +93,33 @@ def merge_tokens(
         total[group] += x[i].double() * share
         size[group] += share
     return total / torch.tensor(size, dtype=torch.float64)[:, None], size
+
+
+def attention_importance(
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, reduction: str
+) -> torch.Tensor:
+    """Attention that keys get, in fp64, from the whole attention matrices of one row without padding.
+
+    Args:
+        query: `[H, Lq, K]`.
+        key: `[Hkv, Lk, K]`.
+        seen: `[Lq, Lk]` bool, the keys that a query sees; each sees one at least.
+        scale: factor of the logits.
+        reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
+
+    Returns:
+        `[Lk]` fp64.
+    """
+    heads = []
+    for h in range(len(query)):
+        logits = query[h].double() @ key[h // (len(query) // len(key))].double().T * scale
+        weight = (logits - logits.amax(1, keepdim=True)).exp() * seen
+        matrix = weight / weight.sum(1, keepdim=True)
+        score = torch.full((len(matrix),), 1 / len(matrix), dtype=torch.float64)
+        for _ in range(5 if reduction == "pagerank" else 0):
+            score = score @ matrix
+        heads.append({"column_sum": matrix.sum(0), "last_query": matrix[-1], "pagerank": score}[reduction])
+    stacked = torch.stack(heads)
+    if reduction == "pagerank":
+        return stacked.square().mean(0).sqrt()
+    return stacked.sum(0) if reduction == "column_sum" else stacked.mean(0)

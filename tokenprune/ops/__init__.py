@@ -4,6 +4,7 @@
 tensors where Triton is installed, and torch everywhere else; an explicit backend never falls back to another one.
 """
 
+from tokenprune.ops.attention import attention_importance
 from tokenprune.ops.max_min import MaxMinCover, MaxMinSelection, max_min_cover, max_min_select
 from tokenprune.ops.merging import BipartiteMatch, MergedTokens, bipartite_match, merge_tokens
 from tokenprune.ops.top_k import top_k_select
@@ -13,6 +14,7 @@ __all__ = [
     "MaxMinCover",
     "MaxMinSelection",
     "MergedTokens",
+    "attention_importance",
     "bipartite_match",
     "max_min_cover",
     "max_min_select",
