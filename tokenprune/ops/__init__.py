@@ -7,6 +7,7 @@ tensors where Triton is installed, and torch everywhere else; an explicit backen
 from tokenprune.ops.attention import attention_importance
 from tokenprune.ops.max_min import MaxMinCover, MaxMinSelection, max_min_cover, max_min_select
 from tokenprune.ops.merging import BipartiteMatch, MergedTokens, bipartite_match, merge_tokens
+from tokenprune.ops.planes import Planes, dequantize_planes, quantize_planes
 from tokenprune.ops.top_k import top_k_select
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "MaxMinCover",
     "MaxMinSelection",
     "MergedTokens",
+    "Planes",
     "attention_importance",
     "bipartite_match",
+    "dequantize_planes",
     "max_min_cover",
     "max_min_select",
     "merge_tokens",
+    "quantize_planes",
     "top_k_select",
 ]
