@@ -39,10 +39,10 @@ def attention_importance(
     Padding is left out of everything, its rows and its columns; its scores are 0. A query that sees nothing contributes
     nothing. What a row gets depends on its valid tokens alone. Products and sums are taken in fp32 whatever the dtype.
 
-    The torch version holds at most 60 MiB beside its arguments (52 without page-rank's 40) as long as `G K Lk` stays
-    below 2^20 for the `G` queries of a key's head and as long as a row has fewer than 16 Mi pairs in `seen`, and works
-    on one row of the batch after the other. On a GPU it synchronises for every row; the Triton version never does, and
-    holds a few numbers per head and token.
+    The torch version holds at most 64 MB beside its arguments up to 4,096 keys, whatever the number of heads: 21 MB
+    without page-rank, 50 MB with it, since probabilities are held over its steps, and 12 MB more with `seen`. Longer
+    rows add what one head's keys take in fp32. It works on one row of the batch after the other, and on a GPU it
+    synchronises for each. The Triton version never does, and holds a few numbers per head and token.
 
     Args:
         query: `[B, H, Lq, K]`, any float dtype, any strides: the last `Lq` of the `Lk` positions.
