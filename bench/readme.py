@@ -15,6 +15,7 @@ from tokenprune.models.families import FAMILIES
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "demos" / "model" / "README.md")
 RESULTS = ROOT / "bench" / "results"
+MATCHED = "Tokens: visual tokens in a layer, mean over the layers. Decoder: its arithmetic in the prefill, of dense."
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -111,16 +112,19 @@ def quality() -> str:
     content = json.loads((RESULTS / "quality.json").read_text())
     rows = content["rows"]
     kinds = list(rows[0]["accuracy"])
+    matched = any("decoder_share" in row for row in rows)
     cells = [
         [row["method"], f"{row['keep']:g}", str(row["tokens"])]
+        + ([f"{100 * row['decoder_share']:.0f} %" if "decoder_share" in row else "-"] if matched else [])
         + [f"{c['mean']:.1f} ±{(c['high'] - c['low']) / 2:.1f}" for c in row["accuracy"].values()]
         for row in rows
     ]
     return "\n".join(
         [
-            table(["method", "keep", "tokens", *kinds], cells),
+            table(["method", "keep", "tokens", *(["decoder"] if matched else []), *kinds], cells),
             "",
-            "`make quality`, rows in `bench/results/quality.json`; ± is half of a 95 % interval.",
+            "`make quality`, rows in `bench/results/quality.json`; ± is half of a 95 % interval."
+            + (" " + MATCHED if matched else ""),
         ]
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 import tokenprune
 from tokenprune import DivPrune, Random, Uniform
-from tokenprune.specs import parse_methods
+from tokenprune.specs import parse_methods, split_methods
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,16 @@ def test_a_default_goes_to_those_that_have_it() -> None:
 def test_text_that_cannot_be_read(text: str, saying: str) -> None:
     with pytest.raises(tokenprune.TokenPruneError, match=saying.replace("(", r"\(")):
         parse_methods(text)
+
+
+def test_lists_of_methods() -> None:
+    text = "uniform, divprune:keep=auto,radius=0.2 ,random+uniform:keep=3,fake:pair=(1,2),x=1"
+    assert split_methods(text) == [
+        "uniform",
+        "divprune:keep=auto,radius=0.2 ",
+        "random+uniform:keep=3",
+        "fake:pair=(1,2),x=1",
+    ]
+    for wrong in ("", "uniform,,random", "uniform,"):
+        with pytest.raises(tokenprune.OptionError, match="single commas"):
+            split_methods(wrong)

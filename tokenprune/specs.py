@@ -62,3 +62,20 @@ def _split(text: str, mark: str) -> list[str]:
         else:
             parts[-1] += character
     return parts
+
+
+def split_methods(text: str) -> list[str]:
+    """Parts of a list of methods with commas between: `aim,fastv:layer=2,keep=0.25` has two, as `keep=...` goes on.
+
+    Raises:
+        OptionError: the list is empty or begins with an option.
+    """
+    found: list[str] = []
+    for part in _split(text, ","):
+        if found and re.match(r"\s*\w+\s*=", part):
+            found[-1] += f",{part}"
+        elif not part.strip():
+            raise OptionError(f"methods are written with single commas between, got {text!r}")
+        else:
+            found.append(part.strip())
+    return found

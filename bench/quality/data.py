@@ -1,16 +1,14 @@
 """The data of the quality lab, as samples for evaluation and as tensors for training.
 
-A sample is `(image, question, answer, type)`: a PIL image and three strings. `evaluate.py` takes any iterable of
-samples, so a real benchmark runs through the same code: yield its samples with the questions about one image next to
-each other (the confidence intervals resample images, not questions), or write them to a JSON-lines file for
-`read_samples`.
+A sample is `(image, question, answer)`, perhaps with a type and several answers: a PIL image and strings. `evaluate.py`
+takes any iterable of samples, so a real benchmark runs through the same code: yield its samples with the questions
+about one image next to each other (the confidence intervals resample images, not questions), or write them to a
+JSON-lines file (`jsonl.py`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,12 +19,21 @@ from scenes import SceneConfig, Scenes, make_scenes
 
 
 class Sample(NamedTuple):
-    """One question about one image; `answer` is matched exactly."""
+    """One question about one image.
+
+    Attributes:
+        image: upright RGB.
+        question: in plain words.
+        answer: what is expected.
+        type: kind of question, for accuracy apart; any word.
+        answers: what several people answered, where a data set has that; see `scoring.py`.
+    """
 
     image: Image.Image
     question: str
     answer: str
-    type: str
+    type: str = "all"
+    answers: tuple[str, ...] = ()
 
 
 def make_dataset(split: str, n_images: int, seed: int) -> Iterator[Sample]:
@@ -55,17 +62,6 @@ def training_batch(
     """`n` training images and packed questions (a multiple of twelve) about each, all as tensors."""
     scenes = make_scenes("train", n, generator, config)
     return scenes, pack_questions(scenes, generator, questions // len(TRAINING_MIX))
-
-
-def read_samples(path: Path) -> Iterator[Sample]:
-    """Samples from JSON lines with the keys image (a path relative to the file), question, answer and perhaps type."""
-    name, image = None, None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if image is None or row["image"] != name:
-            name = row["image"]
-            image = Image.open(path.parent / name).convert("RGB")
-        yield Sample(image, row["question"], row["answer"], row.get("type", "all"))
 
 
 def by_image(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
