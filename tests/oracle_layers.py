@@ -100,13 +100,36 @@ def hidden_by_layer(
             handle.remove()
 
 
-def layered_logits(model: nn.Module, family: str, row: Batch, alive: list[Tensor], **options: Any) -> Tensor:
-    """Logits `[L, V]` of a single unpadded row, by the unpatched model."""
-    inputs = {**fresh(row.inputs), "use_cache": False}
+def layered(model: nn.Module, family: str, row: Batch, alive: list[Tensor], *, attentions: bool = False, **options: Any) -> Any:
+    """Output of the unpatched model for a single unpadded row."""
+    inputs = {**fresh(row.inputs), "use_cache": False, "output_attentions": attentions}
     if family not in MROPE:
         inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
     with hidden_by_layer(model, alive, **options), torch.no_grad():
-        return model(**inputs).logits[0]
+        return model(**inputs)
+
+
+def layered_logits(model: nn.Module, family: str, row: Batch, alive: list[Tensor], **options: Any) -> Tensor:
+    """Logits `[L, V]` of a single unpadded row, by the unpatched model."""
+    logits: Tensor = layered(model, family, row, alive, **options).logits[0]
+    return logits
+
+
+def naive_importance(attention: Tensor, reduction: str, temperature: float) -> Tensor:
+    """Scores `[n]` out of the probabilities `[H, n, n]` of one layer, from the formulas.
+
+    A softmax at another temperature follows from the probabilities alone: logits are their logarithms up to a number
+    for each row.
+    """
+    matrix = (attention.double().log() / temperature).softmax(-1)
+    if reduction == "column_sum":
+        return matrix.sum((0, 1))
+    if reduction == "last_query":
+        return matrix[:, -1].mean(0)
+    score = torch.full_like(matrix[:, 0], 1 / matrix.shape[-1])
+    for _ in range(5):
+        score = torch.einsum("hq,hqk->hk", score, matrix)
+    return score.square().mean(0).sqrt()
 
 
 def alive_by_layer(traces: Any, row: int, pad: int, length: int, n_layers: int) -> list[Tensor]:
