@@ -297,7 +297,9 @@ class Row:
 
 
 @torch.no_grad()
-def merged(name: str, model: nn.Module, given: dict[str, Any], x: Tensor, removed: list[int]) -> list[list[Row]]:
+def merged(
+    name: str, model: nn.Module, given: dict[str, Any], x: Tensor, removed: list[int], proportional: bool = True
+) -> list[list[Row]]:
     """Run all rows of `x` `[B, N, D]` through the blocks, merging `removed[l]` tokens in block l; after each block."""
     prefix, after = PREFIX.get(name, 1), []
     for tokens in x:
@@ -305,7 +307,8 @@ def merged(name: str, model: nn.Module, given: dict[str, Any], x: Tensor, remove
         groups: list[set[int]] = [{i} for i in places]
         rows = []
         for block, r in zip(plain_blocks(name, model, given), removed, strict=True):
-            added, metric = attend(block, tokens, sizes, places, prefix)
+            counted = sizes if proportional else [1.0] * len(sizes)
+            added, metric = attend(block, tokens, counted, places, prefix)
             tokens = tokens + added
             tokens, sizes, places, groups = merge(tokens, metric, sizes, places, groups, r, prefix)
             tokens = tokens + block.mlp(block.norm2(tokens))

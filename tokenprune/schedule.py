@@ -24,10 +24,10 @@ def check_keep(keep: object, *, name: str = "keep") -> None:
         )
 
 
-def share(keep: float, n_tokens: int) -> int:
+def share(keep: float, n_tokens: int, *, down: bool = False) -> int:
     """How many of `n_tokens` tokens a share of them stands for: a fraction in [0, 1] or a count, at most all, rounded
-    as in :func:`count`, but 0 where it says so."""
-    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + 0.5)
+    as in :func:`count` (or down), but 0 where it says so."""
+    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + (1e-6 if down else 0.5))
     return max(0, min(int(wanted), n_tokens))
 
 
@@ -53,16 +53,18 @@ def check_removal(r: object) -> None:
         "r must be an int of at least 0 (tokens removed per block), a pair (int, inflection in [-1, 1]) or a list of "
         f"ints, one per block, got {r!r}"
     )
-    pair = isinstance(r, tuple)
-    if pair and (len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], int | float) or not -1 <= r[1] <= 1):
-        raise OptionError(wanted)
-    counts = r if isinstance(r, list) else [r[0] if pair else r]
+    counts = r if isinstance(r, list) else [r]
+    if isinstance(r, tuple):
+        inflection = r[1] if len(r) == 2 else None
+        if isinstance(inflection, bool) or not isinstance(inflection, int | float) or not -1 <= inflection <= 1:
+            raise OptionError(wanted)
+        counts = [r[0]]
     if not counts or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in counts):
         raise OptionError(wanted)
 
 
 def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-    """How many tokens each of `n_layers` blocks removes of an image of `n_tokens` patches, at most half of what is left.
+    """How many tokens each of `n_layers` blocks removes of an image of `n_tokens` patches, at most half of them.
 
     With an inflection i the numbers run on a line from r (1 - i) in the first block to r (1 + i) in the last one,
     rounded down: -1 removes most at the beginning, 1 at the end.
@@ -119,3 +121,26 @@ def removals_for(keep: float, *, n_layers: int, n_tokens: int) -> tuple[int, ...
 def _halved(n_tokens: int, times: int) -> int:
     """What is left of `n_tokens` after half of them, rounded down, was removed so many times."""
     return max(1, -(-n_tokens >> times)) if n_tokens else 0
+
+
+def ramp(average: float, *, n_layers: int, free: float) -> tuple[float, ...]:
+    """Fractions kept by each layer that are `average` in the mean and fall with depth (SpAtten, section V-A).
+
+    The first `free` of the layers (at least one) keep everything. From there on what is pruned grows linearly, from
+    half of its mean to one and a half times it where that leaves something, so that the two ends add up to twice the
+    mean.
+
+    Raises:
+        OptionError: so few cannot be reached.
+    """
+    n_free = max(1, math.floor(free * n_layers + 0.5))
+    n_ramp = n_layers - n_free
+    pruned = (1.0 - average) * n_layers / n_ramp if n_ramp else 0.0
+    if pruned >= 1.0 or (average < 1.0 and not n_ramp):
+        raise OptionError(
+            f"an average of {average} cannot be kept in a decoder of {n_layers} layers whose first {n_free} keep "
+            f"everything: more than {n_free / n_layers:.3g} is needed"
+        )
+    spread = min(pruned / 2, 0.98 - pruned) if pruned < 0.98 else 0.0
+    steps = [0.0] if n_ramp == 1 else [2 * i / (n_ramp - 1) - 1 for i in range(n_ramp)]
+    return (1.0,) * n_free + tuple(1.0 - (pruned + spread * step) for step in steps)

@@ -48,12 +48,46 @@ class Stage:
 
     Attributes:
         layer: index of the layer, from 0; later layers see what is left.
-        keep: float in [0, 1] = fraction of the visual tokens of a row that entered the decoder, int >= 0 = tokens of a
-            row.
+        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens of
+            a row.
+        down: whether a fraction of a token counts as none (else half a token counts as one).
     """
 
     layer: int
     keep: float | int
+    down: bool = False
+
+
+@dataclass(frozen=True)
+class TextGuard:
+    """Which tokens of a row stay when a method prunes text too.
+
+    Attributes:
+        first: tokens at the beginning of the row, padding not counted.
+        recent: tokens at its end, at least 1.
+    """
+
+    first: int
+    recent: int
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What leaves the KV cache while tokens are generated: in each layer, the least important of what may go.
+
+    Attributes:
+        keep: for each layer the fraction that stays of the tokens that may go.
+        guard: which tokens stay in any case.
+        interval: a row is looked at whenever its length is a multiple of this.
+        persistent: whether entries leave for good; else they are only passed over, in each step anew.
+        probe: by what tokens are ranked.
+    """
+
+    keep: tuple[float, ...]
+    guard: TextGuard
+    interval: int
+    persistent: bool
+    probe: Probe
 
 
 @dataclass(frozen=True)
@@ -101,7 +135,8 @@ class Trace:
 
     Attributes:
         site: name of the site, for instance `before_llm`.
-        layer: index of the decoder layer (of the block inside an encoder), or None where the site stands before all layers.
+        layer: index of the decoder layer (inside an encoder: of the block), or None where the site stands before all
+            layers.
         method: name of the method.
         n_in: visual tokens that reached the site, per row.
         n_out: visual tokens that went on, per row.

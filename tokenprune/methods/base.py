@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenprune.schedule import check_keep, count
-from tokenprune.signals import SITES, Budget, Probe, Stage
+from tokenprune.schedule import check_keep, count, removals_for
+from tokenprune.signals import SITES, Budget, CachePlan, Probe, Stage, TextGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,8 @@ class Method:
 
     A site function is pure, and what it keeps of an image (a row) depends on that image (row) and the options alone:
 
+    * `encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep | Merge`: sees all rows of a vision encoder's
+      batch, in each of the blocks in which :meth:`removals` takes tokens away;
     * `before_llm(self, signals: Signals, budget: Budget) -> Keep | Merge`: sees the images of one size as one batch;
     * `llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep`: sees the rows with equally many visual tokens as
       one batch, after each of the layers that :meth:`schedule` names.
@@ -42,6 +44,15 @@ class Method:
         n_keep = count(self.keep, n_tokens)
         return Budget(n_keep, n_keep)
 
+    def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
+        """How many of an image's `n_tokens` patches each of an encoder's `n_layers` blocks takes away.
+
+        Raises:
+            OptionError: the options do not fit such an encoder.
+        """
+        assert not isinstance(self.keep, str)
+        return removals_for(self.keep, n_layers=n_layers, n_tokens=n_tokens)
+
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """After which of the decoder's `n_layers` layers the method drops tokens, in order.
 
@@ -53,4 +64,13 @@ class Method:
     @property
     def probe(self) -> Probe | None:
         """The importance scores that `llm_layer` looks at."""
+        return None
+
+    @property
+    def text(self) -> TextGuard | None:
+        """Which text stays where the method drops text too; None where it drops visual tokens only."""
+        return None
+
+    def cache_plan(self, n_layers: int) -> CachePlan | None:
+        """What the method takes out of the KV cache while tokens are generated."""
         return None

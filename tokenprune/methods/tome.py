@@ -7,7 +7,7 @@ from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Merge
-from tokenprune.schedule import Removal, check_keep, check_removal, removals, removals_for
+from tokenprune.schedule import Removal, check_keep, check_removal, removals
 from tokenprune.signals import BlockSignals, Budget
 
 
@@ -65,8 +65,7 @@ class ToMe(Method):
         """
         if self.r is not None:
             return removals(self.r, n_layers=n_layers, n_tokens=n_tokens)
-        assert self.keep is not None
-        return removals_for(self.keep, n_layers=n_layers, n_tokens=n_tokens)
+        return super().removals(n_layers=n_layers, n_tokens=n_tokens)
 
     def encoder_block(self, signals: BlockSignals, budget: Budget) -> Merge:
         """Merge the tokens behind `signals.keys` `[B, N, K]` into `budget.high` ones."""

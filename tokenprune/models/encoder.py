@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, silence, still
+from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, still
 from tokenprune.models.passage import SITE, BlockReducer, Passage
 from tokenprune.models.tower import Keys, Tower, child, one_rope, shorten_rope
 from tokenprune.signals import Trace
@@ -69,10 +69,10 @@ class EncoderAdapter:
         Raises:
             OptionError: it has not.
         """
-        if unknown := [site for site in sites if site != SITE]:
+        if SITE not in sites:
             raise OptionError(
                 f"{type(self.host).__name__} is a vision encoder ({self.family}): it has the site {SITE!r} only, where "
-                f'"tome" takes part, and {unknown} were asked for'
+                f'"tome" takes part, and {list(sites)} were asked for'
             )
         if positions != "original":
             raise OptionError(
@@ -87,11 +87,17 @@ class EncoderAdapter:
             OptionError: a method's options do not fit the encoder.
             UnsupportedModelError: a block cannot be reduced.
         """
-        methods = [reducer.method for reducer in _reducers(engine)]
+        reducers = _reducers(engine)
+        elsewhere = {one.name for one in engine.reducers("before_llm")} | {one.name for one in engine.layer_reducers()}
+        if idle := elsewhere - {reducer.name for reducer in reducers}:
+            raise OptionError(
+                f"{type(self.host).__name__} is a vision encoder ({self.family}) with the site {SITE!r} only, where "
+                f"{sorted(idle)} take no part"
+            )
         if n_tokens := self.tower.patches(self.host):
-            for method in methods:
-                method.removals(n_layers=len(self.blocks), n_tokens=n_tokens)
-        proportional = any(method.proportional for method in methods)
+            for reducer in reducers:
+                reducer.method.removals(n_layers=len(self.blocks), n_tokens=n_tokens)
+        proportional = passage.is_proportional(reducers)
         implementation = getattr(getattr(self.host, "config", None), "_attn_implementation", None) or "sdpa"
         if proportional and implementation not in ("sdpa", "eager"):
             raise OptionError(
@@ -155,7 +161,8 @@ class EncoderAdapter:
         """The hooks of one block and of its parts."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            silence(None)
+            if block.half is not None:
+                block.half.silence(None)  # what an interrupt may have left
             kwargs = {**dict(zip(block.names, args, strict=False)), **kwargs}
             x = kwargs.pop(block.names[0])
             if number == 0:
@@ -167,11 +174,12 @@ class EncoderAdapter:
             run.halved = run.wants_keys and block.half is not None
             changed = (run.shortened(x, number),), self._shortened(engine, run, x, kwargs)
             if run.halved and block.half is not None:
-                silence(block.half.mlp)
+                block.half.silence(block.half.mlp)
             return changed
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            silence(None)
+            if block.half is not None:
+                block.half.silence(None)
             run = passage.passage_of(engine)
             if run is None:
                 return None
@@ -225,7 +233,7 @@ class EncoderAdapter:
         if (patches := run.patches()) is None:
             return kwargs
         kwargs = dict(kwargs)
-        proportional = any(reducer.method.proportional for reducer in _reducers(engine))
+        proportional = passage.is_proportional(_reducers(engine))
         if self.tower.mask in kwargs or proportional:
             kwargs[self.tower.mask] = run.size_mask(x) if proportional and run.n_left < run.length else None
         if kwargs.get(self.tower.rope) is not None:
@@ -243,15 +251,13 @@ class EncoderAdapter:
             if r or engine.forced:
                 x = run.reduce(reducer, x, number=number, r=r, place=place)
                 continue
-            run.traces.append(
-                Trace(SITE, number, reducer.name, status="skipped", reason="the schedule removes nothing in this block")
-            )
+            run.skip(reducer, number=number, n_rows=x.shape[0])
         if run.halved and block.half is not None:
             output = block.half.finish(x, self._brief(kwargs))
             x = first_of(output)
         engine.publish(tuple(run.traces))
         watched = passage.is_direct(engine) or len(block.module._forward_hooks) > 1
-        if (watched or (last and not self.tower.pooled(self.host))) and all(one.method.restore for one in reducers):
+        if (watched or (last and not self.tower.pooled(self.host))) and passage.restores(reducers):
             x = run.restored(x)
         if last:
             passage.end(engine)

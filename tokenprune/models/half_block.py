@@ -18,12 +18,7 @@ from torch import Tensor, nn
 
 from tokenprune.models.base import Hook
 
-_SILENT: ContextVar[nn.Module | None] = ContextVar("tokenprune_silent", default=None)
-
-
-def silence(module: nn.Module | None) -> None:
-    """Make the branch of `module` add nothing to the residual stream from now on; None ends that."""
-    _SILENT.set(module)
+_SILENT: ContextVar[frozenset[nn.Module]] = ContextVar("tokenprune_silent", default=frozenset())
 
 
 def first_of(output: Any) -> Tensor:
@@ -50,19 +45,24 @@ class HalfBlock:
     mlp_norm: nn.Module
     mlp: nn.Module
 
+    def silence(self, branch: nn.Module | None) -> None:
+        """Make `branch` (the attention or the MLP) add nothing to the residual stream from now on; None ends that."""
+        others = _SILENT.get() - {self.attention, self.mlp}
+        _SILENT.set(others if branch is None else others | {branch})
+
     def hooks(self) -> list[Hook]:
-        """The hooks that silence a branch where :func:`silence` asked for it."""
+        """The hooks that silence a branch where :meth:`silence` asked for it."""
         attention, mlp = self.attention, self.mlp
 
         def spare_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # One token, not none: some reshape their heads with a -1.
-            return ((args[0][:1, :1], *args[1:]), kwargs) if _SILENT.get() is attention else None
+            return ((args[0][:1, :1], *args[1:]), kwargs) if attention in _SILENT.get() else None
 
         def spare_mlp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((args[0][:1, :0], *args[1:]), kwargs) if _SILENT.get() is mlp else None
+            return ((args[0][:1, :0], *args[1:]), kwargs) if mlp in _SILENT.get() else None
 
         def nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if output is None or _SILENT.get() is not module:
+            if output is None or module not in _SILENT.get():
                 return None
             states = first_of(output)
             zeros = states.new_zeros(1, 1, states.shape[-1])
@@ -77,11 +77,11 @@ class HalfBlock:
 
     def finish(self, x: Tensor, kwargs: dict[str, Any]) -> Any:
         """The block's second half: its forward on `x` `[B, M, D]` with the attention silenced."""
-        silence(self.attention)
+        self.silence(self.attention)
         try:
             return self.block.forward(x, **kwargs)
         finally:
-            silence(None)
+            self.silence(None)
 
 
 @contextmanager
@@ -128,11 +128,11 @@ def fits(half: HalfBlock, x: Tensor, kwargs: dict[str, Any], brief: Callable[[di
         wanted = first_of(half.block.forward(x, **kwargs))
         try:
             with hooked(half.hooks()):
-                silence(half.mlp)
+                half.silence(half.mlp)
                 middle = first_of(half.block.forward(x, **kwargs))
                 found = first_of(half.finish(middle, brief(kwargs)))
         except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token or none is not ours
             return False
         finally:
-            silence(None)
+            half.silence(None)
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)

@@ -22,24 +22,8 @@ from tokenprune.signals import BlockSignals, Budget, Trace
 SITE = "encoder_block"
 
 
-class BlockMethod(Protocol):
-    """What the session's methods have that take part inside encoder blocks."""
-
-    proportional: bool
-    restore: bool
-    backend: str
-
-    def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-        """How many of an image's `n_tokens` patches each block removes."""
-        ...
-
-    def encoder_block(self, signals: BlockSignals, budget: Budget) -> Reduction:
-        """The reduction of one block to `budget.high` tokens, the protected ones included."""
-        ...
-
-
 class BlockReducer(Protocol):
-    """A method as the session hands it over."""
+    """A method that takes part inside encoder blocks, as the session hands it over."""
 
     @property
     def name(self) -> str:
@@ -47,9 +31,19 @@ class BlockReducer(Protocol):
         ...
 
     @property
-    def method(self) -> BlockMethod:
-        """The method."""
+    def method(self) -> Any:
+        """The method: it has `removals` and `encoder_block`."""
         ...
+
+
+def is_proportional(reducers: tuple[BlockReducer, ...]) -> bool:
+    """Whether attention is to count a token by its size."""
+    return any(getattr(reducer.method, "proportional", False) for reducer in reducers)
+
+
+def restores(reducers: tuple[BlockReducer, ...]) -> bool:
+    """Whether what leaves the encoder gets all its tokens back."""
+    return all(getattr(reducer.method, "restore", True) for reducer in reducers)
 
 
 @dataclass
@@ -124,7 +118,7 @@ class Passage:
         budget = Budget(n_in - r, n_in - r)
         answer = reducer.method.encoder_block(BlockSignals(number, self.keys, self.sizes, protected), budget)
         _check(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
-        x = self._take(answer, x, reducer.method.backend)
+        x = self._take(answer, x, getattr(reducer.method, "backend", "auto"))
         assign = self.assign
         assert assign is not None
         self.traces.append(
@@ -140,6 +134,12 @@ class Passage:
             )
         )
         return x
+
+    def skip(self, reducer: BlockReducer, *, number: int, n_rows: int) -> None:
+        """Note that a method takes nothing away in a block."""
+        count = (self.n_left - self.n_prefix,) * n_rows
+        reason = "the schedule removes nothing in this block"
+        self.traces.append(Trace(SITE, number, reducer.name, count, count, status="skipped", reason=reason))
 
     def _take(self, answer: Reduction, x: Tensor, backend: str) -> Tensor:
         """Apply a reduction to `x` and to everything that is carried along."""
