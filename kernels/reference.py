@@ -47,6 +47,44 @@ def top_k_select(row: list[float], k: int, valid: list[bool]) -> list[int]:
     return sorted(sorted((i for i in range(len(row)) if valid[i]), key=rank)[:k])
 
 
+def decode_attention(
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float, valid: list[bool],
+    n_values: int | None, threshold: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, bool, list[int]]:  # fmt: skip
+    """One decoding step of one head, in fp64.
+
+    Args:
+        query: `[K]`.
+        keys: `[L, K]`, coarse ones and, after them, fine ones; with no threshold the last ones are taken.
+        values: likewise.
+        scale: factor of the logits.
+        valid: which keys exist.
+        n_values: how many values are read, None for all.
+        threshold: a largest probability below it asks for the fine keys and values.
+
+    Returns:
+        Output `[K]`, probabilities `[L]`, whether the fine ones were asked for, and which values were read.
+    """
+
+    def probabilities(key: torch.Tensor) -> list[float]:
+        logits = [scale * float(query.double() @ key[j].double()) for j in range(len(key))]
+        top = max((logits[j] for j in range(len(key)) if valid[j]), default=0.0)
+        weight = [math.exp(logits[j] - top) if valid[j] else 0.0 for j in range(len(key))]
+        return [w / (sum(weight) or 1.0) for w in weight]
+
+    level = -1 if threshold is None else 0
+    p = probabilities(keys[level])
+    flat = threshold is not None and any(valid) and max(p) < threshold
+    if flat:
+        level = -1
+        p = probabilities(keys[level])
+    read = top_k_select(p, len(p) if n_values is None else n_values, valid)
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    for j in read:
+        output += p[j] * values[level][j].double()
+    return output, torch.tensor(p, dtype=torch.float64), flat, read
+
+
 def _farthest(distance: list[float]) -> int:
     return distance.index(max(distance))  # The first one of several.
 

@@ -5,6 +5,7 @@ tensors where Triton is installed, and torch everywhere else; an explicit backen
 """
 
 from tokenprune.ops.attention import attention_importance
+from tokenprune.ops.decode import DecodedStep, decode_attention
 from tokenprune.ops.max_min import MaxMinCover, MaxMinSelection, max_min_cover, max_min_select
 from tokenprune.ops.merging import BipartiteMatch, MergedTokens, bipartite_match, merge_tokens
 from tokenprune.ops.planes import Planes, dequantize_planes, quantize_planes
@@ -12,12 +13,14 @@ from tokenprune.ops.top_k import top_k_select
 
 __all__ = [
     "BipartiteMatch",
+    "DecodedStep",
     "MaxMinCover",
     "MaxMinSelection",
     "MergedTokens",
     "Planes",
     "attention_importance",
     "bipartite_match",
+    "decode_attention",
     "dequantize_planes",
     "max_min_cover",
     "max_min_select",

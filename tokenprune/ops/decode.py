@@ -1,0 +1,226 @@
+"""Attention of one decoding step that reads less: fewer heads, fewer values, fewer bits (SpAtten, arXiv 2012.09852)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError, OptionError
+from tokenprune.ops.backend import check_count, find_kernel
+from tokenprune.ops.planes import Planes, dequantize_planes
+
+
+class DecodedStep(NamedTuple):
+    """What `decode_attention` found.
+
+    Attributes:
+        output: `[B, H, 1, K]` in the dtype of the query; 0 for pruned heads and for rows without a valid key.
+        scores: `[B, L]` fp32, probabilities summed over the kept heads, before values are pruned.
+        magnitude: `[B, H]` fp32, sum of the output's absolute values.
+        recomputed: `[B, H]` bool, the rows that read the low planes because their distribution was flat.
+        key_bytes: `[B, Hkv]` int64, bytes of keys read: valid ones, of KV heads that a kept head uses.
+        value_bytes: `[B, Hkv]` int64, bytes of values read: those that any head of the group asks for.
+        dense_bytes: `[B, Hkv]` int64, bytes of the valid keys and values in the dtype of the query.
+    """
+
+    output: Tensor
+    scores: Tensor
+    magnitude: Tensor
+    recomputed: Tensor
+    key_bytes: Tensor
+    value_bytes: Tensor
+    dense_bytes: Tensor
+
+
+@torch.no_grad()
+def decode_attention(
+    query: Tensor,
+    key: Tensor | Planes,
+    value: Tensor | Planes,
+    *,
+    scale: float,
+    valid: Tensor | None = None,
+    heads: Tensor | None = None,
+    n_values: int | Tensor | None = None,
+    threshold: float | None = None,
+    backend: str = "auto",
+) -> DecodedStep:
+    """Attention of the newest token, whose key and value are part of `key` and `value`, computed in fp32.
+
+    - Pruned heads give zeros; the keys and values of a KV head are not read when its whole group is pruned.
+    - Local value pruning (section III-B of the paper): each head reads the `n_values` values with the largest logits,
+      ties to the lowest index; the probabilities are those of the softmax over all keys and are not renormalized.
+    - Progressive quantization (section III-D): keys and values given as planes are read from the high planes. A head
+      whose largest probability is then under `threshold` reads the low planes too and is computed again.
+
+    Args:
+        query: `[B, H, 1, K]`, any float dtype.
+        key: `[B, Hkv, L, K]`, of the query's dtype or as planes; head `h` uses KV head `h // (H / Hkv)`.
+        value: likewise, tensor or planes independently of the keys.
+        scale: factor of the logits.
+        valid: `[B, L]` or `[B, Hkv, L]` bool, the keys that exist; all of them by default.
+        heads: `[H]` or `[B, H]` bool, the heads that are kept; all of them by default.
+        n_values: values that each head reads, at least 1 (more than are valid: all): an int, or int64 `[B]`, whose
+            values are not checked. All of them by default.
+        threshold: probability from 0 to 1, which needs planes; 0 reads high planes only, and without one both are read.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        A `DecodedStep`, on the device of the query.
+
+    Raises:
+        OptionError: `n_values`, `threshold` or `backend` is out of range.
+        InputError: a shape or dtype is wrong.
+        BackendError: the explicit backend cannot run here.
+    """
+    batch, n_heads, groups = _check_shapes(query, key, value)
+    length = key.shape[2]
+    mask = _expand("valid", valid, query, [(batch, length), (batch, groups, length)])
+    kept = _expand("heads", heads, query, [(n_heads,), (batch, n_heads)])
+    if mask is not None:
+        mask = (mask.unsqueeze(1) if mask.ndim == 2 else mask).expand(batch, groups, length)
+    if kept is not None:
+        kept = kept.expand(batch, n_heads)
+    _check_options(query, key, value, n_values, threshold)
+    kernel = find_kernel("decode_attention", "decode_attention", backend, query)
+    step = _decode if kernel is None else kernel.launch
+    return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold))
+
+
+def _decode(
+    query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
+    heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The specification: everything at its full length, what is not read multiplied by 0."""
+    batch, n_heads, _, width = query.shape
+    groups, length = key.shape[1:3]
+    per_group = n_heads // groups
+    grouped = query.view(batch, groups, per_group, width).float() * scale
+    device = query.device
+    mask = torch.ones(batch, groups, length, dtype=torch.bool, device=device) if valid is None else valid
+    kept = torch.ones(batch, n_heads, dtype=torch.bool, device=device) if heads is None else heads
+    kept = kept.view(batch, groups, per_group)
+
+    low = threshold is None
+    logits = _logits(grouped, _read(key, low), mask)
+    recomputed = torch.zeros_like(kept)
+    if threshold is not None:
+        recomputed = kept & (_softmax(logits).amax(-1) < threshold) & mask.any(-1, keepdim=True)
+        if isinstance(key, Planes):
+            logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
+    weight = _softmax(logits) * kept.unsqueeze(-1)
+
+    chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
+    if n_values is not None:
+        chosen = chosen & _largest(logits, n_values)
+    used = weight * chosen
+    output = used @ _read(value, low, mask)
+    if threshold is not None and isinstance(value, Planes):
+        output = torch.where(recomputed.unsqueeze(-1), used @ _read(value, True, mask), output)
+    output = output * kept.unsqueeze(-1)
+
+    n_valid = mask.sum(-1) * kept.any(-1)
+    key_bytes = n_valid * _row_bytes(key, low) + n_valid * recomputed.any(-1) * _low_bytes(key)
+    n_low = (chosen & recomputed.unsqueeze(-1)).any(2).sum(-1)
+    value_bytes = chosen.any(2).sum(-1) * _row_bytes(value, low) + n_low * _low_bytes(value)
+    return (
+        output.view(query.shape).to(query.dtype),
+        weight.sum((1, 2)),
+        output.abs().sum(-1).view(batch, n_heads),
+        recomputed.view(batch, n_heads),
+        key_bytes,
+        value_bytes,
+        mask.sum(-1) * (2 * width * query.element_size()),
+    )
+
+
+def _read(x: Tensor | Planes, low: bool, mask: Tensor | None = None) -> Tensor:
+    wide = dequantize_planes(x, low=low) if isinstance(x, Planes) else x.float()
+    return wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _logits(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    return (query @ key.transpose(-1, -2)).masked_fill(~mask.unsqueeze(2), -torch.inf)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Along the last axis, 0 where no key is valid."""
+    return logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:
+    """Which entries are among the `n_values` largest of their row, ties to the lowest index."""
+    n_values = n_values.view(-1, 1, 1, 1) if isinstance(n_values, Tensor) else n_values
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    return (
+        torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).to(order).expand_as(order)) < n_values
+    )
+
+
+def _row_bytes(x: Tensor | Planes, low: bool) -> int:
+    """Bytes of one vector: of its high plane, its scale and, where `low`, its low plane."""
+    if isinstance(x, Planes):
+        return x.high.shape[-1] * (2 if low else 1) + x.scale.element_size()
+    return x.shape[-1] * x.element_size()
+
+
+def _low_bytes(x: Tensor | Planes) -> int:
+    return x.low.shape[-1] if isinstance(x, Planes) else 0
+
+
+def _check_shapes(query: Tensor, key: Tensor | Planes, value: Tensor | Planes) -> tuple[int, int, int]:
+    """Batch, heads and KV heads."""
+    if query.ndim != 4 or query.shape[2] != 1 or not query.is_floating_point():
+        raise InputError(
+            "decode_attention takes one query per head, [B, H, 1, K] of a float dtype; "
+            f"got {query.dtype} {list(query.shape)}."
+        )
+    batch, n_heads, _, width = query.shape
+    for name, x in (("key", key), ("value", value)):
+        shape = x.shape
+        fits = len(shape) == 4 and shape[0] == batch and shape[1] > 0 and n_heads % shape[1] == 0
+        fits = fits and shape[2] > 0 and shape[3] == width and shape == key.shape
+        tensors = (x.high, x.low, x.scale) if isinstance(x, Planes) else (x,)
+        if (
+            not fits
+            or (isinstance(x, Tensor) and x.dtype != query.dtype)
+            or any(t.device != query.device for t in tensors)
+        ):
+            raise InputError(
+                f"decode_attention needs key and value [{batch}, Hkv, L, {width}] with an Hkv that divides {n_heads}, "
+                f"as planes or in {query.dtype}, on {query.device}; got as {name} a {type(x).__name__} "
+                f"{list(shape)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''} on {tensors[0].device}."
+            )
+    return batch, n_heads, key.shape[1]
+
+
+def _expand(name: str, x: Tensor | None, query: Tensor, shapes: list[tuple[int, ...]]) -> Tensor | None:
+    if x is not None and (x.dtype != torch.bool or tuple(x.shape) not in shapes or x.device != query.device):
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise InputError(
+            f"decode_attention needs {name} as torch.bool {wanted} on {query.device}; "
+            f"got {x.dtype} {list(x.shape)} on {x.device}."
+        )
+    return x
+
+
+def _check_options(
+    query: Tensor, key: Tensor | Planes, value: Tensor | Planes, n_values: int | Tensor | None, threshold: float | None
+) -> None:
+    if isinstance(n_values, Tensor):
+        if n_values.dtype != torch.int64 or n_values.shape != query.shape[:1] or n_values.device != query.device:
+            raise OptionError(
+                f"decode_attention needs n_values as an int or as torch.int64 [{len(query)}] on {query.device}; "
+                f"got {n_values.dtype} {list(n_values.shape)} on {n_values.device}."
+            )
+    elif n_values is not None:
+        check_count("decode_attention", "n_values", n_values, 1, 2**31 - 1)
+    if threshold is None:
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise OptionError(f"decode_attention needs a probability from 0 to 1 as threshold; got {threshold!r}.")
+    if not isinstance(key, Planes):
+        raise OptionError(
+            "decode_attention was given a threshold for progressive quantization, but the keys are not in two planes; "
+            "quantize_planes makes them, and without a threshold tensors are taken as they are."
+        )
