@@ -95,11 +95,17 @@ def test_an_ending_that_is_no_image_is_refused(name: str, tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"cannot be written to .*No such file"):
+    with pytest.raises(OptionError, match=r"cannot be written to .*there is no folder"):
         plot_report(tmp_path / "nowhere" / "report.png", title="", layers=LAYERS, costs=COSTS)
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.png").mkdir()
+    with pytest.raises(OptionError, match=r"cannot be written to .*Is a directory"):
+        plot_report(tmp_path / "report.png", title="", layers=LAYERS, costs=COSTS)
+
+
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     with pytest.raises(OptionError, match="pip install"):
         plot_report(tmp_path / "report.png", title="", layers=LAYERS, costs=COSTS)

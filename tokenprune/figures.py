@@ -100,7 +100,9 @@ def plot_lines(
             for name, points in lines.items():
                 colour, mark = styles[name]
                 xs, ys = zip(*sorted(points), strict=True)
-                (shown[name],) = axes.plot(xs, ys, color=colour, marker=mark, markersize=5, linewidth=1.5, alpha=0.85)
+                (shown[name],) = axes.plot(
+                    xs, ys, color=colour, marker=mark, markersize=5, linewidth=1.5, clip_on=False
+                )
             axes.set(title=label, xlabel=xlabel)
             axes.set_ylim(bottom=0)
             _plain(axes)
@@ -115,21 +117,33 @@ def save(path: str | Path, draw: Callable[[Any], None], *, title: str, size: tup
     Raises:
         OptionError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError('plotting needs matplotlib: pip install "tokenprune-vl[lab]", or matplotlib alone') from error
-    path = Path(path)
+    check_target(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained", dpi=150)
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.lower().removeprefix(".") not in known:
-        raise OptionError(f"a plot is written to a file that ends in .{', .'.join(sorted(known))}, got {str(path)!r}")
     figure.suptitle(title if len(title) <= 90 else f"{title[:87]}...", fontsize=11)
     draw(figure)
     try:
         figure.savefig(path)
     except OSError as error:
         raise OptionError(f"the plot cannot be written to {path}: {error.strerror or error}") from error
+
+
+def check_target(path: str | Path) -> None:
+    """Check that a plot can be written to `path`.
+
+    Raises:
+        OptionError: matplotlib is not installed, the ending is no image, or the folder is not there.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise OptionError('plotting needs matplotlib: pip install "tokenprune-vl[lab]", or matplotlib alone') from error
+    path, known = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise OptionError(f"a plot is written to a file that ends in .{', .'.join(sorted(known))}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise OptionError(f"the plot cannot be written to {path}: there is no folder {path.parent}")
 
 
 def _plain(axes: Any) -> None:

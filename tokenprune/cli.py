@@ -1,0 +1,212 @@
+"""The command line: ``tokenprune report``, ``compare``, ``methods``, ``families``. The only place that prints."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from tokenprune import api, figures, loading
+from tokenprune.errors import OptionError, TokenPruneError
+from tokenprune.methods import METHODS
+from tokenprune.models.families import FAMILIES, REFUSED
+from tokenprune.specs import parse_methods
+
+QUESTION = "What is shown in this image?"
+EXAMPLES = """\
+examples:
+  tokenprune report --model llava-hf/llava-1.5-7b-hf --image photo.jpg --method divprune --keep 0.25
+  tokenprune compare --model demos/model --image demos/assets/digits.png --question "what digit is leftmost ?" \\
+      --methods divprune,random,uniform,resize --keep 0.5,0.25,0.1 --plot compare.png
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}; see {self.prog} --help")
+
+
+def _keep(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"keep is a fraction such as 0.25 or a number of tokens such as 64, got {text!r}"
+        ) from None
+
+
+def _keeps(text: str) -> list[float]:
+    return [_keep(part.strip()) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    """Methods between commas; a part with `=` in it that names no method goes on with the options before it."""
+    found: list[str] = []
+    for part in text.split(","):
+        going_on = found and (found[-1].count("(") > found[-1].count(")") or ("=" in part and ":" not in part))
+        found[-1:] = [f"{found[-1]},{part}"] if going_on else [*found[-1:], part.strip()]
+    return found
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser("tokenprune", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    report = commands.add_parser("report", help="dense against pruned on one image: latency, memory, arithmetic, drift")
+    _add_model(report)
+    report.add_argument("--method", default="divprune", help="name, or name:option=value,...; several joined by +")
+    report.add_argument("--keep", type=_keep, help="fraction, or tokens per image (default: the method's)")
+    report.add_argument("--question", default=QUESTION)
+    report.add_argument("--positions", choices=("original", "packed"), default="original")
+    report.set_defaults(run=_report, repeats=5)
+    compare = commands.add_parser("compare", help="several methods and keeps on one image: agreement, latency, memory")
+    _add_model(compare)
+    compare.add_argument("--methods", type=_names, default=["divprune", "random", "uniform", "resize"])
+    compare.add_argument("--keep", type=_keeps, default=[0.5, 0.25, 0.1], help="default: 0.5,0.25,0.1")
+    compare.add_argument("--question", action="append", help="may be given several times")
+    compare.add_argument("--answer", action="append", default=[], help="the right one, for each question")
+    compare.set_defaults(run=_compare, repeats=3)
+    for name, run in (("methods", _methods), ("families", _families)):
+        command = commands.add_parser(
+            name, help=f"list the {name} that can be pruned" if run is _families else "list them"
+        )
+        command.add_argument("--json", action="store_true", help="as JSON")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a folder or a name on the hub")
+    parser.add_argument("--image", type=Path, required=True, help="an image file")
+    parser.add_argument("--device", choices=loading.DEVICES, default="auto")
+    parser.add_argument("--dtype", choices=loading.DTYPES, default="auto")
+    parser.add_argument("--max-new-tokens", type=_positive, default=16, help="default: 16")
+    parser.add_argument("--repeats", type=_positive, help="timed runs of each side")
+    parser.add_argument("--plot", type=Path, help="write a picture there (.png, .svg, .pdf)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _load(options: argparse.Namespace, questions: Sequence[str]) -> tuple[loading.Loaded, Any, list[str]]:
+    """The model, the image, and the questions in words that the model knows."""
+    if empty := [question for question in questions if not question.strip()]:
+        raise OptionError(f"a question must not be empty, got {empty[0]!r}")
+    if options.plot:
+        figures.check_target(options.plot)
+    image = loading.read_image(options.image)
+    loaded = loading.load_model(options.model, device=options.device, dtype=options.dtype)
+    asked = []
+    for question in questions:
+        known, n_unknown = loading.in_known_words(loaded.processor, question)
+        if n_unknown:
+            options.notes.append(f"note: the model does not know {n_unknown} of the words in {question!r}")
+        asked.append(known)
+    return loaded, image, asked
+
+
+def _report(options: argparse.Namespace) -> None:
+    methods = parse_methods(options.method, **({} if options.keep is None else {"keep": options.keep}))
+    loaded, image, (question,) = _load(options, [options.question])
+    inputs = loading.prepare(loaded, image, question)
+    with api.patch(loaded.model, list(methods), positions=options.positions) as session:
+        report = session.report(inputs, max_new_tokens=options.max_new_tokens, repeats=options.repeats)
+    if options.plot:
+        report.plot(options.plot)
+    print(report.to_json() if options.json else f"model: {loaded.label}\n{report}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from tokenprune.sweep import check_methods, compare
+
+    check_methods(options.methods, options.keep)
+    loaded, image, questions = _load(options, options.question or [QUESTION])
+    result = compare(
+        loaded,
+        image,
+        questions,
+        methods=options.methods,
+        keeps=options.keep,
+        expected=options.answer,
+        max_new_tokens=options.max_new_tokens,
+        repeats=options.repeats,
+    )
+    if options.plot:
+        result.plot(options.plot)
+    print(result.to_json() if options.json else result)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    found: list[dict[str, Any]] = []
+    for name, method in sorted(METHODS.items()):
+        fields = {entry.name: entry.default for entry in dataclasses.fields(method) if entry.init}
+        summary = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
+        found.append({"name": name, "class": method.__name__, "options": fields, "summary": summary})
+    if options.json:
+        print(json.dumps(found, indent=2, default=repr))
+        return
+    for entry in found:
+        shown = ", ".join(f"{key}={value!r}" for key, value in entry["options"].items())
+        print(textwrap.fill(f"{entry['name']}: {entry['summary']}", 100, subsequent_indent="    "))
+        print(textwrap.fill(f"options: {shown}", 100, initial_indent="    ", subsequent_indent="        "))
+
+
+def _families(options: argparse.Namespace) -> None:
+    decoders = {family.name: family for family in FAMILIES}
+    rows: list[dict[str, Any]] = []
+    for name in api.list_families():
+        row = decoders.get(name)
+        if row is None:
+            rows.append({"name": name, "kind": "vision encoder", "takes": ["images"], "positions": [], "note": ""})
+            continue
+        takes, positions = ["images"] + ["videos"] * row.video, ["original"] + ["packed"] * (not row.mrope)
+        kind = "vision-language model"
+        rows.append({"name": name, "kind": kind, "takes": takes, "positions": positions, "note": row.note})
+    if options.json:
+        print(json.dumps({"supported": rows, "refused": REFUSED}, indent=2))
+        return
+    for entry in rows:
+        cells = (entry["name"], entry["kind"], ", ".join(entry["takes"]), ", ".join(entry["positions"]))
+        print(("{:<24}{:<23}{:<16}{:<18}".format(*cells) + entry["note"]).rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 with one line on stderr."""
+    try:
+        options = make_parser().parse_args(argv, argparse.Namespace(notes=[]))
+        _quieten()
+        options.run(options)
+        for note in options.notes:
+            print(note, file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: the model does not fit into the device's memory; try --dtype bfloat16", file=sys.stderr)
+        return 2
+    except TokenPruneError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quieten() -> None:
+    """No chatter of libraries between the lines; progress bars only for a terminal."""
+    import transformers
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()

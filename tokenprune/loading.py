@@ -1,0 +1,187 @@
+"""A model with its processor from a folder or the hub, an image from a file, and the inputs of ``generate``: what the
+command line, and anybody's script, needs before a model can be asked. Every mistake is a sentence of one line."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tokenprune.errors import InputError, OptionError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor, and the name it was asked for by."""
+
+    name: str
+    model: Any
+    processor: Any
+
+    @property
+    def label(self) -> str:
+        """Name, class, device and dtype."""
+        weight = next(self.model.parameters())
+        return f"{self.name} ({type(self.model).__name__}, {weight.device.type}, {str(weight.dtype).split('.')[-1]})"
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence of an error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")[:300]
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a model and its processor.
+
+    Args:
+        name: a folder or a name on the hub; remote code is never run.
+        device: `"auto"` is CUDA where there is some.
+        dtype: `"auto"` is float32 on a CPU, and what the checkpoint says elsewhere.
+
+    Raises:
+        OptionError: there is no such model or device, or the model cannot be loaded.
+        UnsupportedModelError: it does not turn images and text into text.
+    """
+    import transformers
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda was asked for, but torch sees no CUDA device")
+    path = Path(name)
+    if path.is_file():
+        raise OptionError(f"{name} is a file; a model is a folder or a name on the hub")
+    blank = not name.strip()
+    local = blank or name.count("/") > 1 or name[0] in "./~" or Path(path.parts[0]).is_dir()
+    if blank or (local and not path.is_dir()):
+        raise OptionError(f"there is no model folder {name!r}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise UnsupportedModelError(
+                f"{name} is a {config.model_type} model, which does not turn images and text into text"
+            )
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        if not hasattr(processor, "image_processor"):
+            raise UnsupportedModelError(f"{name} has no processor for images")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=kind).eval().to(device)
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a checkpoint can be wrong in as many ways as there are loaders
+        raise OptionError(f"the model {name} cannot be loaded: {one_line(error)}") from error
+    return Loaded(name, model, processor)
+
+
+def read_image(path: str | Path) -> "Image.Image":
+    """An image file as upright RGB: the first frame, transparency over white, 16 bits brought to 8.
+
+    Raises:
+        InputError: there is no such file, or Pillow is not installed, cannot read it or refuses its size.
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise InputError('reading images needs Pillow: pip install "tokenprune-vl[demo]", or pillow alone') from error
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, not an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is too large an image: {one_line(error)}") from error
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read") from None
+    except Exception as error:  # Pillow's plugins raise all kinds of errors on broken files
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
+        image = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def prepare(loaded: Loaded, image: "Image.Image", question: str, **processing: Any) -> dict[str, Any]:
+    """Inputs of ``generate`` for one image and one question, on the model's device.
+
+    Args:
+        loaded: the model and its processor.
+        image: what the question is about.
+        question: in plain words; the prompt is made by the processor's chat template where it has one.
+        **processing: further options of the image processor, such as `size`.
+
+    Raises:
+        InputError: the model's processor refuses them.
+    """
+    processor, weight = loaded.processor, next(loaded.model.parameters())
+    mark = getattr(processor, "image_token", None) or "<image>"
+    if mark in question:
+        raise InputError(f"the question must not hold {mark}, which stands for the image")
+    text = f"{mark}\n{question}"
+    try:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        begins = getattr(processor.tokenizer, "bos_token", None)  # templates write it themselves
+        special = {"add_special_tokens": False} if begins and text.startswith(begins) else {}
+        inputs = processor(images=image, text=text, return_tensors="pt", **special, **processing)
+    except Exception as error:  # processors refuse odd sizes and shapes each in their own way
+        raise InputError(
+            f"the processor of {loaded.name} refuses this picture or question: {one_line(error)}"
+        ) from error
+    return dict(inputs.to(weight.device, dtype=weight.dtype))
+
+
+def in_known_words(processor: Any, question: str) -> tuple[str, int]:
+    """The question as it is or, where a small vocabulary lacks some of it, in lower case with marks set apart; and how
+    many of its words are unknown even so."""
+    tokenizer = processor.tokenizer
+
+    def unknown(text: str) -> int:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return 0 if tokenizer.unk_token_id is None else int(ids.count(tokenizer.unk_token_id))
+
+    simple = " ".join(re.findall(r"\w+|[^\w\s]", question.lower()))
+    best = min(question, simple, key=unknown)
+    return best, unknown(best)
+
+
+def decode(loaded: Loaded, ids: Any) -> str:
+    """Generated ids of one row as text, up to the end of the sequence."""
+    eos = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends = set(eos if isinstance(eos, list) else [eos])
+    row = [int(number) for number in ids]
+    row = row[: next((place for place, number in enumerate(row) if number in ends), len(row))]
+    return " ".join(loaded.processor.tokenizer.decode(row, skip_special_tokens=True).split())
+
+
+def n_visual(model: Any, inputs: Mapping[str, Any]) -> int:
+    """Placeholders of visual tokens in a prompt."""
+    names = ("image_token_id", "image_patch_id", "image_token_index")
+    ids = {value for name in names if isinstance(value := getattr(model.config, name, None), int)}
+    return int(sum((inputs["input_ids"] == number).sum() for number in ids))
