@@ -262,13 +262,17 @@ def test_a_model_that_is_known_not_to_work_is_refused_with_the_reason(name):
 @pytest.mark.parametrize(("name", "found"), [
     ("BertModel", "no text decoder"),
     ("LlamaModel", "no text decoder"),
-    ("LlamaForCausalLM", "no placeholder token for images"),
-    ("GPT2LMHeadModel", "no"),
     ("T5ForConditionalGeneration", "encoder-decoder"),
     ("WhisperForConditionalGeneration", "encoder-decoder"),
 ])  # fmt: skip
 def test_a_model_without_visual_tokens_is_refused_by_what_it_lacks(name, found):
     refused(on_meta(name), UnsupportedModelError, name, found, "supported families are", "llava")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_model_of_text_takes_methods_that_prune_text_only(name):
+    refused(on_meta(name), OptionError, "no visual tokens", "SpAtten(protect_text=False)")
 
 
 def test_any_other_module_is_refused_by_name():

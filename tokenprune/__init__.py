@@ -9,7 +9,7 @@ from tokenprune.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
-from tokenprune.methods import AIM, DivPrune, FastV, Method, PyramidDrop, Random, ToMe, Uniform
+from tokenprune.methods import AIM, DivPrune, FastV, Method, PyramidDrop, Random, SpAtten, ToMe, Uniform
 from tokenprune.report import Report
 from tokenprune.session import Session
 from tokenprune.signals import Trace
@@ -28,6 +28,7 @@ __all__ = [
     "Random",
     "Report",
     "Session",
+    "SpAtten",
     "ToMe",
     "TokenPruneError",
     "Trace",

@@ -12,7 +12,9 @@ from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, 
 from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.models.encoder import SITE as INSIDE_ENCODER
 from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
+from tokenprune.models.multimodal import MultimodalAdapter
 from tokenprune.models.towers import TOWERS, encoder_refusal, find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
 
@@ -102,6 +104,8 @@ def patch(
         raise OptionError(
             f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm"
         )
+    if INSIDE_ENCODER in sites and isinstance(adapter, DecoderAdapter):
+        adapter = MultimodalAdapter(adapter)
     adapter.preflight(sites=sites, positions=positions)
     session = Session(model, methods, adapter, positions=positions)
     session.plan()
@@ -168,6 +172,9 @@ def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: 
     fields = tuple(
         field for field in ("image_token_id", "video_token_id") if isinstance(getattr(root.config, field, None), int)
     )
+    config: Any = root.config
+    if not fields and getattr(config, "vision_config", None) is None and hasattr(model, "generate"):
+        return DecoderAdapter(root, decoder, Family(str(config.model_type), "", ids=()))  # a model of text
     if not fields:
         raise UnsupportedModelError(
             f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot "

@@ -5,20 +5,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
 from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
-from tokenprune.reduction import Keep, Merge, Reduction
-from tokenprune.schedule import share
-from tokenprune.signals import Budget, LayerSignals, Probe, Signals, Stage, Trace
+from tokenprune.reducers import CheckedLayerReducer, CheckedReducer
+from tokenprune.signals import Trace
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 
@@ -50,92 +47,6 @@ class _Hook:
         return _get_inert, (self.handle,)
 
 
-@dataclass(frozen=True)
-class _Reducer:
-    """A method at one site, with its `keep` turned into counts and its answer checked."""
-
-    method: Method
-    site: str
-
-    @property
-    def name(self) -> str:
-        return self.method.name or type(self.method).__name__
-
-    def __call__(self, signals: Signals) -> Reduction:
-        """What the method keeps, on the CPU, or how it merges.
-
-        Raises:
-            InputError: the method did not answer with distinct ascending positions within its budget.
-        """
-        n_rows, n_tokens = signals.features.shape[:2]
-        budget = self.method.budget(n_tokens)
-        answer = getattr(self.method, self.site)(signals, budget)
-        due = f"{n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
-        who = f"method {self.name!r} at site {self.site!r} returned"
-        if not isinstance(answer, Keep | Merge):
-            raise InputError(f"{who} {type(answer).__name__}; a Keep or a Merge with {due}")
-        index, valid = answer.index.cpu(), None if answer.valid is None else answer.valid.cpu()
-        fits = index.ndim == 2 and index.shape[0] == n_rows and budget.low <= index.shape[1] <= budget.high
-        if not fits or (valid is not None and valid.shape != index.shape):
-            raise InputError(f"{who} an index of shape {tuple(index.shape)}; {due}, and valid of that shape or None")
-        if index.dtype != torch.int64:
-            raise InputError(f"{who} an index of {index.dtype}; int64 positions were due")
-        for row, kept in enumerate(index):
-            kept = kept if valid is None else kept[valid[row]]
-            inside = len(kept) >= budget.low and int(kept[0]) >= 0 and int(kept[-1]) < n_tokens
-            if not inside or not bool((kept.diff() > 0).all()):
-                raise InputError(
-                    f"{who} {kept.tolist()} for image {row}; {budget.low} to {budget.high} distinct ascending "
-                    f"positions below {n_tokens} were due"
-                )
-        if isinstance(answer, Keep):
-            return Keep(index, valid, answer.radius)
-        if answer.assign.shape != (n_rows, n_tokens) or not torch.equal(
-            answer.assign.cpu().gather(1, index), torch.arange(index.shape[1]).expand_as(index)
-        ):
-            raise InputError(f"{who} a Merge whose groups do not stand at tokens of their own; {due}")
-        return answer
-
-
-@dataclass(frozen=True)
-class _LayerReducer:
-    """A method after decoder layers, with its answer checked."""
-
-    method: Method
-
-    @property
-    def name(self) -> str:
-        return self.method.name or type(self.method).__name__
-
-    @property
-    def probe(self) -> Probe | None:
-        return self.method.probe
-
-    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
-        return self.method.schedule(n_layers)
-
-    def count(self, stage: Stage, n_tokens: int) -> int:
-        return share(stage.keep, n_tokens)
-
-    def __call__(self, signals: LayerSignals, *, n_keep: int) -> Tensor:
-        """Positions that go on, `[R, n_keep]` int64.
-
-        Raises:
-            InputError: the method did not answer with as many distinct ascending positions.
-        """
-        n_rows, n_tokens = signals.importance.shape
-        keep = self.method.llm_layer(signals, Budget(n_keep, n_keep))  # type: ignore[attr-defined]
-        due = f"{n_rows} rows of {n_keep} distinct ascending positions below {n_tokens} were due"
-        who = f"method {self.name!r} returned after layer {signals.layer}"
-        if not isinstance(keep, Keep) or keep.index.shape != (n_rows, n_keep) or keep.index.dtype != torch.int64:
-            raise InputError(f"{who} something other than a Keep of shape {(n_rows, n_keep)}; {due}")
-        index = keep.index.cpu()
-        inside = bool(((index >= 0) & (index < n_tokens)).all())
-        if not inside or not bool((index.diff(dim=1) > 0).all()):
-            raise InputError(f"{who} {index.tolist()}; {due}")
-        return index
-
-
 class Session:
     """A patched model. Made by :func:`tokenprune.patch`; as a context manager it unpatches when the block is left.
 
@@ -159,12 +70,12 @@ class Session:
         self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
         self._reducers = {
-            site: tuple(_Reducer(method, site) for method in methods if site in method.sites())
+            site: tuple(CheckedReducer(method, site) for method in methods if site in method.sites())
             for method in methods
             for site in method.sites()
             if site != "llm_layer"
         }
-        self._layer_reducers = tuple(_LayerReducer(method) for method in methods if "llm_layer" in method.sites())
+        self._layer_reducers = tuple(CheckedLayerReducer(method) for method in methods if "llm_layer" in method.sites())
 
     @property
     def family(self) -> str:

@@ -48,8 +48,8 @@ class Stage:
 
     Attributes:
         layer: index of the layer, from 0; later layers see what is left.
-        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens of
-            a row.
+        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens
+            of a row.
         down: whether a fraction of a token counts as none (else half a token counts as one).
     """
 

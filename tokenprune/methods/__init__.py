@@ -6,11 +6,12 @@ from tokenprune.methods.divprune import DivPrune
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.pyramiddrop import PyramidDrop
 from tokenprune.methods.random import Random
+from tokenprune.methods.spatten import SpAtten
 from tokenprune.methods.tome import ToMe
 from tokenprune.methods.uniform import Uniform
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (AIM, DivPrune, FastV, PyramidDrop, Random, ToMe, Uniform)
+    method.name: method for method in (AIM, DivPrune, FastV, PyramidDrop, Random, SpAtten, ToMe, Uniform)
 }
 
-__all__ = ["AIM", "METHODS", "DivPrune", "FastV", "Method", "PyramidDrop", "Random", "ToMe", "Uniform"]
+__all__ = ["AIM", "METHODS", "DivPrune", "FastV", "Method", "PyramidDrop", "Random", "SpAtten", "ToMe", "Uniform"]

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,8 +38,8 @@ class AIM(Method):
             cheapest.
         temperature: what attention logits are divided by before the softmax of the importance.
         size_weighted: whether a merged token counts in later rounds as often as it has tokens. The paper: no.
-        size_bias: whether the decoder's attention sees a merged token as often as it has tokens: the log of their number
-            is added to the logits, which needs `sdpa` or `eager` attention. The paper: no.
+        size_bias: whether the decoder's attention sees a merged token as often as it has tokens: the log of their
+            number is added to the logits, which needs `sdpa` or `eager` attention. The paper: no.
 
     Raises:
         OptionError: an option is out of range, or both `merge` and `prune` are None.
@@ -66,29 +66,12 @@ class AIM(Method):
         if self.merge is not None:
             check_keep(self.merge, name="merge")
         if self.prune is not None:
-            self._check_prune(self.prune)
+            _check_prune(self.prune)
         if self.importance not in IMPORTANCE:
-            raise OptionError(
-                f"importance must be one of {', '.join(map(repr, IMPORTANCE))}, got {self.importance!r}"
-            )
+            raise OptionError(f"importance must be one of {', '.join(map(repr, IMPORTANCE))}, got {self.importance!r}")
         number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not number or not 0 < self.temperature < math.inf:
             raise OptionError(f"temperature must be a number above 0, got {self.temperature!r}")
-
-    @staticmethod
-    def _check_prune(prune: object) -> None:
-        pair = isinstance(prune, tuple | list) and len(prune) == 2
-        for kind in (int, float):
-            if pair and all(isinstance(end, kind) and not isinstance(end, bool) for end in prune):  # type: ignore[attr-defined]
-                start, end = prune  # type: ignore[misc]
-                if not 0 <= start < end or (kind is float and end > 1.0):
-                    raise OptionError(
-                        f"prune=(start, end) needs 0 <= start < end (and end <= 1.0 for floats), got {prune!r}"
-                    )
-                return
-        raise OptionError(
-            f"prune must be a pair of ints (layers) or of floats (relative to the depth), or None, got {prune!r}"
-        )
 
     @classmethod
     def for_video(cls, **options: object) -> "AIM":
@@ -134,8 +117,8 @@ class AIM(Method):
             start = min(start, end - 1)
         if not 0 <= start < end <= n_layers - 1:
             raise OptionError(
-                f"prune={self.prune!r} stands for layers {start} to {end}, and tokens can leave a decoder of {n_layers} "
-                f"layers after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
+                f"prune={self.prune!r} stands for layers {start} to {end}, and tokens can leave a decoder of "
+                f"{n_layers} layers after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
             )
         return tuple(Stage(layer, 1 - (layer - start + 1) / (end - start)) for layer in range(int(start), int(end)))
 
@@ -147,3 +130,20 @@ class AIM(Method):
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
         """The most important of the tokens of `signals.importance` `[R, N]`."""
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
+
+
+def _check_prune(prune: Any) -> None:
+    """Check that `prune` is an ascending pair of layers or of depths.
+
+    Raises:
+        OptionError: it is not.
+    """
+    ends = list(prune) if isinstance(prune, tuple | list) else []
+    layers = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    depths = all(isinstance(end, float) for end in ends)
+    if len(ends) != 2 or not (layers or depths):
+        raise OptionError(
+            f"prune must be a pair of ints (layers) or of floats (relative to the depth), or None, got {prune!r}"
+        )
+    if not 0 <= ends[0] < ends[1] or (depths and ends[1] > 1.0):
+        raise OptionError(f"prune=(start, end) needs 0 <= start < end (and end <= 1.0 for floats), got {prune!r}")

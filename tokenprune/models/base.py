@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tokenprune.reduction import Reduction
-from tokenprune.signals import LayerSignals, Probe, Signals, Stage, Trace
+from tokenprune.signals import CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard, Trace
 
 
 class Reducer(Protocol):
@@ -36,8 +36,17 @@ class LayerReducer(Protocol):
         """The importance scores that it looks at."""
         ...
 
+    @property
+    def text(self) -> TextGuard | None:
+        """Which text stays where it drops text too."""
+        ...
+
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """After which layers it drops tokens."""
+        ...
+
+    def cache_plan(self, n_layers: int) -> CachePlan | None:
+        """What it takes out of the KV cache while tokens are generated."""
         ...
 
     def count(self, stage: Stage, n_tokens: int) -> int:

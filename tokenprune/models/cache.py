@@ -99,6 +99,7 @@ class Ledger:
         inside: whether the decoder's forward is running, so that lengths are asked for in slots.
         scores: `[B, n]` fp32, importance that the first n tokens of the unpruned sequence have gathered, by what asked
             for it.
+        padding: `[B, n]` bool on the CPU, which of the first n tokens are no padding, where somebody wants to know.
     """
 
     starts: tuple[int, ...]
@@ -106,6 +107,7 @@ class Ledger:
     shift: Tensor | None = None
     inside: bool = False
     scores: dict[Probe, Tensor] = field(default_factory=dict)
+    padding: Tensor | None = None
 
     def at(self, layer: int) -> Slots:
         """The slots of a layer."""
@@ -177,6 +179,7 @@ class _PrunedCache:
         ledger: Ledger = getattr(self, _STATE)
         ledger.parts = tuple(slots.take(rows) for slots in ledger.parts)
         ledger.shift = None if ledger.shift is None else ledger.shift[rows.to(ledger.shift.device)]
+        ledger.padding = None if ledger.padding is None else ledger.padding[rows.cpu()]
         ledger.scores = {probe: scores[rows.to(scores.device)] for probe, scores in ledger.scores.items()}
 
 

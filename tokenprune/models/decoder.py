@@ -12,16 +12,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.models import layers, masks
+from tokenprune.models import eviction, layers, masks
 from tokenprune.models.arguments import all_positions, merge_planes, shorten_tensors
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.cache import check_cache, ledger_of, past_length, record
 from tokenprune.models.families import Family
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment, bind, current, first_segments
-from tokenprune.models.probe import attention_of, swap
+from tokenprune.models.planning import plan_inside
 from tokenprune.models.selection import (
     SITE,
     Merged,
@@ -33,7 +34,6 @@ from tokenprune.models.selection import (
 )
 from tokenprune.models.visual import find_images, has_features
 from tokenprune.reduction import gather
-from tokenprune.signals import Probe
 
 
 class DecoderAdapter:
@@ -66,6 +66,11 @@ class DecoderAdapter:
         Raises:
             OptionError: it has not, or they cannot.
         """
+        if SITE in sites and not self.row.ids:
+            raise OptionError(
+                f"{self.family} has no visual tokens to prune before the decoder; SpAtten(protect_text=False) prunes "
+                "text"
+            )
         if unknown := [site for site in sites if site not in (SITE, layers.SITE)]:
             raise OptionError(
                 f"{self.family} models have the sites {SITE!r} and {layers.SITE!r} only, and {unknown} were asked for"
@@ -84,23 +89,13 @@ class DecoderAdapter:
         Raises:
             OptionError: the decoder cannot be pruned where the methods want it.
         """
-        planned: list[Hook | Swap] = []
-        probes: dict[int, tuple[Probe, ...]] = {}
-        if engine.layer_reducers():
-            modules = layers.layers_of(self.decoder)
-            cuts = layers.plan_cuts(engine.layer_reducers(), len(modules))
-            probes = layers.plan_probes(cuts, modules)
-            layers.check_decoder(self.root, self.decoder, cuts)
-            planned += [
-                Hook(module, "pre", layers.layer_hook(engine, i, cuts.get(i, ())))
-                for i, module in enumerate(modules)
-                if i > 0
-            ]
-            planned += [swap(module) for i in probes if (module := attention_of(modules[i])) is not None]
+        inside = plan_inside(engine, self.root, self.decoder, has_images=bool(self.row.ids))
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = bind(module.forward, args, kwargs)
-            CURRENT.set(Forward(engine, inputs, CURRENT.get(), probes=probes))
+            CURRENT.set(
+                Forward(engine, inputs, CURRENT.get(), probes=inside.probes, guard=inside.guard, plan=inside.plan)
+            )
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             state = current(engine)
@@ -113,7 +108,7 @@ class DecoderAdapter:
             Hook(self.root, "pre", open_forward),
             Hook(self.root, "post", close_forward),
             *self._decoder_hooks(engine),
-            *planned,
+            *inside.hooks,
         ]
 
     def _decoder_hooks(self, engine: Engine) -> list[Hook]:
@@ -147,6 +142,8 @@ class DecoderAdapter:
         """Changed keyword arguments for the decoder, None where they may stay as they are."""
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         ledger = ledger_of(cache)
+        if not isinstance(embeds, Tensor) and state is not None and not self.row.ids:
+            embeds = self._stand_in(kwargs["input_ids"])  # a model of text hands ids to its decoder
         if not isinstance(embeds, Tensor):
             if ledger is None:
                 return None
@@ -162,7 +159,7 @@ class DecoderAdapter:
         started = time.perf_counter()
         state = Forward(engine, {}, None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(cache), (), {}
-        changed = self._enter(engine, state, dict(kwargs))
+        changed = self._enter(engine, state, {**kwargs, "inputs_embeds": embeds})
         state.inputs = {}  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
             return None
@@ -171,8 +168,9 @@ class DecoderAdapter:
         first, call = state.segments[0], state.call
         if first.keep is None and first.slots is None and first.bias is None:
             return None
-        changed["attention_mask"] = self._mask(kwargs, call, first)
-        changed["position_ids"] = self._positions(kwargs, state, ledger and ledger.shift)
+        given = {**kwargs, "inputs_embeds": embeds}
+        changed["attention_mask"] = self._mask(given, call, first)
+        changed["position_ids"] = self._positions(given, state, ledger and ledger.shift)
         if first.keep is not None:
             shorten_tensors(changed, first.keep)
             before = [trace for trace in state.traces if trace.site == SITE]
@@ -181,6 +179,10 @@ class DecoderAdapter:
                 place = state.traces.index(before[-1])
                 state.traces[place] = replace(before[-1], overhead_ms=spent)
         return changed
+
+    def _stand_in(self, ids: Tensor) -> Tensor:
+        """Embeddings `[B, L, 0]` of token ids `[B, L]`, for their shape and dtype."""
+        return torch.empty(*ids.shape, 0, dtype=next(self.decoder.parameters()).dtype, device=ids.device)
 
     def _enter(self, engine: Engine, state: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the methods of this site on the images of the forward; arguments with merged tokens in place.
@@ -191,30 +193,35 @@ class DecoderAdapter:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         reducers, later = engine.reducers(SITE), engine.layer_reducers()
         past, (n_rows, length) = past_length(cache), embeds.shape[:2]
+        active = engine.active and n_rows * length > 0
+        prompt = length > 1 or not past
         images = []
-        if engine.active and (reducers or later) and embeds.numel() and has_features(state.inputs):
+        if active and (reducers or later) and has_features(state.inputs):
             images = find_images(self.root, self.row, state.inputs, kwargs.get("position_ids"))
-        if not images:
-            if engine.active and (length > 1 or not past):  # a decoding step is no news
-                reason = "no image in this call" if embeds.numel() else "empty input"
-                state.traces += skipped((reducer.name for reducer in reducers), reason)
+        state.scoring = active and state.plan is not None
+        texts = active and state.guard is not None
+        if not images and engine.active and prompt:  # a decoding step is no news
+            reason = "no image in this call" if n_rows * length else "empty input"
+            state.traces += skipped((reducer.name for reducer in reducers), reason)
+            if not texts:
                 state.traces += skipped((reducer.name for reducer in later), reason, site=layers.SITE)
+        if not images and not texts:
             if ledger_of(cache) is not None:
                 state.call = self._call(kwargs)
             return kwargs
         check_cache(cache, layered=bool(later))
         left, merged = images, list[Merged]()
-        for reducer in reducers:
+        for reducer in reducers if images else ():
             left, embeds, trace = reduce_images(left, reducer, embeds, merged)
             state.traces.append(trace)
-        kept_all = not reducers or state.traces[0].n_in == state.traces[-1].n_out
-        if kept_all and not (engine.forced and reducers) and not later and ledger_of(cache) is None:
+        kept_all = not images or not reducers or state.traces[0].n_in == state.traces[-1].n_out
+        through = not kept_all or bool(images and engine.forced and reducers)
+        if not through and not later and ledger_of(cache) is None:
             return kwargs
         state.call = call = self._call(kwargs)
-        if later:
+        if later and prompt:
             state.visual = tokens_by_row(left, n_rows)
-            state.entered = tuple(map(len, state.visual))
-        if not kept_all or (engine.forced and reducers):
+        if through:
             keep, dropped = keep_rows(images, left, call.padding, shape=(n_rows, length), device=embeds.device)
             sizes = sizes_of(merged, (n_rows, length), embeds.device)
             for segment in state.segments:
@@ -222,6 +229,9 @@ class DecoderAdapter:
                 segment.bias = None if sizes is None else keep.apply(sizes).log()
             if engine.positions == "packed":
                 state.lowered = dropped.cumsum(dim=1)
+        if texts:
+            eviction.begin(state, call, ledger_of(cache), prompt=prompt)
+        state.entered = tuple(map(len, state.visual))
         if merged:
             kwargs = merge_planes({**kwargs, "inputs_embeds": embeds}, merged)
         return kwargs
@@ -269,12 +279,18 @@ class DecoderAdapter:
         if state is None or state.call is None:
             return None
         call, state.call = state.call, None
-        if output is None or not any(segment.keep is not None for segment in state.segments):
+        kept_all = all(segment.keep is None for segment in state.segments)
+        if output is None or (kept_all and not state.scoring):
             return None
         if cache is None and not isinstance(output, tuple):
             cache = output.get("past_key_values")
-        if cache is not None:
-            record(cache, state.ledger(call))
+        if cache is not None and (not kept_all or ledger is None):
+            ledger = state.ledger(call)
+            record(cache, ledger)
+        if ledger is not None and state.scoring:
+            eviction.end(state, cache, ledger, total=call.past + call.length)
+        if kept_all:
+            return None
 
         def lengthen(x: Any, segment: Segment) -> Any:
             keep = segment.keep

@@ -18,7 +18,7 @@ from tokenprune.models.base import Engine
 from tokenprune.models.cache import Ledger, Slots, grown, ledger_of
 from tokenprune.models.selection import padding_of
 from tokenprune.reduction import Keep
-from tokenprune.signals import Probe, Trace
+from tokenprune.signals import CachePlan, Probe, TextGuard, Trace
 
 
 @dataclass
@@ -129,7 +129,8 @@ class Forward:
         traces: what happened so far.
         call: how the decoder was called; None before it was, or where nothing will be pruned.
         segments: by their first layer.
-        visual: positions within the call of the visual tokens that are left, `[n]` per row, on the CPU.
+        visual: positions within the call of the tokens that may go and are left, `[n]` per row, on the CPU: visual
+            ones, unless a method prunes text too.
         entered: how many of them entered the decoder, per row.
         shift: `[B]` how many positions the packed policy has taken out so far, this call included; None for original
             positions.
@@ -138,6 +139,11 @@ class Forward:
         scores: importance of the tokens of the unpruned sequence `[B, past + length]` fp32, by what asked for it; 0 for
             those that left.
         probe_ms: time that probing took since the last trace.
+        guard: which text stays where a method prunes text too.
+        plan: what leaves the cache while tokens are generated, if anything.
+        scoring: whether that takes place in this forward, so that every layer is probed.
+        padding: `[B, past + length]` bool on the CPU, which tokens are no padding, likewise.
+        alive: `[B, past + 1]` bool, the tokens that the last layer of a decoding step looked at, if not all.
     """
 
     owner: Engine
@@ -153,6 +159,11 @@ class Forward:
     probes: dict[int, tuple[Probe, ...]] = field(default_factory=dict)
     scores: dict[Probe, Tensor] = field(default_factory=dict)
     probe_ms: float = 0.0
+    guard: TextGuard | None = None
+    plan: CachePlan | None = None
+    scoring: bool = False
+    padding: Tensor | None = None
+    alive: Tensor | None = None
 
     def segment_of(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""

@@ -11,98 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError
 from tokenprune.models.base import Engine, LayerReducer
-from tokenprune.models.forward import Call, Forward, Segment, current
-from tokenprune.models.probe import attention_of
+from tokenprune.models.eviction import pass_over
+from tokenprune.models.forward import Call, Forward, Segment, bind, current
+from tokenprune.models.masks import layer_mask
 from tokenprune.reduction import Keep, gather, pack
-from tokenprune.signals import LayerSignals, Probe, Stage, Trace
+from tokenprune.signals import LayerSignals, Stage, Trace
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64)
-Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers.
-
-    Raises:
-        OptionError: they are not found.
-    """
-    config: Any = decoder.config
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-            return list(child)
-    raise OptionError(
-        f"{type(decoder).__name__} has no list of {config.num_hidden_layers} layers to prune between; use a method "
-        "that prunes before the decoder"
-    )
-
-
-def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
-    """For each layer the methods that drop tokens before it runs (that is, after the layer before it).
-
-    Raises:
-        OptionError: a method's stages do not fit the decoder's depth.
-    """
-    cuts: Cuts = {}
-    for reducer in reducers:
-        for stage in reducer.schedule(n_layers):
-            if not 0 <= stage.layer < n_layers - 1:
-                raise OptionError(
-                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can leave this "
-                    f"decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
-                )
-            cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (reducer, stage))
-    return cuts
-
-
-def plan_probes(cuts: Cuts, layers: list[nn.Module]) -> dict[int, tuple[Probe, ...]]:
-    """For each layer that has to be probed what is wanted of its attention.
-
-    Raises:
-        OptionError: a layer has no attention that can be probed.
-    """
-    wanted: dict[int, tuple[Probe, ...]] = {}
-    for first, group in cuts.items():
-        for reducer, _ in group:
-            if (probe := reducer.probe) is None:
-                continue
-            for layer in range(first) if probe.cumulative else (first - 1,):
-                if attention_of(layers[layer]) is None:
-                    if probe.cumulative:
-                        continue  # a layer of linear attention has no probabilities to add
-                    raise OptionError(
-                        f"method {reducer.name!r} asks for the attention of layer {layer}, which is a "
-                        f"{type(layers[layer]).__name__} without attention that can be read; choose other layers"
-                    )
-                if probe not in wanted.get(layer, ()):
-                    wanted[layer] = (*wanted.get(layer, ()), probe)
-    return wanted
-
-
-def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
-    """Check that tokens can leave this decoder before the layers of `cuts`.
-
-    Raises:
-        OptionError: they cannot.
-    """
-    config: Any = decoder.config
-    implementation = str(config._attn_implementation)
-    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
-        raise OptionError(
-            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
-            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
-            "method that prunes before the decoder"
-        )
-    vision: Any = getattr(getattr(root, "config", None), "vision_config", None)
-    n_planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if cuts and min(cuts) < n_planes:
-        raise OptionError(
-            f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
-            f"adds features to the visual tokens of layers 0 to {n_planes - 1} (DeepStack); prune after layer "
-            f"{n_planes - 1} or later"
-        )
 
 
 def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...]) -> Any:
@@ -112,7 +30,13 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         state = current(engine)
         if state is None or state.call is None:
             return None
+        if len(args) > 1:
+            kwargs = bind(module.forward, args, kwargs)
+            args, kwargs = args[:1], {name: kwargs[name] for name in list(kwargs)[1:]}
         hidden = args[0] if args else kwargs["hidden_states"]
+        if state.plan is not None and not state.plan.persistent and state.scoring and state.call.length == 1:
+            mask = _passing_mask(state, state.call, layer, hidden)
+            return args, {**kwargs, "attention_mask": mask}
         shortened = _cut(state, state.call, layer, cuts, hidden) if cuts and state.visual else None
         segment = state.segment_of(layer)
         if segment is state.segments[0]:
@@ -125,6 +49,30 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         return args, {**changed, "hidden_states": hidden}
 
     return enter
+
+
+def restoring_hook(engine: Engine) -> Any:
+    """The hook after the last layer of a decoder that counts on its unpruned length right there."""
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = current(engine)
+        keep = None if state is None or state.call is None else state.segments[-1].keep
+        if keep is None or state is None or state.call is None or output is None:
+            return None
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = keep.restore(hidden, length=state.call.length)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    return leave
+
+
+def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any:
+    """The mask of a decoding step in which `layer` passes over some of the cache."""
+    seen = pass_over(state, call, layer=layer)
+    layout = state.segment_of(layer).layout(call)
+    columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
+    layout = replace(layout, columns=columns, has_fillers=True)
+    return layer_mask(call.mask, layout, call.cache, call.config, call.offsets, layer=layer, like=hidden)
 
 
 def _fit(call: Call, first: Segment, segment: Segment, kwargs: dict[str, Any]) -> dict[str, Any]:

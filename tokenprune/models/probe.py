@@ -75,7 +75,7 @@ def attend(
     real = ALL_ATTENTION_FUNCTIONS.get_interface(config.original._attn_implementation, eager)
     output = real(module, query, key, value, attention_mask, *args, **kwargs)
     state = CURRENT.get()
-    if state is not None and state.call is not None and any(map(len, state.visual)):
+    if state is not None and state.call is not None and (state.scoring or any(map(len, state.visual))):
         layer: Any = module.layer_idx
         started = time.perf_counter()
         for probe in state.probes.get(layer, ()):
@@ -119,11 +119,8 @@ def _scores(
     if len(query) != call.n_rows:
         raise InputError(f"layer {layer} was called with {len(query)} rows instead of {call.n_rows}")
     seen = None
-    if (
-        isinstance(mask, Tensor)
-        and mask.ndim == 4
-        and (call.slides or not _is_flat(call.mask) or segment.bias is not None)
-    ):
+    given = not _is_flat(call.mask) or segment.bias is not None or state.alive is not None
+    if given and isinstance(mask, Tensor) and mask.ndim == 4:  # it says more than padding and causality
         seen = mask[..., : n_past + n_new][..., -n_keys:]
     return ops.attention_importance(
         query,

@@ -1,0 +1,171 @@
+"""SpAtten against an independent simulation: the unpatched model at full length with eager attention and explicit masks,
+whose attention matrices are added up and whose tokens are hidden layer by layer and step by step."""
+
+import copy
+import math
+
+import pytest
+import torch
+from families import FAMILIES, batch, generate, implementations, tiny
+from test_layers import check_layers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+import tokenprune
+
+N_LAYERS = 4
+KEPT = (1.0, 0.8, 0.6, 0.4)
+
+
+def text_model(kind, implementation="sdpa"):
+    sizes = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=N_LAYERS, n_head=4, n_positions=128, **sizes)
+    else:
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **sizes,
+        )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape) * (1.0 if "emb" in name or "wte" in name else 0.25))
+    return model
+
+
+def layers_of(model):
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
+def masked_run(model, ids, masks):
+    """Logits `[L, V]` and attention `[layers][H, L, L]` of one row at full length, each layer under its own mask."""
+    handles = []
+    for layer, mask in zip(layers_of(model), masks, strict=True):
+
+        def hook(module, args, kwargs, mask=mask):
+            additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
+            if len(args) > 2:  # GPT-2 hands its mask over by position
+                return (args[0], args[1], additive, *args[3:]), kwargs
+            return args, dict(kwargs, attention_mask=additive)
+
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            out = model(ids[None], use_cache=False, output_attentions=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out.logits[0], [one[0] for one in out.attentions]
+
+
+class Simulation:
+    """One row of text under SpAtten, by the rule: everything is recomputed at full length for every token."""
+
+    def __init__(self, model, prompt, *, first, recent, interval, persistent=True):
+        self.model, self.first, self.recent, self.interval = model, first, recent, interval
+        self.persistent = persistent
+        self.ids = prompt
+        self.scores = torch.zeros(len(prompt))
+        length = len(prompt)
+        self.masks = [torch.ones(length, length, dtype=torch.bool).tril() for _ in range(N_LAYERS)]
+        self.alive = [set(range(length)) for _ in range(N_LAYERS)]
+        movable = range(first, length - recent)
+        for layer in range(N_LAYERS):
+            if layer and persistent:
+                keep = math.floor(len(movable) * KEPT[layer] + 1e-6)
+                ranked = sorted(self.alive[layer - 1] & set(movable), key=lambda j: (-self.scores[j].item(), j))
+                self.alive[layer] = (self.alive[layer - 1] - set(movable)) | set(ranked[:keep])
+                gone = sorted(set(range(length)) - self.alive[layer])
+                self.masks[layer][:, gone] = False
+                self.masks[layer].fill_diagonal_(True)
+            self.logits, attention = masked_run(model, self.ids, self.masks)
+            rows = sorted(self.alive[layer])
+            received = attention[layer][:, rows].sum((0, 1))
+            received[[j for j in range(length) if j not in self.alive[layer]]] = 0
+            self.scores += received
+        self.evict()
+
+    def evict(self):
+        length = len(self.ids)
+        if not self.persistent or length % self.interval:
+            return
+        movable = set(range(self.first, length - self.recent))
+        for layer in range(N_LAYERS):
+            keep = math.floor(len(movable) * KEPT[layer] + 1e-6)
+            ranked = sorted(self.alive[layer] & movable, key=lambda j: (-self.scores[j].item(), j))
+            self.alive[layer] -= set(ranked[keep:])
+
+    def step(self, token):
+        """Process one more token; logits `[V]` for the next one."""
+        self.ids = torch.cat([self.ids, torch.tensor([token])])
+        self.scores = torch.cat([self.scores, torch.zeros(1)])
+        length = len(self.ids)
+        seen = set(range(length))
+        self.masks = [torch.nn.functional.pad(mask, (0, 1, 0, 1)) for mask in self.masks]
+        for layer in range(N_LAYERS):
+            self.alive[layer].add(length - 1)
+            if not self.persistent:
+                movable = set(range(self.first, length - self.recent))
+                keep = math.floor(len(movable) * KEPT[layer] + 1e-6)
+                ranked = sorted(seen & movable, key=lambda j: (-self.scores[j].item(), j))
+                seen = (seen - movable) | set(ranked[:keep])
+            looked_at = self.alive[layer] if self.persistent else seen
+            self.masks[layer][-1] = torch.tensor([j in looked_at for j in range(length)])
+            self.logits, attention = masked_run(self.model, self.ids, self.masks)
+            self.scores += attention[layer][:, -1].sum(0)
+        self.evict()
+        return self.logits[-1]
+
+
+def ragged_text():
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(2, 60, (n,), generator=generator) for n in (23, 17, 20)]
+    length = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).long()
+    return rows, {"input_ids": ids, "attention_mask": mask}
+
+
+def spatten(**options):
+    return tokenprune.SpAtten(
+        **{"tokens": KEPT, "protect_text": False, "keep_first": 2, "keep_recent": 3, "interval": 1, **options}
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": 5}, {"kv": "per_step"}], ids=["each step", "interval", "per step"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_text_leaves_prompt_and_cache_as_the_simulation_says(kind, implementation, options):
+    dense = text_model(kind, "eager")
+    model = copy.deepcopy(dense)
+    model.set_attn_implementation(implementation)
+    tokenprune.patch(model, spatten(**options))
+    rows, inputs = ragged_text()
+    out = generate(model, inputs, 6, suppress_tokens=None)
+    for row, prompt in enumerate(rows):
+        simulation = Simulation(
+            dense, prompt, first=2, recent=3, interval=options.get("interval", 1), persistent="kv" not in options
+        )
+        wanted = simulation.logits[-1]
+        for step, token in enumerate(out.sequences[row, -6:].tolist()):
+            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+            wanted = simulation.step(token)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_tokens_leave_layer_by_layer(family):
+    implementation = implementations(family)[0]
+    dense = tiny(family, implementation)
+    model = copy.deepcopy(dense)
+    kept = (1.0, 1.0, 0.5, 0.25) if family == "qwen3_vl" else KEPT
+    session = tokenprune.patch(model, tokenprune.SpAtten(tokens=kept))
+    ragged = batch(family)
+    out = generate(model, ragged.inputs, 4)
+    assert session.traces[-1].n_out == tuple(math.floor(n * kept[-1] + 1e-6) for n in (16, 12, 8))
+    check_layers(dense, family, out, session.traces, ragged, 4)

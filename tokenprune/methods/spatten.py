@@ -1,0 +1,133 @@
+"""SpAtten: cascade pruning of tokens by the attention they have gathered so far (Wang et al., HPCA 2021, arXiv
+2012.09852)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokenprune import ops
+from tokenprune.errors import OptionError
+from tokenprune.methods.base import Method
+from tokenprune.reduction import Keep
+from tokenprune.schedule import ramp
+from tokenprune.signals import Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
+
+FREE_TOKENS = 0.15  # of the layers, the first ones, keep all tokens (section V-A of the paper)
+SCORE = Probe("column_sum", cumulative=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpAtten(Method):
+    """Cascade token pruning (section III-A of the paper): a token that leaves is gone from all later layers.
+
+    A token's score is the attention it receives, summed over heads and queries and added up over layers and decoding
+    steps. After each layer the tokens with the highest scores go on, `floor(n * fraction)` of the n that may go. The
+    paper fine-tunes its models for this; here it runs without training, visual tokens only by default.
+
+    Args:
+        tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
+            the first 15 % of the layers; or a sequence with a fraction for each layer, the first one 1.0, none larger
+            than the one before.
+        protect_text: whether only visual tokens may go. False: text may too, in the prompt and, while tokens are
+            generated, from the KV cache; models without images can then be patched.
+        keep_first: with `protect_text=False`, tokens at the beginning of a row that stay.
+        keep_recent: with `protect_text=False`, tokens at its end that stay, at least 1.
+        kv: with `protect_text=False`, whether what leaves while tokens are generated leaves the KV cache for good
+            (`"persistent"`) or is only passed over, chosen in each step anew from all of it (`"per_step"`, as in the
+            paper's traces; nothing leaves in the prompt then).
+        interval: with `kv="persistent"`, a row's cache is looked through whenever the row's length is a multiple of
+            this.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    name: ClassVar[str] = "spatten"
+
+    keep: float | int | str = 1.0
+    tokens: float | Sequence[float] = 0.6
+    protect_text: bool = True
+    keep_first: int = 4
+    keep_recent: int = 32
+    kv: str = "persistent"
+    interval: int = 16
+
+    def __post_init__(self) -> None:
+        if self.keep != 1.0:
+            raise OptionError(
+                f"method 'spatten' has tokens (kept on average over the layers), no keep; got {self.keep!r}"
+            )
+        check_fractions("tokens", self.tokens)
+        for name, least in (("keep_first", 0), ("keep_recent", 1), ("interval", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be an int of at least {least}, got {value!r}")
+        if self.kv not in ("persistent", "per_step"):
+            raise OptionError(f"kv must be 'persistent' or 'per_step', got {self.kv!r}")
+        if not isinstance(self.protect_text, bool):
+            raise OptionError(f"protect_text must be True or False, got {self.protect_text!r}")
+        if self.protect_text and self.kv == "per_step":
+            raise OptionError(
+                "kv='per_step' passes over KV entries of text while tokens are generated, and protect_text=True keeps "
+                "them all; give protect_text=False"
+            )
+
+    def fractions(self, n_layers: int) -> tuple[float, ...]:
+        """Fraction of the tokens that may go which each of `n_layers` layers keeps.
+
+        Raises:
+            OptionError: a sequence was given that does not fit the depth.
+        """
+        if isinstance(self.tokens, int | float):
+            return ramp(float(self.tokens), n_layers=n_layers, free=FREE_TOKENS)
+        if len(self.tokens) != n_layers:
+            raise OptionError(f"tokens gives {len(self.tokens)} layers a fraction, and the decoder has {n_layers}")
+        return tuple(self.tokens)
+
+    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
+        """After each layer that is followed by one that keeps less."""
+        kept = self.fractions(n_layers)
+        if self.kv == "per_step":
+            return ()
+        return tuple(Stage(i, kept[i + 1], down=True) for i in range(n_layers - 1) if kept[i + 1] < kept[i])
+
+    @property
+    def probe(self) -> Probe | None:
+        """Attention received, added up over the layers."""
+        return SCORE
+
+    @property
+    def text(self) -> TextGuard | None:
+        """Which text stays where text may go."""
+        return None if self.protect_text else TextGuard(self.keep_first, self.keep_recent)
+
+    def cache_plan(self, n_layers: int) -> CachePlan | None:
+        """What leaves the KV cache while tokens are generated: text, if it may go."""
+        if self.text is None:
+            return None
+        return CachePlan(self.fractions(n_layers), self.text, self.interval, self.kv == "persistent", SCORE)
+
+    def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
+        """Those of the tokens of `signals.importance` `[R, N]` that have gathered most attention."""
+        return Keep(ops.top_k_select(signals.importance, k=budget.high))
+
+
+def check_fractions(name: str, value: object) -> None:
+    """Check that `value` is a fraction in (0, 1] or a sequence of such that starts with 1.0 and never grows.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return
+    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1 for one in entries)
+    if not entries or not numbers:
+        raise OptionError(
+            f"{name} must be a fraction in (0, 1] or a sequence with a fraction for each layer, got {value!r}"
+        )
+    if entries[0] != 1.0 or sorted(entries, reverse=True) != entries:
+        raise OptionError(
+            f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "
+            f"left is gone from all later layers; got {value!r}"
+        )

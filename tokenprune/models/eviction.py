@@ -1,0 +1,170 @@
+"""What leaves the KV cache while tokens are generated, layer by layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune import ops
+from tokenprune.errors import OptionError
+from tokenprune.models.cache import Ledger, Slots
+from tokenprune.models.forward import Call, Forward
+from tokenprune.reduction import gather, pack
+from tokenprune.signals import CachePlan, TextGuard
+
+
+def check_layers(decoder: nn.Module, plan: CachePlan) -> None:
+    """Check that entries can leave the caches of this decoder's layers by index.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    config: Any = decoder.config
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = getattr(config, "sliding_window", None) is not None and (not kinds or any("sliding" in k for k in kinds))
+    odd = sorted({kind for kind in kinds if kind != "full_attention"}) or (["sliding_attention"] if windowed else [])
+    if odd:
+        raise OptionError(
+            f"{type(decoder).__name__} has layers of {', '.join(odd)}, whose caches count by position, so that no "
+            "entry can leave them by index; keep protect_text=True, which leaves the caches alone while tokens are "
+            "generated"
+        )
+
+
+def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
+    """Which tokens of a prompt may go where text may, `[B, length]` bool on the CPU.
+
+    Args:
+        padding: `[B, length]` bool on the CPU, False for padding.
+        guard: which tokens stay in any case.
+        past: tokens before this call; the row began with them.
+    """
+    rank = padding.long().cumsum(dim=1) - 1
+    last = rank[:, -1:]
+    first = 0 if past else guard.first
+    return padding & (rank >= first) & (rank <= last - guard.recent)
+
+
+def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) -> None:
+    """Note which tokens of a call may go where text may, and what was known of the sequence before it."""
+    assert state.guard is not None
+    padding = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
+    earlier = None if ledger is None else ledger.padding
+    if earlier is None:
+        earlier = torch.ones(call.n_rows, call.past, dtype=torch.bool)
+    state.padding = torch.cat([earlier, padding], dim=1)
+    state.scores = {} if ledger is None else dict(ledger.scores)
+    if not prompt:
+        return
+    may = text_candidates(padding, state.guard, past=call.past)
+    keep = state.segments[0].keep
+    if keep is not None:  # what left before the decoder
+        here = torch.zeros_like(may)
+        real = torch.ones(keep.index.shape, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
+        may &= here.scatter_(1, keep.index.cpu(), real)
+    state.visual = tuple(row.nonzero()[:, 0] for row in may)
+
+
+def end(state: Forward, cache: Any, ledger: Ledger, *, total: int) -> None:
+    """Write down what the forward has learnt of the tokens' importance, and let entries leave the cache."""
+    assert state.plan is not None
+    ledger.padding, ledger.scores = state.padding, dict(state.scores)
+    if state.plan.persistent:
+        evict(cache, ledger, state.plan, total=total)
+
+
+def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
+    """Which tokens of the sequence so far may go, `[B, n]` bool."""
+    return text_candidates(padding, guard, past=0)
+
+
+def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, total: int) -> None:
+    """Take the least important entries out of the caches of all layers, of the rows whose turn it is.
+
+    Args:
+        cache: the cache, after a forward.
+        ledger: what it knows; changed.
+        plan: what has to leave.
+        total: tokens of the unpruned sequence so far.
+    """
+    assert ledger.padding is not None
+    lengths = ledger.padding.sum(dim=1)
+    due = lengths % plan.interval == 0
+    if not bool(due.any()):
+        return
+    movable = _movable(ledger.padding, plan.guard) & due[:, None]
+    n_may = movable.sum(dim=1)
+    parts = []
+    for layer, keep in enumerate(plan.keep):
+        slots = ledger.at(layer)
+        parts.append(_shrink(cache.layers[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total))
+    ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
+
+
+def _shrink(
+    layer: Any, slots: Slots, ledger: Ledger, plan: CachePlan, movable: Tensor, n_keep: Tensor, total: int
+) -> Slots:
+    """One layer's cache without the entries that leave, and its slots."""
+    n_slots = total - slots.dropped
+    columns = slots.columns(n_slots=n_slots)
+    device = columns.device
+    may = gather(movable.to(device), columns.clamp(min=0)) & (columns >= 0)
+    surplus = may.sum(dim=1) - n_keep.to(device)
+    if not bool((surplus > 0).any()):
+        return slots
+    scores = gather(ledger.scores[plan.probe].to(device), columns.clamp(min=0))
+    wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
+    stay = ~may
+    if int(wanted.max()):
+        stay = _mark(stay, ops.top_k_select(scores, k=wanted, valid=may))
+    stay &= columns >= 0
+    keep = pack([row.nonzero()[:, 0] for row in stay], length=n_slots)
+    _gather_layer(layer, keep.index, n_slots)
+    index = gather(columns.masked_fill(~stay, -1), keep.index)
+    bias = slots.biases(n_slots=n_slots)
+    bias = None if bias is None else gather(bias, keep.index)
+    return Slots(index, total - index.shape[1], bool((index < 0).any()), bias)
+
+
+def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
+    """`stay` `[B, N]` with the positions `chosen` `[B, k]` (-1: none) set."""
+    wide = torch.nn.functional.pad(stay, (0, 1))
+    wide.scatter_(1, torch.where(chosen < 0, stay.shape[1], chosen), True)
+    return wide[:, :-1]
+
+
+def _gather_layer(layer: Any, index: Tensor, n_slots: int) -> None:
+    """Leave only the slots `index` `[B, M]` in a layer of a cache."""
+    keys, values = (
+        gather(x[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values)
+    )
+    if layer.keys.shape[2] == n_slots:
+        layer.keys, layer.values = keys.contiguous(), values.contiguous()
+        return
+    n_left = index.shape[1]  # a static cache keeps its storage
+    layer.keys[:, :, :n_left] = keys
+    layer.values[:, :, :n_left] = values
+    layer.cumulative_length.fill_(n_left)
+
+
+def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
+    """Which tokens of the sequence `layer` looks at in a decoding step, `[B, past + 1]` bool.
+
+    Fewer with depth, chosen by the scores so far, those of the layers before in this step included.
+    """
+    plan = state.plan
+    assert plan is not None
+    assert state.padding is not None
+    movable = _movable(state.padding, plan.guard)
+    n_keep = (movable.sum(dim=1) * plan.keep[layer] + 1e-6).long()
+    scores = state.scores.get(plan.probe)
+    device = call.embeds.device if scores is None else scores.device
+    may, alive = movable.to(device), torch.ones_like(movable, device=device) if state.alive is None else state.alive
+    may = may & alive
+    wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
+    stay = alive & ~may
+    if scores is not None and int(wanted.max()):
+        padded = torch.nn.functional.pad(scores, (0, may.shape[1] - scores.shape[1]))
+        stay = _mark(stay, ops.top_k_select(padded, k=wanted, valid=may))
+    state.alive = stay
+    return stay

@@ -1,0 +1,167 @@
+"""What has to be installed inside a decoder, found out before anything is touched."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tokenprune.errors import OptionError
+from tokenprune.models import layers as between
+from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
+from tokenprune.models.eviction import check_layers
+from tokenprune.models.probe import attention_of, swap
+from tokenprune.signals import CachePlan, Probe, Stage, TextGuard
+
+Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What the methods want inside a decoder.
+
+    Attributes:
+        hooks: what is to be installed on its layers.
+        probes: for each layer that is to be probed what is wanted of its attention.
+        guard: which text stays where text may go.
+        plan: what leaves the cache while tokens are generated.
+    """
+
+    hooks: tuple[Hook | Swap, ...] = ()
+    probes: dict[int, tuple[Probe, ...]] = field(default_factory=dict)
+    guard: TextGuard | None = None
+    plan: CachePlan | None = None
+
+
+def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_images: bool) -> Inside:
+    """Plan what `engine` does inside `decoder`; touches nothing.
+
+    Raises:
+        OptionError: the decoder cannot be pruned where the methods want it.
+    """
+    reducers = engine.layer_reducers()
+    if not reducers:
+        return Inside()
+    modules = layers_of(decoder)
+    cuts = plan_cuts(reducers, len(modules))
+    guard, plan = plan_text(reducers, decoder, n_layers=len(modules), has_images=has_images)
+    probes = plan_probes(cuts, modules, plan)
+    check_decoder(root, decoder, cuts)
+    hooks: list[Hook | Swap] = [
+        Hook(module, "pre", between.layer_hook(engine, i, cuts.get(i, ()))) for i, module in enumerate(modules) if i > 0
+    ]
+    if not has_images:
+        hooks.append(Hook(modules[-1], "post", between.restoring_hook(engine)))
+    hooks += [swap(module) for i in probes if (module := attention_of(modules[i])) is not None]
+    return Inside(tuple(hooks), probes, guard, plan)
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers.
+
+    Raises:
+        OptionError: they are not found.
+    """
+    config: Any = decoder.config
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+            return list(child)
+    raise OptionError(
+        f"{type(decoder).__name__} has no list of {config.num_hidden_layers} layers to prune between; use a method "
+        "that prunes before the decoder"
+    )
+
+
+def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
+    """For each layer the methods that drop tokens before it runs (that is, after the layer before it).
+
+    Raises:
+        OptionError: a method's stages do not fit the decoder's depth.
+    """
+    cuts: Cuts = {}
+    for reducer in reducers:
+        for stage in reducer.schedule(n_layers):
+            if not 0 <= stage.layer < n_layers - 1:
+                raise OptionError(
+                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can leave this "
+                    f"decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
+                )
+            cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (reducer, stage))
+    return cuts
+
+
+def plan_text(
+    reducers: tuple[LayerReducer, ...], decoder: nn.Module, *, n_layers: int, has_images: bool
+) -> tuple[TextGuard | None, CachePlan | None]:
+    """Which text stays where a method prunes text too, and what leaves the cache while tokens are generated.
+
+    Raises:
+        OptionError: the methods cannot go together, or not with this decoder.
+    """
+    texts = [reducer for reducer in reducers if reducer.text is not None]
+    others = [reducer for reducer in reducers if reducer.text is None]
+    if not has_images and others:
+        raise OptionError(
+            f"{type(decoder).__name__} has no visual tokens, which is what method {others[0].name!r} drops; "
+            "SpAtten(protect_text=False) prunes text"
+        )
+    if texts and len(reducers) > 1:
+        raise OptionError(
+            f"method {texts[0].name!r} prunes text too, and no other method inside the decoder can be beside it; got "
+            f"{', '.join(repr(reducer.name) for reducer in reducers)}"
+        )
+    if not texts:
+        return None, None
+    plan = texts[0].cache_plan(n_layers)
+    if plan is not None:
+        check_layers(decoder, plan)
+    return texts[0].text, plan
+
+
+def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = None) -> dict[int, tuple[Probe, ...]]:
+    """For each layer that has to be probed what is wanted of its attention.
+
+    Raises:
+        OptionError: a layer has no attention that can be probed.
+    """
+    wanted: dict[int, tuple[Probe, ...]] = {}
+    if plan is not None:
+        wanted = {i: (plan.probe,) for i, layer in enumerate(layers) if attention_of(layer) is not None}
+    for first, group in cuts.items():
+        for reducer, _ in group:
+            if (probe := reducer.probe) is None:
+                continue
+            for layer in range(first) if probe.cumulative else (first - 1,):
+                if attention_of(layers[layer]) is None:
+                    if probe.cumulative:
+                        continue  # a layer of linear attention has no probabilities to add
+                    raise OptionError(
+                        f"method {reducer.name!r} asks for the attention of layer {layer}, which is a "
+                        f"{type(layers[layer]).__name__} without attention that can be read; choose other layers"
+                    )
+                if probe not in wanted.get(layer, ()):
+                    wanted[layer] = (*wanted.get(layer, ()), probe)
+    return wanted
+
+
+def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
+    """Check that tokens can leave this decoder before the layers of `cuts`.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    config: Any = decoder.config
+    implementation = str(config._attn_implementation)
+    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
+        raise OptionError(
+            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
+            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
+            "method that prunes before the decoder"
+        )
+    vision: Any = getattr(getattr(root, "config", None), "vision_config", None)
+    n_planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if cuts and min(cuts) < n_planes:
+        raise OptionError(
+            f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
+            f"adds features to the visual tokens of layers 0 to {n_planes - 1} (DeepStack); prune after layer "
+            f"{n_planes - 1} or later"
+        )
