@@ -12,9 +12,9 @@ from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, 
 from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
-from tokenprune.models.encoder import SITE as INSIDE_ENCODER
 from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
 from tokenprune.models.multimodal import MultimodalAdapter
+from tokenprune.models.passage import SITE as INSIDE_ENCODER
 from tokenprune.models.towers import TOWERS, encoder_refusal, find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
-from tokenprune.reduction import Merge
+from tokenprune.ops.equal import equal_tokens
+from tokenprune.reduction import Keep, Merge, pack
 from tokenprune.schedule import Removal, check_keep, check_removal, removals
-from tokenprune.signals import BlockSignals, Budget
+from tokenprune.signals import BlockSignals, Budget, Signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,9 @@ class ToMe(Method):
     Tokens at even positions look among those at odd positions for the one whose head-averaged key has the highest
     cosine; the `r` best pairs are merged into means weighted by how many tokens each stands for. Class, distillation
     and register tokens are left alone.
+
+    Inside a multimodal model, of the visual tokens that are equal because their patches were merged, only the one in
+    their middle goes on to the decoder.
 
     Args:
         keep: float in (0, 1] = fraction of the patches that is left after the last block, int >= 1 = patches left; or
@@ -72,3 +78,13 @@ class ToMe(Method):
         r = signals.keys.shape[1] - budget.high
         found = ops.bipartite_match(signals.keys, r=r, protected=signals.protected, backend=self.backend)
         return Merge(found.index, found.assign, signals.sizes)
+
+    def budget(self, n_tokens: int) -> Budget:
+        """Before the decoder goes on what is left of the patches, however many that are."""
+        return Budget(1, n_tokens)
+
+    def before_llm(self, signals: Signals, budget: Budget) -> Keep:
+        """Keep one of the tokens of `signals.features` `[B, N, D]` that are equal bit for bit."""
+        middle = equal_tokens(signals.features).middle
+        stays = middle == torch.arange(middle.shape[1], device=middle.device)
+        return pack([row.nonzero()[:, 0] for row in stays], length=middle.shape[1])

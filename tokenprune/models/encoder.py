@@ -46,12 +46,13 @@ class EncoderAdapter:
     Args:
         host: the module that holds the blocks.
         tower: its row.
+        n_used: how many of its blocks to reduce in; None for all. The others get all tokens back.
     """
 
-    def __init__(self, host: nn.Module, tower: Tower) -> None:
+    def __init__(self, host: nn.Module, tower: Tower, *, n_used: int | None = None) -> None:
         self.host = host
         self.tower = tower
-        self.blocks = tower.blocks(host)
+        self.blocks = tower.blocks(host)[:n_used]
 
     @property
     def family(self) -> str:
@@ -80,8 +81,12 @@ class EncoderAdapter:
                 'positions="original"'
             )
 
-    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+    def hooks(self, engine: Engine, *, alone: bool = True) -> list[Hook | Swap]:
         """The hooks that make `engine` act on the encoder. Every block is tried on a few random tokens.
+
+        Args:
+            engine: the session.
+            alone: whether the encoder is the whole model, so that every method has to take part in it.
 
         Raises:
             OptionError: a method's options do not fit the encoder.
@@ -89,7 +94,7 @@ class EncoderAdapter:
         """
         reducers = _reducers(engine)
         elsewhere = {one.name for one in engine.reducers("before_llm")} | {one.name for one in engine.layer_reducers()}
-        if idle := elsewhere - {reducer.name for reducer in reducers}:
+        if alone and (idle := elsewhere - {reducer.name for reducer in reducers}):
             raise OptionError(
                 f"{type(self.host).__name__} is a vision encoder ({self.family}) with the site {SITE!r} only, where "
                 f"{sorted(idle)} take no part"

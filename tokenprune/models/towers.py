@@ -16,11 +16,7 @@ def find_encoder(model: nn.Module) -> EncoderAdapter | None:
     Raises:
         UnsupportedModelError: the encoder is of a kind that cannot be reduced, or there are several.
     """
-    found: list[tuple[nn.Module, Tower]] = []
-    for module in model.modules():
-        tower = next((row for row in TOWERS if _descends(module, row)), None)
-        if tower is not None and not any(module in set(host.modules()) for host, _ in found):
-            found.append((module, tower))
+    found = towers_of(model)
     if len(found) > 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} holds {len(found)} vision encoders "
@@ -34,6 +30,16 @@ def find_encoder(model: nn.Module) -> EncoderAdapter | None:
     if not tower.blocks(host):
         raise UnsupportedModelError(f"{type(host).__name__} has no blocks at {' or '.join(tower.paths)}")
     return EncoderAdapter(host, tower)
+
+
+def towers_of(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
+    """The vision encoders that `model` is or holds, with their rows."""
+    found: list[tuple[nn.Module, Tower]] = []
+    for module in model.modules():
+        tower = next((row for row in TOWERS if _descends(module, row)), None)
+        if tower is not None and not any(module in set(host.modules()) for host, _ in found):
+            found.append((module, tower))
+    return found
 
 
 def encoder_refusal(model: nn.Module) -> str | None:

@@ -1,0 +1,118 @@
+"""Both ends of a multimodal model: tokens are merged inside its vision tower and stay fewer at its decoder.
+
+The tower hands on all patches, each with the value of its group, so that the projector and the placeholders of the text
+fit. Behind the projector the patches of a group are equal bit for bit (which the hook on it sees to, whatever order a
+matrix product sums in), and a method that takes part before the decoder keeps one of them. Nothing has to be remembered
+between tower and decoder, so it makes no difference when and how often features are computed.
+"""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.models.base import Engine, Hook, Swap
+from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.models.encoder import EncoderAdapter
+from tokenprune.models.passage import SITE
+from tokenprune.models.tower import child
+from tokenprune.models.towers import towers_of
+from tokenprune.ops.equal import equal_tokens
+from tokenprune.reduction import gather
+from tokenprune.signals import Trace
+
+_PACKED = "its vision tower packs the patches of all images into one sequence, with windows or groups of patches in it"
+_SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none stands for one patch"
+FAMILIES = ("llava", "paligemma", "vipllava")
+"""Families each of whose visual tokens is one patch of a tower that can be reduced."""
+PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class _End:
+    """The session as one end of the model sees it: traces of both ends are published together."""
+
+    def __init__(self, engine: Engine, *, encoder: bool) -> None:
+        self._engine = engine
+        self._encoder = encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def publish(self, traces: tuple[Trace, ...]) -> None:
+        """Make `traces` those of the last forward, behind what the tower left where the decoder saw images."""
+        if not self._encoder and any(trace.n_in for trace in traces):
+            earlier: tuple[Trace, ...] = getattr(self._engine, "traces", ())
+            traces = (*(trace for trace in earlier if trace.site == SITE), *traces)
+        self._engine.publish(traces)
+
+
+class MultimodalAdapter:
+    """Sites of a multimodal model, those inside its vision tower among them.
+
+    Args:
+        decoder: the adapter of the decoder.
+
+    Raises:
+        UnsupportedModelError: the tower cannot be reduced, or what it hands on is no longer one token a patch.
+    """
+
+    def __init__(self, decoder: DecoderAdapter) -> None:
+        self.decoder = decoder
+        root = decoder.root
+        name, what = decoder.family, "tokens cannot be merged inside the vision tower of"
+        found = [
+            pair
+            for path in ("vision_tower", "vision_model")
+            if (part := child(root, path)) is not None
+            for pair in towers_of(part)
+        ]
+        projector = child(root, "multi_modal_projector")
+        if name not in FAMILIES or len(found) != 1 or projector is None:
+            reason = _PACKED if name in PACKED else _SHUFFLED if decoder.row.ids else "it has none"
+            raise UnsupportedModelError(
+                f"{what} {type(root).__name__} ({name}): {reason}; families where they can are {', '.join(FAMILIES)}"
+            )
+        host, tower = found[0]
+        if reason := tower.refusal(host):
+            raise UnsupportedModelError(f"{what} {type(root).__name__}: {reason}")
+        self.projector: nn.Module = projector
+        self.encoder = EncoderAdapter(host, tower, n_used=_n_used(root.config, len(tower.blocks(host))))
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.decoder.family
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Modules that get hooks."""
+        return (*self.decoder.modules, *self.encoder.modules, self.projector)
+
+    def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
+        """Check that the model has `sites`.
+
+        Raises:
+            OptionError: it has not, or its positions cannot follow the policy.
+        """
+        self.decoder.preflight(sites=tuple(site for site in sites if site != SITE), positions=positions)
+
+    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+        """The hooks of both ends, and the one that keeps merged tokens equal behind the projector."""
+
+        def equalise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor) or not engine.active:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            return gather(output, equal_tokens(x).first) if x.shape[:2] == output.shape[:2] else None
+
+        return [
+            *self.decoder.hooks(cast(Engine, _End(engine, encoder=False))),
+            *self.encoder.hooks(cast(Engine, _End(engine, encoder=True)), alone=False),
+            Hook(self.projector, "first", equalise),
+        ]
+
+
+def _n_used(config: Any, n_blocks: int) -> int:
+    """How many blocks of the tower take part in what the projector gets."""
+    layers = getattr(config, "vision_feature_layer", -1)
+    return max(layer % (n_blocks + 1) for layer in (layers if isinstance(layers, list | tuple) else [layers]))
