@@ -1,5 +1,5 @@
-"""SpAtten against an independent simulation: the unpatched model at full length with eager attention and explicit masks,
-whose attention matrices are added up and whose tokens are hidden layer by layer and step by step."""
+"""SpAtten against an independent simulation: the unpatched model at full length with eager attention and explicit
+masks, whose attention matrices are added up and whose tokens are hidden layer by layer and step by step."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, batch, generate, implementations, tiny
 from test_layers import check_layers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import tokenprune
 
@@ -138,7 +138,9 @@ def spatten(**options):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"interval": 5}, {"kv": "per_step"}], ids=["each step", "interval", "per step"])
+@pytest.mark.parametrize(
+    "options", [{}, {"interval": 5}, {"kv": "per_step"}], ids=["each step", "interval", "per step"]
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_text_leaves_prompt_and_cache_as_the_simulation_says(kind, implementation, options):
@@ -169,3 +171,116 @@ def test_visual_tokens_leave_layer_by_layer(family):
     out = generate(model, ragged.inputs, 4)
     assert session.traces[-1].n_out == tuple(math.floor(n * kept[-1] + 1e-6) for n in (16, 12, 8))
     check_layers(dense, family, out, session.traces, ragged, 4)
+
+
+def ranked(scores, among, n):
+    return set(sorted(among, key=lambda i: (-scores[i].item(), i))[:n])
+
+
+class HeadSimulation:
+    """One row of text with head pruning alone: full recomputation with zeros for heads before the output projection."""
+
+    def __init__(self, model, prompt, kept):
+        self.model, self.ids, self.kept = model, prompt, kept
+        self.scores = torch.zeros(4)
+        self.masks = [torch.zeros(0, 4) for _ in range(N_LAYERS)]
+        self.forward(len(prompt))
+
+    def forward(self, n_new):
+        """Process the last `n_new` tokens: the heads of a layer are chosen by what the layers before it added up."""
+        self.masks = [torch.cat([mask, torch.ones(n_new, 4)]) for mask in self.masks]
+        alive = set(range(4))
+        for layer in range(N_LAYERS):
+            n_keep = max(1, int(4 * self.kept[layer] + 1e-6))
+            if n_keep < 4:
+                alive = ranked(self.scores, alive, n_keep)
+                self.masks[layer][-n_new:, [i for i in range(4) if i not in alive]] = 0
+            self.logits, inputs = self.run()
+            self.scores = self.scores + inputs[layer][-n_new:].abs().sum((0, 2))
+        return self.logits[-1]
+
+    def run(self):
+        inputs, handles = [], []
+        for layer, mask in zip(layers_of(self.model), self.masks, strict=True):
+
+            def hook(module, args, mask=mask):
+                heads = args[0][0].view(len(mask), 4, -1) * mask[:, :, None]
+                inputs.append(heads)
+                return (heads.flatten(1)[None],)
+
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            logits = self.model(self.ids[None], use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        return logits, inputs
+
+    def step(self, token):
+        self.ids = torch.cat([self.ids, torch.tensor([token])])
+        return self.forward(1)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_heads_that_left_are_zeros_before_the_output_projection(implementation):
+    dense = text_model("llama", implementation)
+    model = copy.deepcopy(dense)
+    kept = (1.0, 0.75, 0.5, 0.25)
+    tokenprune.patch(model, spatten(tokens=1.0, heads=kept))
+    rows, inputs = ragged_text()
+    out = generate(model, inputs, 5, suppress_tokens=None)
+    for row, prompt in enumerate(rows):
+        simulation = HeadSimulation(dense, prompt, kept)
+        wanted = simulation.logits[-1]
+        for step, token in enumerate(out.sequences[row, -5:].tolist()):
+            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+            wanted = simulation.step(token)
+
+
+def fewer_values(n_prompt, share):
+    """An attention function in which queries after the prompt take only the values with the largest probabilities."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        length = query.shape[2]
+        logits = (query @ key.transpose(2, 3) * scaling).masked_fill(
+            ~torch.ones(length, length).tril().bool(), -torch.inf
+        )
+        weights = logits.softmax(-1)
+        for i in range(n_prompt, length):
+            n = max(1, int((i + 1) * share + 1e-6))
+            order = weights[:, :, i].argsort(dim=-1, descending=True, stable=True)
+            weights[:, :, i] = weights[:, :, i].scatter(2, order[:, :, n:], 0.0)
+        return (weights @ value).transpose(1, 2), weights
+
+    return attend
+
+
+def test_decoding_reads_only_the_values_with_the_largest_probabilities():
+    dense = text_model("llama", "sdpa")
+    model = copy.deepcopy(dense)
+    session = tokenprune.patch(model, spatten(tokens=1.0, values=0.4))
+    rows, inputs = ragged_text()
+    out = generate(model, inputs, 5, suppress_tokens=None)
+    for row, prompt in enumerate(rows):
+        AttentionInterface.register("fewer_values", fewer_values(len(prompt), 0.4))
+        dense.set_attn_implementation("fewer_values")
+        for step in range(5):
+            ids = torch.cat([prompt, out.sequences[row, -5 : out.sequences.shape[1] - 5 + step]])
+            with torch.no_grad():
+                wanted = dense(ids[None], use_cache=False).logits[0, -1]
+            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+    traffic = session.traffic
+    assert traffic.dense == traffic.tokens == traffic.heads > traffic.values == traffic.read
+
+
+def test_keeping_everything_is_bit_identical():
+    dense = text_model("llama")
+    model = copy.deepcopy(dense)
+    _, inputs = ragged_text()
+    wanted = generate(dense, inputs, 4, suppress_tokens=None)
+    session = tokenprune.patch(model, spatten(tokens=1.0))
+    out = generate(model, inputs, 4, suppress_tokens=None)
+    for found, logits in zip(out.logits, wanted.logits, strict=True):
+        assert torch.equal(found, logits)
+    assert session.traces == ()

@@ -9,7 +9,7 @@ from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep, Merge, Reduction
 from tokenprune.schedule import share
-from tokenprune.signals import Budget, CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard
+from tokenprune.signals import AttentionPlan, Budget, CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class CheckedLayerReducer:
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         return self.method.schedule(n_layers)
+
+    def attention_plan(self, n_layers: int) -> AttentionPlan | None:
+        return self.method.attention_plan(n_layers)
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
         return self.method.cache_plan(n_layers)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.methods.base import Method
 from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
 from tokenprune.reducers import CheckedLayerReducer, CheckedReducer
-from tokenprune.signals import Trace
+from tokenprune.signals import Trace, Traffic
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 
@@ -69,6 +69,7 @@ class Session:
         self._swapped: list[Swap] = []
         self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
+        self._traffic: Traffic | None = None
         self._reducers = {
             site: tuple(CheckedReducer(method, site) for method in methods if site in method.sites())
             for method in methods
@@ -96,6 +97,15 @@ class Session:
     def traces(self) -> tuple[Trace, ...]:
         """What happened at each site of the last forward that had a prompt; decoding steps leave it as it was."""
         return self._traces
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """Bytes of keys and values read by the last generation so far; None where no method counts them."""
+        return self._traffic
+
+    def publish_traffic(self, traffic: Traffic) -> None:
+        """Make `traffic` that of the last generation (called by adapters)."""
+        self._traffic = traffic
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last forward (called by adapters)."""

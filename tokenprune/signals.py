@@ -91,6 +91,58 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """What a method leaves out of every attention of a decoder.
+
+    Attributes:
+        heads: for each layer the fraction of the query heads that it keeps.
+        values: for each layer the fraction of the values that each head reads in a decoding step.
+    """
+
+    heads: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of keys and values read while tokens were generated, over all layers, rows and steps so far.
+
+    Each attribute counts what would be read with everything up to it taken into account, so that the quotient of two
+    neighbours is the share of one of them.
+
+    Attributes:
+        dense: by the unpruned model.
+        tokens: without the tokens that have left.
+        heads: without the heads that have left, too.
+        values: without the values that are not looked at, too.
+        read: with the bits that are not looked at, too: what was read.
+        steps: attentions of one row that were counted.
+        recomputed: share of the heads' rows that read the low bits because their distribution was flat.
+    """
+
+    dense: float = 0.0
+    tokens: float = 0.0
+    heads: float = 0.0
+    values: float = 0.0
+    read: float = 0.0
+    steps: int = 0
+    recomputed: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        steps = self.steps + other.steps
+        share = (self.recomputed * self.steps + other.recomputed * other.steps) / max(1, steps)
+        return Traffic(
+            self.dense + other.dense,
+            self.tokens + other.tokens,
+            self.heads + other.heads,
+            self.values + other.values,
+            self.read + other.read,
+            steps,
+            share,
+        )
+
+
+@dataclass(frozen=True)
 class LayerSignals:
     """What a method may look at after a decoder layer. Rows with equally many visual tokens are handed over together.
 

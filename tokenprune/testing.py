@@ -16,7 +16,7 @@ from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.reduction import Keep
-from tokenprune.signals import Signals, Trace
+from tokenprune.signals import Signals, Trace, Traffic
 
 
 class CheckError(TokenPruneError, AssertionError):
@@ -46,6 +46,9 @@ class _Probe:
 
     def layer_reducers(self) -> tuple[()]:
         return ()
+
+    def publish_traffic(self, traffic: Traffic) -> None:
+        return None
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         return None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenprune.schedule import check_keep, count, removals_for
-from tokenprune.signals import SITES, Budget, CachePlan, Probe, Stage, TextGuard
+from tokenprune.signals import SITES, AttentionPlan, Budget, CachePlan, Probe, Stage, TextGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,10 @@ class Method:
     @property
     def text(self) -> TextGuard | None:
         """Which text stays where the method drops text too; None where it drops visual tokens only."""
+        return None
+
+    def attention_plan(self, n_layers: int) -> AttentionPlan | None:
+        """What the method leaves out of every attention of the decoder."""
         return None
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:

@@ -1,4 +1,4 @@
-"""SpAtten: cascade pruning of tokens by the attention they have gathered so far (Wang et al., HPCA 2021, arXiv
+"""SpAtten: cascade pruning of tokens and heads by what they have gathered so far (Wang et al., HPCA 2021, arXiv
 2012.09852)."""
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep
 from tokenprune.schedule import ramp
-from tokenprune.signals import Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
+from tokenprune.signals import AttentionPlan, Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
 
 FREE_TOKENS = 0.15  # of the layers, the first ones, keep all tokens (section V-A of the paper)
+FREE_HEADS = 0.30  # and all heads
 SCORE = Probe("column_sum", cumulative=True)
 
 
@@ -28,6 +29,13 @@ class SpAtten(Method):
         tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
             the first 15 % of the layers; or a sequence with a fraction for each layer, the first one 1.0, none larger
             than the one before.
+        heads: average fraction of the heads kept over the layers, in (0, 1], falling with depth from all of them in the
+            first 30 % of the layers; or a sequence as for `tokens`. A head's score is the sum of the absolute values of
+            its output, added up over layers and decoding steps; the output of a head that has left is zero. Its
+            projections are still computed, and its keys and values stay in the cache.
+        values: fraction of the values that each head reads in a decoding step, those with the largest probabilities
+            (section III-B of the paper), in (0, 1]; or a sequence with a fraction for each layer. Prompts read all:
+            there, arithmetic is the cost, not reading.
         protect_text: whether only visual tokens may go. False: text may too, in the prompt and, while tokens are
             generated, from the KV cache; models without images can then be patched.
         keep_first: with `protect_text=False`, tokens at the beginning of a row that stay.
@@ -46,6 +54,8 @@ class SpAtten(Method):
 
     keep: float | int | str = 1.0
     tokens: float | Sequence[float] = 0.6
+    heads: float | Sequence[float] = 1.0
+    values: float | Sequence[float] = 1.0
     protect_text: bool = True
     keep_first: int = 4
     keep_recent: int = 32
@@ -58,6 +68,8 @@ class SpAtten(Method):
                 f"method 'spatten' has tokens (kept on average over the layers), no keep; got {self.keep!r}"
             )
         check_fractions("tokens", self.tokens)
+        check_fractions("heads", self.heads)
+        check_fractions("values", self.values, falls=False)
         for name, least in (("keep_first", 0), ("keep_recent", 1), ("interval", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -78,11 +90,17 @@ class SpAtten(Method):
         Raises:
             OptionError: a sequence was given that does not fit the depth.
         """
-        if isinstance(self.tokens, int | float):
-            return ramp(float(self.tokens), n_layers=n_layers, free=FREE_TOKENS)
-        if len(self.tokens) != n_layers:
-            raise OptionError(f"tokens gives {len(self.tokens)} layers a fraction, and the decoder has {n_layers}")
-        return tuple(self.tokens)
+        return _by_layer("tokens", self.tokens, n_layers, free=FREE_TOKENS)
+
+    def attention_plan(self, n_layers: int) -> AttentionPlan | None:
+        """Which heads and values are left out, None where all are kept.
+
+        Raises:
+            OptionError: a sequence was given that does not fit the depth.
+        """
+        heads = _by_layer("heads", self.heads, n_layers, free=FREE_HEADS)
+        values = _by_layer("values", self.values, n_layers, free=None)
+        return AttentionPlan(heads, values) if min(*heads, *values) < 1.0 else None
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """After each layer that is followed by one that keeps less."""
@@ -112,8 +130,18 @@ class SpAtten(Method):
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
 
 
-def check_fractions(name: str, value: object) -> None:
-    """Check that `value` is a fraction in (0, 1] or a sequence of such that starts with 1.0 and never grows.
+def _by_layer(name: str, kept: float | Sequence[float], n_layers: int, *, free: float | None) -> tuple[float, ...]:
+    """A fraction for each layer, out of an average (`free`: fraction of the layers that keep all; None: no ramp)."""
+    if isinstance(kept, int | float):
+        return (float(kept),) * n_layers if free is None else ramp(float(kept), n_layers=n_layers, free=free)
+    if len(kept) != n_layers:
+        raise OptionError(f"{name} gives {len(kept)} layers a fraction, and the decoder has {n_layers}")
+    return tuple(map(float, kept))
+
+
+def check_fractions(name: str, value: object, *, falls: bool = True) -> None:
+    """Check that `value` is a fraction in (0, 1] or a sequence of such, which starts with 1.0 and never grows if it
+    `falls`.
 
     Raises:
         OptionError: it is not.
@@ -126,6 +154,8 @@ def check_fractions(name: str, value: object) -> None:
         raise OptionError(
             f"{name} must be a fraction in (0, 1] or a sequence with a fraction for each layer, got {value!r}"
         )
+    if not falls:
+        return
     if entries[0] != 1.0 or sorted(entries, reverse=True) != entries:
         raise OptionError(
             f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tokenprune.reduction import Reduction
-from tokenprune.signals import CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard, Trace
+from tokenprune.signals import AttentionPlan, CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard, Trace, Traffic
 
 
 class Reducer(Protocol):
@@ -43,6 +43,10 @@ class LayerReducer(Protocol):
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """After which layers it drops tokens."""
+        ...
+
+    def attention_plan(self, n_layers: int) -> AttentionPlan | None:
+        """What it leaves out of every attention."""
         ...
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
@@ -82,6 +86,10 @@ class Engine(Protocol):
 
     def layer_reducers(self) -> tuple[LayerReducer, ...]:
         """The methods that take part after decoder layers, in order."""
+        ...
+
+    def publish_traffic(self, traffic: Traffic) -> None:
+        """Make `traffic` what was read while the last tokens were generated."""
         ...
 
     def publish(self, traces: tuple[Trace, ...]) -> None:

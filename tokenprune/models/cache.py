@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import Keep
-from tokenprune.signals import Probe
+from tokenprune.signals import Probe, Traffic
 
 _STATE = "_tokenprune_slots"
 
@@ -100,6 +100,8 @@ class Ledger:
         scores: `[B, n]` fp32, importance that the first n tokens of the unpruned sequence have gathered, by what asked
             for it.
         padding: `[B, n]` bool on the CPU, which of the first n tokens are no padding, where somebody wants to know.
+        head_scores: `[B, H]` fp32, magnitudes that the outputs of the heads have gathered, likewise.
+        traffic: bytes of keys and values read so far, likewise.
     """
 
     starts: tuple[int, ...]
@@ -108,6 +110,8 @@ class Ledger:
     inside: bool = False
     scores: dict[Probe, Tensor] = field(default_factory=dict)
     padding: Tensor | None = None
+    head_scores: Tensor | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
     def at(self, layer: int) -> Slots:
         """The slots of a layer."""
@@ -180,6 +184,8 @@ class _PrunedCache:
         ledger.parts = tuple(slots.take(rows) for slots in ledger.parts)
         ledger.shift = None if ledger.shift is None else ledger.shift[rows.to(ledger.shift.device)]
         ledger.padding = None if ledger.padding is None else ledger.padding[rows.cpu()]
+        heads = ledger.head_scores
+        ledger.head_scores = None if heads is None else heads[rows.to(heads.device)]
         ledger.scores = {probe: scores[rows.to(scores.device)] for probe, scores in ledger.scores.items()}
 
 

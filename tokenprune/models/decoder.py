@@ -94,7 +94,15 @@ class DecoderAdapter:
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = bind(module.forward, args, kwargs)
             CURRENT.set(
-                Forward(engine, inputs, CURRENT.get(), probes=inside.probes, guard=inside.guard, plan=inside.plan)
+                Forward(
+                    engine,
+                    inputs,
+                    CURRENT.get(),
+                    probes=inside.probes,
+                    guard=inside.guard,
+                    plan=inside.plan,
+                    attention=inside.attention,
+                )
             )
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -159,6 +167,7 @@ class DecoderAdapter:
         started = time.perf_counter()
         state = Forward(engine, {}, None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(cache), (), {}
+        state.head_scores, state.heads = None if ledger is None else ledger.head_scores, None
         changed = self._enter(engine, state, {**kwargs, "inputs_embeds": embeds})
         state.inputs = {}  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
@@ -166,7 +175,8 @@ class DecoderAdapter:
         if ledger is not None:
             ledger.inside = True
         first, call = state.segments[0], state.call
-        if first.keep is None and first.slots is None and first.bias is None:
+        whole = first.keep is None and first.slots is None and first.bias is None
+        if whole and (ledger is None or call.flat):  # any other mask was made for the unpruned sequence
             return None
         given = {**kwargs, "inputs_embeds": embeds}
         changed["attention_mask"] = self._mask(given, call, first)
@@ -199,6 +209,7 @@ class DecoderAdapter:
         if active and (reducers or later) and has_features(state.inputs):
             images = find_images(self.root, self.row, state.inputs, kwargs.get("position_ids"))
         state.scoring = active and state.plan is not None
+        state.steering = active and state.attention is not None
         texts = active and state.guard is not None
         if not images and engine.active and prompt:  # a decoding step is no news
             reason = "no image in this call" if n_rows * length else "empty input"
@@ -206,7 +217,7 @@ class DecoderAdapter:
             if not texts:
                 state.traces += skipped((reducer.name for reducer in later), reason, site=layers.SITE)
         if not images and not texts:
-            if ledger_of(cache) is not None:
+            if ledger_of(cache) is not None or state.steering:
                 state.call = self._call(kwargs)
             return kwargs
         check_cache(cache, layered=bool(later))
@@ -280,13 +291,17 @@ class DecoderAdapter:
             return None
         call, state.call = state.call, None
         kept_all = all(segment.keep is None for segment in state.segments)
-        if output is None or (kept_all and not state.scoring):
+        if output is None or (kept_all and not state.scoring and not state.steering):
             return None
         if cache is None and not isinstance(output, tuple):
             cache = output.get("past_key_values")
         if cache is not None and (not kept_all or ledger is None):
             ledger = state.ledger(call)
             record(cache, ledger)
+        if ledger is not None and state.steering:
+            ledger.head_scores = state.head_scores
+            ledger.traffic += state.traffic
+            state.owner.publish_traffic(ledger.traffic)
         if ledger is not None and state.scoring:
             eviction.end(state, cache, ledger, total=call.past + call.length)
         if kept_all:

@@ -18,7 +18,7 @@ from tokenprune.models.base import Engine
 from tokenprune.models.cache import Ledger, Slots, grown, ledger_of
 from tokenprune.models.selection import padding_of
 from tokenprune.reduction import Keep
-from tokenprune.signals import CachePlan, Probe, TextGuard, Trace
+from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard, Trace, Traffic
 
 
 @dataclass
@@ -41,13 +41,14 @@ class Call:
     past: int
     config: Any
     offsets: dict[str | None, int] = field(init=False)
+    flat: bool = field(init=False)
     slides: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Note what the cache can only tell before the decoder runs, and build masks that a window makes necessary."""
-        flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
-        self._given = self.mask, 0 if flat else masks.offset_of(self.mask, self.cache, self.config, self.length)
-        self.slides = flat and masks.slides(self.config, self.cache, total=self.past + self.length)
+        self.flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
+        self._given = self.mask, 0 if self.flat else masks.offset_of(self.mask, self.cache, self.config, self.length)
+        self.slides = self.flat and masks.slides(self.config, self.cache, total=self.past + self.length)
         if self.slides:
             self.mask = masks.dense_mask(
                 self.config, self.mask, self.cache, embeds=self.embeds, positions=self.positions
@@ -143,6 +144,11 @@ class Forward:
         plan: what leaves the cache while tokens are generated, if anything.
         scoring: whether that takes place in this forward, so that every layer is probed.
         padding: `[B, past + length]` bool on the CPU, which tokens are no padding, likewise.
+        attention: what a method leaves out of every attention, if anything.
+        steering: whether that takes place in this forward.
+        head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far, those of earlier forwards included.
+        heads: `[B, H]` bool, the heads that the last layer kept, if not all.
+        traffic: bytes of keys and values read in this forward.
         alive: `[B, past + 1]` bool, the tokens that the last layer of a decoding step looked at, if not all.
     """
 
@@ -164,6 +170,11 @@ class Forward:
     scoring: bool = False
     padding: Tensor | None = None
     alive: Tensor | None = None
+    attention: AttentionPlan | None = None
+    steering: bool = False
+    head_scores: Tensor | None = None
+    heads: Tensor | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
     def segment_of(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""

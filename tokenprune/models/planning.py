@@ -10,7 +10,7 @@ from tokenprune.models import layers as between
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
 from tokenprune.models.probe import attention_of, swap
-from tokenprune.signals import CachePlan, Probe, Stage, TextGuard
+from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
 
 Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
 
@@ -24,12 +24,14 @@ class Inside:
         probes: for each layer that is to be probed what is wanted of its attention.
         guard: which text stays where text may go.
         plan: what leaves the cache while tokens are generated.
+        attention: what is left out of every attention.
     """
 
     hooks: tuple[Hook | Swap, ...] = ()
     probes: dict[int, tuple[Probe, ...]] = field(default_factory=dict)
     guard: TextGuard | None = None
     plan: CachePlan | None = None
+    attention: AttentionPlan | None = None
 
 
 def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_images: bool) -> Inside:
@@ -51,8 +53,32 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     ]
     if not has_images:
         hooks.append(Hook(modules[-1], "post", between.restoring_hook(engine)))
-    hooks += [swap(module) for i in probes if (module := attention_of(modules[i])) is not None]
-    return Inside(tuple(hooks), probes, guard, plan)
+    attention = plan_attention(reducers, modules)
+    swapped = range(len(modules)) if attention is not None else probes
+    hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
+    return Inside(tuple(hooks), probes, guard, plan, attention)
+
+
+def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module]) -> AttentionPlan | None:
+    """What is left out of every attention, None where nothing is.
+
+    Raises:
+        OptionError: two methods want something, or a layer has no attention that could be told.
+    """
+    wanting = [(reducer.name, plan) for reducer in reducers if (plan := reducer.attention_plan(len(modules)))]
+    if not wanting:
+        return None
+    if len(wanting) > 1:
+        raise OptionError(
+            f"methods {wanting[0][0]!r} and {wanting[1][0]!r} both leave something out of every attention; only one can"
+        )
+    for i, module in enumerate(modules):
+        if attention_of(module) is None:
+            raise OptionError(
+                f"method {wanting[0][0]!r} leaves out heads or values, and layer {i} is a {type(module).__name__} "
+                "without attention that can be told to; give heads=1.0 and values=1.0"
+            )
+    return wanting[0][1]
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:

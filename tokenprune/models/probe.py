@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenprune import ops
 from tokenprune.errors import InputError
+from tokenprune.models import attention
 from tokenprune.models.base import Swap
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment
 from tokenprune.reduction import gather
@@ -54,13 +55,13 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return next((module for module in modules if module is not layer and hasattr(module, "scaling")), None)
 
 
-def swap(attention: nn.Module) -> Swap:
-    """What makes `attention` call :func:`attend`."""
+def swap(module: nn.Module) -> Swap:
+    """What makes an attention module call :func:`attend`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    config: Any = attention.config
-    return Swap(attention, "config", ProbedConfig(getattr(config, "original", config)))
+    config: Any = module.config
+    return Swap(module, "config", ProbedConfig(getattr(config, "original", config)))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -73,10 +74,21 @@ def attend(
     config: Any = module.config
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     real = ALL_ATTENTION_FUNCTIONS.get_interface(config.original._attn_implementation, eager)
+    state, layer = CURRENT.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    if state is None or state.call is None:
+        return real(module, query, key, value, attention_mask, *args, **kwargs)
+    if state.steering and state.attention is not None and query.shape[2] == 1:
+        scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+        stepped, scores = attention.step(
+            state, state.call, state.attention, layer, query, key, value, mask=attention_mask, scale=scale
+        )
+        for probe in state.probes.get(layer, ()) if state.scoring else ():
+            _note(state, state.call, layer, probe, scores)
+        return stepped, None
     output = real(module, query, key, value, attention_mask, *args, **kwargs)
-    state = CURRENT.get()
-    if state is not None and state.call is not None and (state.scoring or any(map(len, state.visual))):
-        layer: Any = module.layer_idx
+    if state.steering and state.attention is not None:
+        output = (attention.prompt(state, state.call, state.attention, layer, output[0]), *output[1:])
+    if state.scoring or any(map(len, state.visual)):
         started = time.perf_counter()
         for probe in state.probes.get(layer, ()):
             scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"))
