@@ -100,7 +100,9 @@ def hidden_by_layer(
             handle.remove()
 
 
-def layered(model: nn.Module, family: str, row: Batch, alive: list[Tensor], *, attentions: bool = False, **options: Any) -> Any:
+def layered(
+    model: nn.Module, family: str, row: Batch, alive: list[Tensor], *, attentions: bool = False, **options: Any
+) -> Any:
     """Output of the unpatched model for a single unpadded row."""
     inputs = {**fresh(row.inputs), "use_cache": False, "output_attentions": attentions}
     if family not in MROPE:

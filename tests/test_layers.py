@@ -132,10 +132,9 @@ def widths_of(model, inputs, n=1, **options):
     seen: dict[int, int] = {}
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs, i=i: seen.setdefault(
-                i, (args[0] if args else kwargs["hidden_states"]).shape[1]
-            )
-            and None,
+            lambda module, args, kwargs, i=i: (
+                seen.setdefault(i, (args[0] if args else kwargs["hidden_states"]).shape[1]) and None
+            ),
             with_kwargs=True,
         )
         for i, layer in enumerate(layers_of(model.get_decoder()))

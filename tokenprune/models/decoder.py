@@ -186,7 +186,7 @@ class DecoderAdapter:
             before = [trace for trace in state.traces if trace.site == SITE]
             if before:
                 spent = (time.perf_counter() - started) * 1e3 - sum(trace.overhead_ms for trace in before[:-1])
-                place = state.traces.index(before[-1])
+                place = max(i for i, trace in enumerate(state.traces) if trace is before[-1])
                 state.traces[place] = replace(before[-1], overhead_ms=spent)
         return changed
 
