@@ -32,6 +32,7 @@ class Fake:
 
     model: Any
     traces: tuple[Trace, ...] = ()
+    traffic: Any = None
     methods: tuple[Any, ...] = (tokenprune.DivPrune(keep=0.25),)
     installed: bool = True
 

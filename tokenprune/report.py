@@ -18,7 +18,7 @@ from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.generation import GREEDY, Generation, Inspection, inspect_generation, time_generation
 from tokenprune.measure import rounds
 from tokenprune.progress import progress
-from tokenprune.signals import Trace
+from tokenprune.signals import Trace, Traffic
 from tokenprune.sites import (
     BLOCK_HEADER,
     LAYER_HEADER,
@@ -33,6 +33,7 @@ from tokenprune.sites import (
     visual_tokens,
 )
 from tokenprune.tables import Table, as_html, as_markdown, as_text, number, plain
+from tokenprune.traffic import TRAFFIC_HEADER, traffic_rows, traffic_sentence
 
 WIDTH = 100
 SHOWN_ROWS = 12
@@ -67,6 +68,10 @@ class SessionLike(Protocol):
     def traces(self) -> Sequence[Trace]:
         """What happened at the sites in the last forward with a prompt."""
 
+    @property
+    def traffic(self) -> Traffic | None:
+        """Bytes of keys and values that the last generation read, where a method counts them."""
+
     def pause(self) -> AbstractContextManager[Any]:
         """Run dense inside the returned context."""
 
@@ -85,6 +90,7 @@ class Report:
         layers: the decoder's layers: tokens and KV memory; empty if nothing was measured and no site lies inside.
         break_even: an estimate of the number of visual tokens from which on pruning pays here, and which stage takes
             the dense time; None if nothing was measured or there was no visual token.
+        traffic: bytes of keys and values that the last generation read, where a method counts them.
     """
 
     model: str
@@ -95,6 +101,7 @@ class Report:
     drift: Drift | None = None
     layers: tuple[LayerReport, ...] = ()
     break_even: BreakEven | None = None
+    traffic: Traffic | None = None
 
     def cost(self, name: str) -> Cost:
         """The cost of that name.
@@ -144,10 +151,12 @@ class Report:
 
     def _parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
         parts = [line(f"tokenprune: {self.model}, {' + '.join(self.methods)}")]
-        if not self.sites:
+        if not self.sites and self.traffic is None:
             parts.append(line("No forward with a prompt has run through this session yet: there is nothing to report."))
             return parts
         parts += self._site_parts(table, line)
+        if self.traffic is not None:
+            parts += [table(TRAFFIC_HEADER, traffic_rows(self.traffic)), line(traffic_sentence(self.traffic))]
         if self.costs:
             setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.setting.items())
             parts.append(line(f"Dense against pruned, in turn; median (20 % - 80 % of the runs). {setting}."))
@@ -191,7 +200,7 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     model, methods = type(session.model).__name__, tuple(map(_describe, session.methods))
     if inputs is None:
         sites = tuple(SiteReport.of(trace) for trace in session.traces)
-        return Report(model, methods, sites, layers=layers_of(sites))
+        return Report(model, methods, sites, layers=layers_of(sites), traffic=session.traffic)
     if not session.installed:
         raise OptionError(
             "the model is not patched by this session any more, so there is nothing to compare; patch it again"
@@ -206,7 +215,8 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     setting = {**_machine(session.model), "repeats": repeats, "max_new_tokens": max_new_tokens}
     eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
     layers = layers_of(sites, **inspected)
-    return Report(model, methods, sites, setting, costs, drift(**inspected, eos=eos), layers, break_even(costs))
+    drifted = drift(**inspected, eos=eos)
+    return Report(model, methods, sites, setting, costs, drifted, layers, break_even(costs), session.traffic)
 
 
 def _run(
