@@ -93,17 +93,7 @@ class DecoderAdapter:
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = bind(module.forward, args, kwargs)
-            CURRENT.set(
-                Forward(
-                    engine,
-                    inputs,
-                    CURRENT.get(),
-                    probes=inside.probes,
-                    guard=inside.guard,
-                    plan=inside.plan,
-                    attention=inside.attention,
-                )
-            )
+            CURRENT.set(inside.open(engine, inputs, CURRENT.get()))
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             state = current(engine)

@@ -9,6 +9,7 @@ from tokenprune.errors import OptionError
 from tokenprune.models import layers as between
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
+from tokenprune.models.forward import Forward
 from tokenprune.models.probe import attention_of, swap
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
 
@@ -32,6 +33,18 @@ class Inside:
     guard: TextGuard | None = None
     plan: CachePlan | None = None
     attention: AttentionPlan | None = None
+
+    def open(self, engine: Engine, inputs: dict[str, Any], outer: Forward | None) -> Forward:
+        """The state of a forward that begins."""
+        return Forward(
+            engine,
+            inputs,
+            outer,
+            probes=self.probes,
+            guard=self.guard,
+            plan=self.plan,
+            attention=self.attention,
+        )
 
 
 def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_images: bool) -> Inside:
