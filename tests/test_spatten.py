@@ -284,3 +284,100 @@ def test_keeping_everything_is_bit_identical():
     for found, logits in zip(out.logits, wanted.logits, strict=True):
         assert torch.equal(found, logits)
     assert session.traces == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"kv": "per_step"}, {"heads": (1.0, 1.0, 0.5, 0.5), "values": 0.5}])
+def test_a_static_cache_gives_what_a_growing_one_gives(options):
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(**options))
+    _, inputs = ragged_text()
+    wanted = generate(model, inputs, 6, suppress_tokens=None)
+    out = generate(model, inputs, 6, suppress_tokens=None, cache_implementation="static")
+    for found, logits in zip(out.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_alone_is_the_row_of_a_batch():
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(interval=4, heads=0.8, values=0.6))
+    rows, inputs = ragged_text()
+    together = generate(model, inputs, 9, suppress_tokens=None)
+    for row, prompt in enumerate(rows):
+        alone = generate(model, {"input_ids": prompt[None]}, 9, suppress_tokens=None)
+        for step in range(9):
+            torch.testing.assert_close(together.logits[step][row], alone.logits[step][0], atol=1e-5, rtol=1e-5)
+
+
+def test_every_returned_beam_scores_as_the_simulation_says():
+    dense = text_model("llama", "eager")
+    model = copy.deepcopy(dense)
+    tokenprune.patch(model, spatten())
+    rows, inputs = ragged_text()
+    out = generate(model, inputs, 5, num_beams=3, num_return_sequences=2, output_scores=True, suppress_tokens=None)
+    for i, ids in enumerate(out.sequences):
+        simulation = Simulation(dense, rows[i // 2], first=2, recent=3, interval=1)
+        logits, total = simulation.logits[-1], 0.0
+        for token in ids[-5:].tolist():
+            total += float(logits.log_softmax(-1)[token])
+            logits = simulation.step(token)
+        assert float(out.sequences_scores[i]) == pytest.approx(total / 5, abs=1e-3)
+
+
+def test_a_second_turn_goes_on_with_the_smaller_cache():
+    dense = text_model("llama", "eager")
+    model = copy.deepcopy(dense)
+    tokenprune.patch(model, spatten())
+    prompt = ragged_text()[0][0]
+    first = generate(model, {"input_ids": prompt[None]}, 3, suppress_tokens=None)
+    held = [layer.keys.shape[2] for layer in first.past_key_values.layers]
+    assert held[0] == len(prompt) + 2
+    assert sorted(set(held), reverse=True) == held
+    turn = torch.cat([first.sequences, torch.tensor([[7, 8, 9, 10, 11]])], dim=1)
+    out = generate(model, {"input_ids": turn, "past_key_values": first.past_key_values}, 3, suppress_tokens=None)
+    assert out.sequences.shape[1] == turn.shape[1] + 3
+    held = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    movable = turn.shape[1] + 2 - 2 - 3
+    assert held == [turn.shape[1] + 2 - movable + math.floor(movable * kept + 1e-6) for kept in KEPT]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"tokens": 0.0}, "fraction in \\(0, 1\\]"),
+        ({"tokens": 1.5}, "fraction in \\(0, 1\\]"),
+        ({"tokens": (0.5, 0.5)}, "starts with 1.0"),
+        ({"tokens": (1.0, 0.5, 0.7)}, "never grows"),
+        ({"heads": (0.9, 0.5)}, "starts with 1.0"),
+        ({"values": 0}, "values must be"),
+        ({"keep": 0.5}, "no keep"),
+        ({"keep_recent": 0, "protect_text": False}, "keep_recent must be an int of at least 1"),
+        ({"kv": "sometimes"}, "'persistent' or 'per_step'"),
+        ({"kv": "per_step"}, "protect_text=False"),
+        ({"interval": 0}, "interval"),
+        ({"protect_text": 1}, "protect_text"),
+    ],
+)
+def test_options_out_of_range_are_told(options, found):
+    with pytest.raises(tokenprune.OptionError, match=found):
+        tokenprune.SpAtten(**options)
+
+
+def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
+    model = text_model("llama")
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    for method, found in (
+        (spatten(tokens=(1.0, 0.5)), "tokens gives 2 layers a fraction, and the decoder has 4"),
+        (spatten(heads=(1.0, 0.5)), "heads gives 2 layers"),
+        (tokenprune.SpAtten(), "no visual tokens"),
+        (tokenprune.DivPrune(), "no visual tokens"),
+        ([spatten(), tokenprune.FastV()], "no visual tokens"),
+    ):
+        with pytest.raises(tokenprune.OptionError, match=found):
+            tokenprune.patch(model, method)
+    windowed = tiny("gemma3")
+    with pytest.raises(tokenprune.OptionError, match=r"sliding_attention.*protect_text=True"):
+        tokenprune.patch(windowed, spatten())
+    both = [spatten(), tokenprune.FastV(keep=0.5)]
+    with pytest.raises(tokenprune.OptionError, match="prunes text too"):
+        tokenprune.patch(tiny("llava"), both)
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before

@@ -169,6 +169,8 @@ class DecoderAdapter:
         if whole and (ledger is None or call.flat):  # any other mask was made for the unpruned sequence
             return None
         given = {**kwargs, "inputs_embeds": embeds}
+        if kwargs.get("inputs_embeds") is None:
+            changed["inputs_embeds"] = None
         changed["attention_mask"] = self._mask(given, call, first)
         changed["position_ids"] = self._positions(given, state, ledger and ledger.shift)
         if first.keep is not None:
