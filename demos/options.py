@@ -13,6 +13,8 @@ from pictures import DemoError
 import tokenprune
 from tokenprune.specs import parse_methods
 
+AMOUNTS = ("keep", "merge", "prune", "r", "radius", "layer", "tokens", "heads")  # options that are always told
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises instead of printing how to use it."""
@@ -104,10 +106,23 @@ def methods_of(text: str, **options: Any) -> tuple[tokenprune.Method, ...]:
 
 
 def title_of(methods: Sequence[tokenprune.Method]) -> str:
-    """The methods with `keep` and the options that are not as usual."""
-    parts = []
-    for method in methods:
-        options = [(entry, getattr(method, entry.name)) for entry in dataclasses.fields(method)]
-        shown = [f"{entry.name} {value}" for entry, value in options if entry.name == "keep" or value != entry.default]
-        parts.append(", ".join([method.name or type(method).__name__, *shown]))
-    return " + ".join(parts)
+    """The methods with what says how much they keep, and the options that are not as usual."""
+    return " + ".join(", ".join([method.name or type(method).__name__, *settings_of(method)]) for method in methods)
+
+
+def settings_of(method: tokenprune.Method) -> list[str]:
+    """What says how much a method keeps, and the options that are not as usual: `keep 0.25`."""
+    found = []
+    for entry in dataclasses.fields(method):
+        value = getattr(method, entry.name)
+        everything = entry.name == "keep" and value == 1.0 == entry.default
+        told = entry.name in AMOUNTS and value is not None and not everything
+        if told or (entry.repr and value != entry.default):
+            found.append(f"{entry.name} {_short(value)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return " to ".join(_short(part) for part in value) if len(value) == 2 else ", ".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import transformers
 from asking import Loaded, answer, in_known_words, load, prepare_images, prepare_video, takes_videos
 from clips import Clip, make_sample, read_clip, write_moving
 from filmstrip import Film, animate, contact_sheet
-from lasting import Lasting, lasting
+from lasting import Lasting, Layout, lasting, layout_of
 from options import check_output, is_embedded, keep, make_parser, methods_of, title_of
 from options import parse as read
 from overlay import Answer
@@ -44,13 +45,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         DemoError: it makes no sense.
     """
     parser = make_parser(__doc__)
-    usual = "aim" if "aim" in tokenprune.list_methods() else "divprune"
     parser.add_argument("path", nargs="?", type=Path, help="a video file; without it, a sample clip")
     parser.add_argument("--frames", type=int, default=32, help="frames to take, evenly spaced")
     parser.add_argument(
         "--method",
-        default=usual,
-        help=f"one of {', '.join(tokenprune.list_methods())}; options and several go as in divprune:keep=0.5+aim",
+        help=f"one of {', '.join(tokenprune.list_methods())}; options and several go as in divprune:keep=0.5+aim "
+        "(default: aim as published for videos)",
     )
     parser.add_argument("--keep", type=keep, help="of each frame: 0.25 = a quarter, 64 = 64 tokens")
     parser.add_argument("--question", help="what to ask")
@@ -77,21 +77,38 @@ def source(options: argparse.Namespace) -> tuple[Clip, Path]:
     return read_clip(path, options.frames), output
 
 
-def show(clip: Clip, output: Path, loaded: Loaded, session: tokenprune.Session, options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Prompt:
+    """A question about a clip, ready for ``generate``."""
+
+    question: str
+    inputs: dict[str, Any]
+    layout: Layout
+
+
+def prompt(clip: Clip, loaded: Loaded, options: argparse.Namespace) -> Prompt:
+    """The question, the inputs, and where the frames' tokens stand in them."""
+    question = options.question or (EMBEDDED_QUESTION if is_embedded(options) else QUESTION)
+    inputs = _inputs(loaded, clip, question)
+    return Prompt(question, inputs, layout_of(loaded.model, inputs))
+
+
+def show(
+    clip: Clip, asked: Prompt, output: Path, loaded: Loaded, session: tokenprune.Session, options: argparse.Namespace
+) -> None:
     """Ask, print answers and report, write animation and contact sheet."""
     note = NO_VIDEOS if is_embedded(options) else ""
     print(f"video     {clip.name}, {len(clip.frames)} of {clip.n_total} frames, {clip.rate:.3g} frames a second")
     if note:
         print(f"note      {note}")
-    question = options.question or (EMBEDDED_QUESTION if is_embedded(options) else QUESTION)
-    inputs = _inputs(loaded, clip, question)
+    question, inputs = asked.question, asked.inputs
     with session.pause():
         dense = answer(loaded, inputs, options.max_new_tokens)
     pruned = answer(loaded, inputs, options.max_new_tokens)
     traces = session.traces
     verdict = "same" if dense == pruned else "different"
     print(f"question  {question}\n  dense   {dense}\n  pruned  {pruned}   ({verdict})")
-    tokens = lasting(traces)
+    tokens = lasting(traces, asked.layout)
     film = Film(
         frames_seen(loaded.processor, inputs, clip.frames),
         clip.seconds,
@@ -131,12 +148,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status: 0, or 2 with one line on stderr."""
     try:
         options = parse(argv)
-        methods = methods_of(options.method, keep=options.keep)
+        methods = (tokenprune.AIM.for_video(),)
+        if options.method or options.keep is not None:
+            methods = methods_of(options.method or "aim", keep=options.keep)
         clip, output = source(options)
         loaded = load(options.model, device=options.device, dtype=options.dtype)
+        tokenprune.patch(loaded.model, methods).remove()  # what the model refuses is said first
+        print(f"model     {loaded.label}\nmethod    {title_of(methods)}\n")
+        asked = prompt(clip, loaded, options)
         with tokenprune.patch(loaded.model, methods) as session:
-            print(f"model     {loaded.label}\nmethod    {title_of(methods)}\n")
-            show(clip, output, loaded, session, options)
+            show(clip, asked, output, loaded, session, options)
     except torch.OutOfMemoryError:
         print("error: this does not fit into the device's memory; try bfloat16 or fewer --frames", file=sys.stderr)
         return 2

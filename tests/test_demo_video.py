@@ -158,21 +158,20 @@ def trace(site: str, layer: int | None, kept: Sequence[int]) -> tokenprune.Trace
         n_out=(len(kept),),
         kept_indices=(torch.tensor(kept, dtype=torch.int64),),
         visual_indices=(torch.arange(3, 11),),
-        images=((4, 4),),
-        grids=(((2, 2), None),),
     )
 
 
 def test_tokens_last_as_long_as_the_traces_say() -> None:
     stages = [trace("before_llm", None, [3, 4, 6, 9]), trace("llm_layer", 2, [4, 9]), trace("llm_layer", 5, [])]
-    first, second = demo("lasting").lasting(stages)
+    layout = demo("lasting").Layout((4, 4), ((2, 2), None))
+    first, second = demo("lasting").lasting(stages, layout)
     assert first.depth == (1, 2, 0, 1)
     assert second.depth == (0, 0, 2, 0)
-    assert first.stages == ("before the LLM", "layer 2", "layer 5")
+    assert first.stages == ("before the LLM", "layer 2")  # no token passes layer 5
     assert (first.grid, second.grid, first.n_kept, second.n_kept) == ((2, 2), None, 3, 1)
     skipped = tokenprune.Trace("before_llm", None, "m", status="skipped", reason="no image in this call")
     with pytest.raises(demo("pictures").DemoError, match="no image in this call"):
-        demo("lasting").lasting([skipped])
+        demo("lasting").lasting([skipped], layout)
 
 
 def test_panel_shows_what_lasts() -> None:
@@ -271,7 +270,7 @@ def test_frames_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (("--frames", "0"), "must lie between 1 and 512, got 0"),
         (("--frames", "x"), "invalid int value"),
-        (("--keep", "0"), "must be at least 1"),
+        (("--method", "uniform", "--keep", "0"), "must be at least 1"),
         (("--method", "divprun"), "did you mean 'divprune'"),
         (("--method", "uniform:keep"), "option=value"),
         (("--method", "uniform:color=3"), "no option 'color'"),

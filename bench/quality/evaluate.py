@@ -47,7 +47,8 @@ from tokenprune.loading import Loaded, load_model, n_visual
 from tokenprune.specs import parse_methods, split_methods
 
 log = logging.getLogger("evaluate")
-USUAL = "divprune,aim,fastv,pyramiddrop,random,uniform,resize"
+BASELINES = ("random", "uniform", "resize")
+USUAL = ",".join([name for name in tokenprune.list_methods() if name not in BASELINES] + [*BASELINES])
 IN_DECODER = {"before_llm", "llm_layer", "kv_cache"}
 
 

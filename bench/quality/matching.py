@@ -88,13 +88,12 @@ def matched(text: str, keep: float, probe: Probe) -> Methods:
     Raises:
         OutOfReach: they cannot be.
     """
-    methods = parse_methods(text)
+    methods = _parsed(text, keep)
     wanted = count(keep, probe.n_visual)
     target = probe.cost(parse_methods("uniform", keep=wanted)).decoder_flops_g
-    if all("llm_layer" not in method.sites() for method in methods) and hasattr(methods[0], "keep"):
-        first = methods[0]
-        if "before_llm" in first.sites() and first.name != "aim":
-            return (replace(first, keep=keep), *methods[1:])
+    inside = any({"llm_layer", "kv_cache"} & set(method.sites()) for method in methods)
+    if not inside and methods[0].keep == keep:
+        return methods
     best = None
     for ladder in _ladders(methods, probe.n_visual):
         found = _climb(ladder, target * SLACK, probe)
@@ -106,16 +105,32 @@ def matched(text: str, keep: float, probe: Probe) -> Methods:
     return best
 
 
+def _parsed(text: str, keep: float) -> Methods:
+    """The methods at `keep`, or as they are where they have other options instead."""
+    try:
+        return parse_methods(text, keep=keep)
+    except tokenprune.OptionError:
+        return parse_methods(text)
+
+
 def _climb(ladder: Sequence[Methods], limit: float, probe: Probe) -> Methods | None:
-    """The dearest rung within the limit; rungs ascend in cost."""
-    low, high = -1, len(ladder) - 1  # the first rung may be too dear
+    """The dearest rung within the limit; rungs ascend in cost. The first ones may be refused: too little would be
+    left."""
+
+    def cost(rung: Methods) -> float:
+        try:
+            return probe.cost(rung).decoder_flops_g
+        except tokenprune.OptionError:
+            return 0.0
+
+    low, high = -1, len(ladder) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if probe.cost(ladder[middle]).decoder_flops_g <= limit:
+        if cost(ladder[middle]) <= limit:
             low = middle
         else:
             high = middle - 1
-    return None if low < 0 else ladder[low]
+    return ladder[low] if low >= 0 and cost(ladder[low]) else None
 
 
 def _ladders(methods: Methods, n_visual: int) -> list[list[Methods]]:
@@ -124,8 +139,8 @@ def _ladders(methods: Methods, n_visual: int) -> list[list[Methods]]:
     counts = range(1, n_visual + 1)
     if first.name == "aim":
         return [[(one, *rest) for one in ladder] for ladder in _aim(first, n_visual)]
-    if first.name == "pyramiddrop":
-        return [[(replace(first, keep=step / 128), *rest) for step in range(1, 129)]]
+    if first.name == "spatten":
+        return [[(replace(first, tokens=step / 128), *rest) for step in range(1, 129)]]
     if first.name == "fastv":
         usual = {entry.name: entry.default for entry in fields(first)}
         layers = range(first.layer, 0, -1) if first.layer == usual["layer"] else [first.layer]
