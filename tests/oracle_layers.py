@@ -1,7 +1,9 @@
-"""The independent oracle of pruning inside the decoder: the unpatched model at full length, with a mask for every layer.
+"""The independent oracle of pruning inside the decoder: the unpatched model at full length, with a mask for every
+layer.
 
-Nothing here uses the library, and no token ever leaves: a token that was dropped after layer l is hidden from all others
-in the layers after l by a 4-D mask of its own for each layer. Merged embeddings are put in place by plain arithmetic.
+Nothing here uses the library, and no token ever leaves: a token that was dropped after layer l is hidden from all
+others in the layers after l by a 4-D mask of its own for each layer. Merged embeddings are put in place by plain
+arithmetic.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families import MROPE, Batch, fresh
+from families import MROPE, Batch, Row, fresh
 from oracle import additive
 from torch import Tensor, nn
 
@@ -63,8 +65,8 @@ def hidden_by_layer(
         changed["position_ids"] = torch.arange(length)[None] if positions is None else positions
         changed["attention_mask"] = {} if isinstance(kwargs.get("attention_mask"), dict) else masks[0][None, None]
         kinds = getattr(module.config, "layer_types", None)
-        if kinds and len(set(kinds)) > 1 or isinstance(kwargs.get("attention_mask"), dict):
-            changed["attention_mask"] = {kind: masks[0][None, None] for kind in set(kinds or [])}
+        if (kinds and len(set(kinds)) > 1) or isinstance(kwargs.get("attention_mask"), dict):
+            changed["attention_mask"] = dict.fromkeys(set(kinds or []), masks[0][None, None])
         if merge is not None:
             changed["inputs_embeds"] = merge(embeds)
             if kwargs.get("deepstack_visual_embeds") is not None:
@@ -143,3 +145,86 @@ def alive_by_layer(traces: Any, row: int, pad: int, length: int, n_layers: int) 
         for layer in range(first, n_layers):
             alive[layer][[i - pad for i in gone]] = False
     return alive
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def spans_of(row: Row) -> list[Tensor]:
+    """Positions of the tokens of each image of an unpadded row."""
+    spans, start = [], 0
+    for part in row:
+        n_tokens = part if isinstance(part, int) else part[0] * part[1]
+        if not isinstance(part, int):
+            spans.append(torch.arange(start, start + n_tokens))
+        start += n_tokens
+    return spans
+
+
+def naive_groups(features: Tensor, n_left: int, *, weighted: bool = False) -> dict[int, dict[int, float]]:
+    """What AIM merges of the tokens `[N, D]` of one image: for the place of each group what its tokens count.
+
+    In each round tokens at even places look for the most similar one at an odd place, and those that are most similar
+    to theirs are averaged into it, half of all tokens at most.
+    """
+    groups: dict[int, dict[int, float]] = {i: {i: 1.0} for i in range(len(features))}
+    whole = features.double()
+    while len(groups) > n_left:
+        places = sorted(groups)
+        means = {place: sum(weight * whole[i] for i, weight in groups[place].items()) for place in places}
+        unit = {place: mean / mean.norm() for place, mean in means.items()}
+        found = []
+        for source in places[::2]:
+            cosines = [float(unit[source] @ unit[other]) for other in places[1::2]]
+            best = max(range(len(cosines)), key=lambda i: (cosines[i], -i))
+            found.append((-cosines[best], source, places[1::2][best]))
+        moved = sorted(found)[: min(len(places) - n_left, len(places) // 2)]
+        joined: dict[int, list[int]] = {place: [place] for place in places}
+        for _, source, other in moved:
+            joined[other].append(source)
+            del joined[source]
+        new = {}
+        for place, members in joined.items():
+            counts = {member: len(groups[member]) if weighted else 1 for member in members}
+            total = sum(counts.values())
+            new[place] = {
+                i: weight * counts[member] / total for member in members for i, weight in groups[member].items()
+            }
+        groups = new
+    return groups
+
+
+class Merged:
+    """The images of one unpadded row merged from the rule; a function of what the decoder gets `[1, L, D]`."""
+
+    def __init__(
+        self, model: nn.Module, family: str, row: Batch, spans: list[Tensor], keep: float, *, weighted: bool = False
+    ) -> None:
+        seen: list[Tensor] = []
+        length = row.inputs["input_ids"].shape[1]
+        everything = [torch.ones(length, dtype=torch.bool)] * model.get_decoder().config.num_hidden_layers
+        layered(model, family, row, everything, merge=lambda x: (seen.append(x), x)[1])
+        self.gone: set[int] = set()
+        self.groups: dict[int, dict[int, float]] = {}
+        for span in spans:
+            n_left = max(1, int(keep * len(span) + 0.5))
+            for place, weights in naive_groups(seen[0][0, span], n_left, weighted=weighted).items():
+                self.groups[int(span[place])] = {int(span[i]): weight for i, weight in weights.items()}
+            self.gone |= set(span.tolist()) - set(self.groups)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        for place, weights in self.groups.items():
+            out[0, place] = sum(weight * x[0, i].double() for i, weight in weights.items())
+        return out
+
+    def alive(self, length: int) -> Tensor:
+        """Which of `length` tokens are left, `[length]` bool."""
+        return ~torch.isin(torch.arange(length), torch.tensor(sorted(self.gone)))
+
+    def sizes(self, length: int) -> Tensor:
+        """How many tokens each of `length` tokens stands for."""
+        sizes = torch.ones(length)
+        for place, weights in self.groups.items():
+            sizes[place] = len(weights)
+        return sizes

@@ -18,7 +18,7 @@ REDUCTIONS = ("pagerank", "column_sum", "last_query")
 
 
 def spread(cases=CASES):
-    """All cases, families or tuples that begin with one; those beyond a representative few belong to the wide matrix."""
+    """All cases, families or tuples that begin with one; those beyond a few belong to the wide matrix."""
     return [
         case
         if (case if isinstance(case, str) else case[0]) in FEW

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from families import DIM, FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, fresh, generate, tiny
+from families import DIM, FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, fresh, generate
 from oracle_layers import alive_by_layer, layered_logits
 from test_generation import NO_EMBEDS, ONE_IMAGE, ONE_SIZE, collect, conversation, second_turn, spread
-from test_layers import FEW, N_LAYERS, check_layers, first_cut, halved, pair, progressive
+from test_layers import FEW, N_LAYERS, check_layers, first_cut, pair, progressive
 from test_state import same_run
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
