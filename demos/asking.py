@@ -190,12 +190,15 @@ def decoder_inputs(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def select(traces: Sequence[tokenprune.Trace], embeds: Tensor) -> Selection:
+def select(
+    traces: Sequence[tokenprune.Trace], embeds: Tensor, grids: Sequence[tuple[int, int] | None] = ()
+) -> Selection:
     """Which visual tokens went on, and which of these is nearest to each of the others.
 
     Args:
         traces: of the pruned run.
         embeds: what the decoder got in the dense run, `[L, D]`.
+        grids: of the images, for methods that only act inside the decoder, which do not see them.
 
     Raises:
         DemoError: the method did not see the image's tokens.
@@ -211,7 +214,7 @@ def select(traces: Sequence[tokenprune.Trace], embeds: Tensor) -> Selection:
     similarity, nearest = (features @ features[kept].T).max(dim=1)
     nearest = kept[nearest]
     nearest[kept], similarity[kept] = kept, 1.0
-    grids = applied[0].grids[0]
+    grids = applied[0].grids[0] if applied[0].grids else grids
     distance = (1 - similarity).clamp(min=0)
     grid = grids[0] if len(grids) == 1 else None
     return Selection(tuple(kept.tolist()), tuple(nearest.tolist()), tuple(distance.tolist()), grid)
@@ -224,9 +227,15 @@ def answer(loaded: Loaded, inputs: dict[str, Any], limit: int) -> str:
     return " ".join(loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).split()) or "(nothing)"
 
 
-def ask(loaded: Loaded, session: tokenprune.Session, inputs: dict[str, Any], limit: int) -> tuple[str, str, Selection]:
-    """The answers with all tokens and pruned, and which tokens were kept."""
+def ask(
+    loaded: Loaded,
+    session: tokenprune.Session,
+    inputs: dict[str, Any],
+    limit: int,
+    grids: Sequence[tuple[int, int] | None] = (),
+) -> tuple[str, str, Selection]:
+    """The answers with all tokens and pruned, and which tokens were kept; `grids` as in :func:`select`."""
     with session.pause(), decoder_inputs(loaded.model) as embeds:
         dense = answer(loaded, inputs, limit)
     pruned = answer(loaded, inputs, limit)
-    return dense, pruned, select(session.traces, embeds[0])
+    return dense, pruned, select(session.traces, embeds[0], grids)

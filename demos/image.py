@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from asking import Loaded, ask, in_known_words, load, prepare
+from lasting import layout_of
 from options import check_output, is_embedded, keep, make_parser, methods_of, title_of
 from options import parse as read
 from overlay import Answer, Figure, draw
@@ -98,22 +99,35 @@ def pictures(options: argparse.Namespace) -> list[Picture]:
     return found
 
 
-def show(picture: Picture, loaded: Loaded, session: tokenprune.Session, options: argparse.Namespace) -> None:
+def show(picture: Picture, loaded: Loaded, methods: Sequence[tokenprune.Method], options: argparse.Namespace) -> None:
     """Ask all questions, print answers and report, write the overlay."""
     print(f"image     {picture.name}, {picture.image.width} x {picture.image.height} pixels")
     if picture.note:
         print(f"note      {picture.note}")
+    prompts = [
+        prepare(loaded, picture.image, in_known_words(loaded.processor, question)) for question in picture.questions
+    ]
+    grids = layout_of(loaded.model, prompts[0]).grids
+    with tokenprune.patch(loaded.model, methods) as session:
+        _show(picture, prompts, grids, loaded, session, options)
+
+
+def _show(
+    picture: Picture,
+    prompts: Sequence[dict[str, Any]],
+    grids: Sequence[tuple[int, int] | None],
+    loaded: Loaded,
+    session: tokenprune.Session,
+    options: argparse.Namespace,
+) -> None:
     answers, selections = [], []
-    first: dict[str, Any] = {}
-    for question in picture.questions:
-        inputs = prepare(loaded, picture.image, in_known_words(loaded.processor, question))
-        first = first or inputs
-        dense, pruned, selection = ask(loaded, session, inputs, options.max_new_tokens)
+    for question, inputs in zip(picture.questions, prompts, strict=True):
+        dense, pruned, selection = ask(loaded, session, inputs, options.max_new_tokens, grids)
         answers.append(Answer(question, dense, pruned))
         selections.append(selection)
         verdict = "same" if dense == pruned else "different"
         print(f"question  {question}\n  dense   {dense}\n  pruned  {pruned}   ({verdict})")
-    seen = seen_by(loaded.processor, first, picture.image)
+    seen = seen_by(loaded.processor, prompts[0], picture.image)
     title = title_of(session.methods)
     notes = [picture.note] if picture.note else []
     if len({selection.kept for selection in selections}) > 1:
@@ -123,7 +137,7 @@ def show(picture: Picture, loaded: Loaded, session: tokenprune.Session, options:
         draw(figure).save(picture.output, optimize=True)
     except OSError as error:
         raise DemoError(f"cannot write {picture.output}: {error.strerror or error}") from error
-    print(f"\n{session.report(first, max_new_tokens=options.max_new_tokens)}\n")
+    print(f"\n{session.report(prompts[0], max_new_tokens=options.max_new_tokens)}\n")
     print(f"overlay   {picture.output}\n")
 
 
@@ -134,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         methods = methods_of(options.method, keep=options.keep, radius=options.radius)
         shown = pictures(options)
         loaded = load(options.model, device=options.device, dtype=options.dtype)
-        with tokenprune.patch(loaded.model, methods) as session:
-            print(f"model     {loaded.label}\nmethod    {title_of(methods)}\n")
-            for picture in shown:
-                show(picture, loaded, session, options)
+        tokenprune.patch(loaded.model, methods).remove()  # what the model refuses is said first
+        print(f"model     {loaded.label}\nmethod    {title_of(methods)}\n")
+        for picture in shown:
+            show(picture, loaded, methods, options)
     except torch.OutOfMemoryError:
         print(f"error: {options.model} does not fit into the device's memory; try --dtype bfloat16", file=sys.stderr)
         return 2

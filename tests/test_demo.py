@@ -168,6 +168,14 @@ def test_every_keep(run: Run, model: Path, photo: Path, method: str, options: tu
         assert pixels("a/b/c.png").shape[1] > 1400
 
 
+@pytest.mark.parametrize("method", ["fastv:layer=1,keep=4", "aim:merge=0.5", "divprune:keep=0.5+uniform:keep=0.5"])
+def test_methods_with_options(run: Run, model: Path, photo: Path, method: str) -> None:
+    status, out, err = run("--image", photo, "--model", model, "--max-new-tokens", 1, "--method", method)
+    assert status == 0, err
+    assert f"method    {method.partition(':')[0]}" in out
+    assert pixels("out/photo.png").shape[1] == 3 * 576 + 2 * demo("overlay").GAP + 2 * demo("overlay").MARGIN
+
+
 def image_of(mode: str) -> Image.Image:
     ramp = np.linspace(0, 255, 40 * 30).reshape(30, 40)
     if mode == "I;16":
