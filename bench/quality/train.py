@@ -11,7 +11,6 @@ Stages of a fixed number of steps, seeded, so that a run can be repeated:
    to count digits (and end lists) by the share of digit patches, which any method that removes background changes; this
    stage teaches it to expect pruning. The model card has figures with and without it.
 6. answers: the same for longer, from a high learning rate again: listing and asking by place gain most.
-7. answers: the same once more, with eight of ten images.
 """
 
 from __future__ import annotations
@@ -73,7 +72,6 @@ STAGES = (
     Stage("answers", steps=1100, batch=32, vision=0.2, dense=(0.3, 0.02), questions=24),
     Stage("answers", steps=550, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
     Stage("answers", steps=1400, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
-    Stage("answers", steps=1400, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.8),
 )
 
 
