@@ -90,6 +90,19 @@ def test_tome_is_the_paper_written_out(name, n_patches):
             assert groups == [{i - prefix for i in group} for group in row[layer].groups[prefix:]]
 
 
+@pytest.mark.parametrize("name", HALVED)
+def test_unfused_attention_gives_the_same(name):
+    model, given = tiny(name), inputs(name)
+    tokenprune.patch(model, "tome", r=3)
+    wanted = answer(run(model, given))
+    if name.startswith("hf"):
+        model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert torch.allclose(answer(run(model, given)), wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["timm vit", "timm eva02", "hf clip"])
 def test_without_proportional_attention_sizes_only_weigh_the_means(name):
     model, given = tiny(name), inputs(name)
@@ -454,6 +467,19 @@ def test_patched_then_compiled_gives_the_same():
     tokenprune.patch(model, "tome", r=3)
     wanted = run(model, given)
     assert torch.allclose(run(torch.compile(model, backend="eager"), given), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["timm eva02", "hf clip", "hf dinov3"])
+def test_weights_that_accelerate_brings_in_are_no_hindrance(name):
+    accelerate = pytest.importorskip("accelerate")
+    model, given = tiny(name), inputs(name)
+    tokenprune.patch(model, "tome", r=3)
+    wanted = answer(run(model, given))
+    tokenprune.unpatch(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    session = tokenprune.patch(model, "tome", r=3)
+    assert torch.allclose(answer(run(model, given)), wanted, atol=1e-6)
+    assert {trace.place for trace in session.traces} == {"between attention and MLP"}
 
 
 # --- schedules ------------------------------------------------------------------------------------

@@ -150,9 +150,13 @@ class EncoderAdapter:
     def _sample(self, module: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
         """Random hidden states for a block, and what else it takes."""
         weight, n_tokens = next(module.parameters()), self.tower.prefix(self.host) + _TRIED
+        device = weight.device
+        if device.type == "meta":  # accelerate brings the weights in when the block runs
+            devices = (getattr(getattr(one, "_hf_hook", None), "execution_device", None) for one in module.modules())
+            device = torch.device(next((one for one in devices if one is not None), "cpu"))
         generator = torch.Generator().manual_seed(number)
-        x = torch.randn(2, n_tokens, self.tower.width(self.host), generator=generator).to(weight.device, weight.dtype)
-        rope = self.tower.sample_rope(self.host, _TRIED) if self.tower.rope else None
+        x = torch.randn(2, n_tokens, self.tower.width(self.host), generator=generator).to(device, weight.dtype)
+        rope = self.tower.sample_rope(self.host, x[0, -_TRIED:]) if self.tower.rope else None
         return x, {} if rope is None else {self.tower.rope: rope}
 
     def _brief(self, kwargs: dict[str, Any]) -> dict[str, Any]:

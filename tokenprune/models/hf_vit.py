@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.models.tower import Keys, Tower, child, heads_averaged
 
@@ -35,10 +35,9 @@ def _registers(host: Any) -> int:
     return 1 + int(host.config.num_register_tokens)
 
 
-def _sample_rope(host: Any, n: int) -> Any:
-    config, weight = host.config, next(host.parameters())
-    width = config.hidden_size // config.num_attention_heads
-    table = torch.linspace(-1, 1, n * width, dtype=weight.dtype, device=weight.device).view(n, -1)
+def _sample_rope(host: Any, x: Tensor) -> Any:
+    width = host.config.hidden_size // host.config.num_attention_heads
+    table = torch.linspace(-1, 1, len(x) * width, dtype=x.dtype, device=x.device).view(len(x), -1)
     return table.cos(), table.sin()
 
 

@@ -47,11 +47,12 @@ def _pooled(host: Any) -> bool:
     return host.global_pool == "token" and getattr(host, "attn_pool", None) is None
 
 
-def _sample_rope(host: Any, n: int) -> Tensor | None:
+def _sample_rope(host: Any, x: Tensor) -> Tensor | None:
     if getattr(host, "rope", None) is None:
         return None
-    attention, weight = host.blocks[0].attn, next(host.parameters())
-    return torch.linspace(-1, 1, n * 2 * attention.head_dim, dtype=weight.dtype, device=weight.device).view(n, -1)
+    attention = host.blocks[0].attn
+    width = 2 * attention.proj.in_features // attention.num_heads
+    return torch.linspace(-1, 1, len(x) * width, dtype=x.dtype, device=x.device).view(len(x), -1)
 
 
 def _refuse_checkpointing(host: Any) -> str:

@@ -42,7 +42,7 @@ class Tower:
         prefix: tokens before the patches (class, distillation, registers).
         patches: patches of an image, 0 where that is open.
         rope: argument of a block that holds rotary embeddings of the patches; "" where there is none.
-        sample_rope: rotary embeddings for so many patches, to try a block on.
+        sample_rope: rotary embeddings for patches `[N, D]`, to try a block on; None where the host has none.
         pooled: whether a host's own forward returns what comes of its prefix alone.
         refusal: why the host cannot be reduced, "" where it can.
     """
@@ -58,7 +58,7 @@ class Tower:
     prefix: Callable[[Any], int]
     patches: Callable[[Any], int]
     rope: str = ""
-    sample_rope: Callable[[Any, int], Any] = lambda host, n: None
+    sample_rope: Callable[[Any, Tensor], Any] = lambda host, x: None
     pooled: Callable[[Any], bool] = lambda host: False
     refusal: Callable[[Any], str] = lambda host: ""
 
