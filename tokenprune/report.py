@@ -91,6 +91,7 @@ class Report:
         break_even: an estimate of the number of visual tokens from which on pruning pays here, and which stage takes
             the dense time; None if nothing was measured or there was no visual token.
         traffic: bytes of keys and values that the last generation read, where a method counts them.
+        remarks: what the methods could not do everywhere in this model.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Report:
     layers: tuple[LayerReport, ...] = ()
     break_even: BreakEven | None = None
     traffic: Traffic | None = None
+    remarks: tuple[str, ...] = ()
 
     def cost(self, name: str) -> Cost:
         """The cost of that name.
@@ -150,7 +152,7 @@ class Report:
         return "\n".join(self._parts(as_html, lambda line: f"<p>{html.escape(line)}</p>"))
 
     def _parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
-        parts = [line(f"tokenprune: {self.model}, {' + '.join(self.methods)}")]
+        parts = [line(f"tokenprune: {self.model}, {' + '.join(self.methods)}"), *map(line, self.remarks)]
         if not self.sites and self.traffic is None:
             parts.append(line("No forward with a prompt has run through this session yet: there is nothing to report."))
             return parts
@@ -198,9 +200,10 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
         UnsupportedModelError: the model has no ``generate``.
     """
     model, methods = type(session.model).__name__, tuple(map(_describe, session.methods))
+    said: Any = {"remarks": getattr(session, "remarks", ())}
     if inputs is None:
         sites = tuple(SiteReport.of(trace) for trace in session.traces)
-        return Report(model, methods, sites, layers=layers_of(sites), traffic=session.traffic)
+        return Report(model, methods, sites, layers=layers_of(sites), traffic=session.traffic, **said)
     if not session.installed:
         raise OptionError(
             "the model is not patched by this session any more, so there is nothing to compare; patch it again"
@@ -216,7 +219,7 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
     layers = layers_of(sites, **inspected)
     drifted = drift(**inspected, eos=eos)
-    return Report(model, methods, sites, setting, costs, drifted, layers, break_even(costs), session.traffic)
+    return Report(model, methods, sites, setting, costs, drifted, layers, break_even(costs), session.traffic, **said)
 
 
 def _run(

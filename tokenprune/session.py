@@ -70,6 +70,7 @@ class Session:
         self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
         self._traffic: Traffic | None = None
+        self._remarks: tuple[str, ...] = ()
         self._reducers = {
             site: tuple(CheckedReducer(method, site) for method in methods if site in method.sites())
             for method in methods
@@ -103,6 +104,15 @@ class Session:
         """Bytes of keys and values read by the last generation so far; None where no method counts them."""
         return self._traffic
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the report has to say about the model itself."""
+        return self._remarks
+
+    def remark(self, sentence: str) -> None:
+        """Have the report say `sentence` (called by adapters while planning)."""
+        self._remarks = (*self._remarks, sentence)
+
     def publish_traffic(self, traffic: Traffic) -> None:
         """Make `traffic` that of the last generation (called by adapters)."""
         self._traffic = traffic
@@ -125,6 +135,7 @@ class Session:
         Raises:
             OptionError: the model cannot honour what the methods ask for.
         """
+        self._remarks = ()
         self._planned = self._adapter.hooks(self)
 
     def install(self) -> None:

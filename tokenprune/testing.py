@@ -47,6 +47,9 @@ class _Probe:
     def layer_reducers(self) -> tuple[()]:
         return ()
 
+    def remark(self, sentence: str) -> None:
+        return None
+
     def publish_traffic(self, traffic: Traffic) -> None:
         return None
 

@@ -31,8 +31,11 @@ class SpAtten(Method):
             than the one before.
         heads: average fraction of the heads kept over the layers, in (0, 1], falling with depth from all of them in the
             first 30 % of the layers; or a sequence as for `tokens`. A head's score is the sum of the absolute values of
-            its output, added up over layers and decoding steps; the output of a head that has left is zero. Its
-            projections are still computed, and its keys and values stay in the cache.
+            its output, added up over layers and decoding steps; the output of a head that has left is zero. Prompts
+            compute the attention of kept heads alone. Where all rows of the batch keep the same heads, query and output
+            projections leave the others out too: in prompts and, once a layer's heads are those of the step before, in
+            decoding steps. That needs plain linear layers; the report says where there are others. Keys and values of
+            heads that left stay in the cache.
         values: fraction of the values that each head reads in a decoding step, those with the largest probabilities
             (section III-B of the paper), in (0, 1]; or a sequence with a fraction for each layer. Prompts read all:
             there, arithmetic is the cost, not reading.

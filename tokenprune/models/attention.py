@@ -1,36 +1,44 @@
 """Attention with fewer heads and fewer values: what a method wants of every attention of a decoder.
 
-Heads that have left give zeros in every forward, which is what leaving out their part of the output projection's input
-does. A decoding step runs through :func:`tokenprune.ops.decode_attention`, which reads no keys and values of heads that
-have left, and of the values only the ones with the largest probabilities.
+Heads that have left are not computed in a prompt and give zeros where the output projection still takes them, which is
+what leaving out their part of its input does (:mod:`projections` does so). A decoding step runs through
+:func:`tokenprune.ops.decode_attention`, which reads no keys and values of heads that have left, and of the values only
+the ones with the largest probabilities.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune import ops
 from tokenprune.models.forward import Call, Forward
+from tokenprune.models.heads import Fewer, Heads
 from tokenprune.reduction import gather
 from tokenprune.signals import AttentionPlan, Traffic
 
 
-def kept_heads(state: Forward, plan: AttentionPlan, *, layer: int, n_heads: int) -> Tensor | None:
-    """Which heads `layer` keeps, `[B, H]` bool: those with the highest scores among those that the layer before kept;
-    None for all."""
-    n_keep = max(1, int(n_heads * plan.heads[layer] + 1e-6))
-    if n_keep == n_heads or state.head_scores is None:
+def count_heads(fraction: float, n_heads: int) -> int:
+    """How many of `n_heads` heads a layer keeps."""
+    return max(1, int(n_heads * fraction + 1e-6))
+
+
+def heads_of(state: Forward, plan: AttentionPlan, *, layer: int) -> Heads | None:
+    """Which heads `layer` keeps: those with the highest scores among those that the layer before kept; None for all.
+
+    Chosen when the layer asks for the first time, so that its own magnitudes have no say.
+    """
+    if state.head_scores is None:
         return None
-    kept = ops.top_k_select(state.head_scores, k=min(n_keep, n_heads), valid=_enough(state.heads, n_keep))
-    mask = torch.zeros(state.head_scores.shape, dtype=torch.bool, device=kept.device).scatter_(1, kept, True)
-    state.heads = mask
-    return mask
-
-
-def _enough(valid: Tensor | None, n_keep: int) -> Tensor | None:
-    """`valid` unless a row has fewer than `n_keep` left."""
-    return valid if valid is None or bool((valid.sum(dim=1) >= n_keep).all()) else None
+    n_heads = state.head_scores.shape[1]
+    n_keep = count_heads(plan.heads[layer], n_heads)
+    if n_keep == n_heads:
+        return None
+    if state.heads is None or state.heads.layer != layer:
+        alive = None if state.heads is None else state.heads.mask.to(state.head_scores.device)
+        chosen = ops.top_k_select(state.head_scores, k=n_keep, valid=alive)
+        state.heads = Heads(layer, chosen, n_heads)
+    return state.heads
 
 
 def step(
@@ -45,20 +53,25 @@ def step(
     mask: Any,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over heads, `[B, L]`."""
+    """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
+    `[B, L]`. A query of the kept heads alone gives an output of these."""
     n_keys = call.past + 1 - (slots.dropped if (slots := state.segment_of(layer).slots) is not None else 0)
     key, value = key[:, :, :n_keys], value[:, :, :n_keys]
     valid = _valid(state, call, layer, mask, n_keys)
-    heads = kept_heads(state, plan, layer=layer, n_heads=query.shape[1])
+    heads = heads_of(state, plan, layer=layer)
+    sliced = heads is not None and query.shape[1] != heads.total
+    mask_of_heads = None if heads is None else heads.mask.to(query.device)
+    query = query if heads is None else heads.widen(query)
     n_valid = torch.full((len(query),), n_keys, device=query.device) if valid is None else valid.sum(dim=1)
     n_values = None
     if plan.values[layer] < 1.0:
         n_values = (n_valid * plan.values[layer] + 1e-6).long().clamp(min=1)
-    found = ops.decode_attention(query, key, value, scale=scale, valid=valid, heads=heads, n_values=n_values)
+    found = ops.decode_attention(query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values)
     note_magnitude(state, found.magnitude)
     n_real = n_valid * 0 + call.past + 1 if state.padding is None else state.padding.sum(dim=1).to(n_valid.device)
     state.traffic += _count(found, n_real=n_real, n_valid=n_valid)
-    return found.output.transpose(1, 2), found.scores
+    output = heads.take(found.output) if sliced and heads is not None else found.output
+    return output.transpose(1, 2), found.scores
 
 
 def _count(found: ops.DecodedStep, *, n_real: Tensor, n_valid: Tensor) -> Traffic:
@@ -86,19 +99,40 @@ def note_magnitude(state: Forward, magnitude: Tensor) -> None:
     state.head_scores = magnitude if earlier is None else earlier.to(magnitude.device) + magnitude
 
 
-def prompt(state: Forward, call: Call, plan: AttentionPlan, layer: int, output: Tensor) -> Tensor:
-    """The output `[B, M, H, K]` of a prompt's attention without the heads that have left; notes their magnitudes."""
-    heads = kept_heads(state, plan, layer=layer, n_heads=output.shape[2])
-    if heads is not None:
-        output = output * heads[:, None, :, None].to(output)
-    keep = state.segment_of(layer).keep
-    real = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
+def prompt(
+    state: Forward,
+    call: Call,
+    real: Any,
+    module: nn.Module,
+    heads: Heads | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What the attention function `real` gives for a prompt, with the kept heads computed alone; notes magnitudes.
+
+    The output `[B, M, H, K]` has zeros for the other heads, unless `query` came without them.
+    """
+    if heads is None or any(True for _ in module.parameters(recurse=False)):  # parameters by head, such as sinks
+        output, *rest = real(module, query, key, value, *args, **kwargs)
+    else:
+        few = heads.take(query)
+        key, value = heads.serving(key, value)
+        output, *rest = real(Fewer(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)
+        rest = [heads.widen(x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in rest]
+    output = output if heads is None else heads.take(output, dim=2)
+    keep = state.segment_of(heads.layer if heads is not None else int(module.layer_idx)).keep  # type: ignore[arg-type]
+    real_tokens = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
     if keep is not None:
-        real = gather(real, keep.index.cpu())
-        real = real if keep.valid is None else real & keep.valid.cpu()
-    magnitude = output.float().abs().sum(dim=-1)
-    note_magnitude(state, (magnitude * real.to(output.device)[:, :, None]).sum(dim=1))
-    return output
+        real_tokens = gather(real_tokens, keep.index.cpu())
+        real_tokens = real_tokens if keep.valid is None else real_tokens & keep.valid.cpu()
+    magnitude = (output.float().abs().sum(dim=-1) * real_tokens.to(output.device)[:, :, None]).sum(dim=1)
+    note_magnitude(state, magnitude if heads is None else heads.widen(magnitude))
+    if heads is not None and query.shape[1] == heads.total:
+        output = heads.widen(output, dim=2)
+    return (output, *rest)
 
 
 def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:

@@ -88,6 +88,10 @@ class Engine(Protocol):
         """The methods that take part after decoder layers, in order."""
         ...
 
+    def remark(self, sentence: str) -> None:
+        """Have the report say `sentence`, which was found out while planning."""
+        ...
+
     def publish_traffic(self, traffic: Traffic) -> None:
         """Make `traffic` what was read while the last tokens were generated."""
         ...

@@ -102,6 +102,7 @@ class Ledger:
         padding: `[B, n]` bool on the CPU, which of the first n tokens are no padding, where somebody wants to know.
         head_scores: `[B, H]` fp32, magnitudes that the outputs of the heads have gathered, likewise.
         traffic: bytes of keys and values read so far, likewise.
+        patterns: for each layer the heads that it kept in the last call, where they were the same in all rows.
     """
 
     starts: tuple[int, ...]
@@ -112,6 +113,7 @@ class Ledger:
     padding: Tensor | None = None
     head_scores: Tensor | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def at(self, layer: int) -> Slots:
         """The slots of a layer."""
@@ -232,7 +234,8 @@ def check_cache(cache: Any, *, layered: bool = False) -> None:
             f"cannot prune with a cache of type {type(cache).__name__}; a transformers Cache made of layers works "
             "(DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
         )
-    if layered and cache is not None and any("Quantized" in type(layer).__name__ for layer in cache.layers):
+    classes = {cls.__name__ for layer in getattr(cache, "layers", ()) for cls in type(layer).__mro__}
+    if layered and "QuantizedLayer" in classes:
         raise UnsupportedModelError(
             f"cannot prune between decoder layers with a {type(cache).__name__}: its layers keep one quantized block "
             "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method "

@@ -157,7 +157,7 @@ class DecoderAdapter:
         started = time.perf_counter()
         state = Forward(engine, {}, None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(cache), (), {}
-        state.head_scores, state.heads = None if ledger is None else ledger.head_scores, None
+        state.recall(ledger)
         changed = self._enter(engine, state, {**kwargs, "inputs_embeds": embeds})
         state.inputs = {}  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
@@ -291,7 +291,7 @@ class DecoderAdapter:
             ledger = state.ledger(call)
             record(cache, ledger)
         if ledger is not None and state.steering:
-            ledger.head_scores = state.head_scores
+            ledger.head_scores, ledger.patterns = state.head_scores, state.patterns
             ledger.traffic += state.traffic
             state.owner.publish_traffic(ledger.traffic)
         if ledger is not None and state.scoring:

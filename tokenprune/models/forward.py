@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenprune.models import masks
 from tokenprune.models.base import Engine
 from tokenprune.models.cache import Ledger, Slots, grown, ledger_of
+from tokenprune.models.heads import Heads
 from tokenprune.models.selection import padding_of
 from tokenprune.reduction import Keep
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard, Trace, Traffic
@@ -147,7 +148,8 @@ class Forward:
         attention: what a method leaves out of every attention, if anything.
         steering: whether that takes place in this forward.
         head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far, those of earlier forwards included.
-        heads: `[B, H]` bool, the heads that the last layer kept, if not all.
+        heads: the heads that the last layer kept, if not all.
+        patterns: for each layer the heads that it kept in the last call on this cache, if the same in all rows.
         traffic: bytes of keys and values read in this forward.
         alive: `[B, past + 1]` bool, the tokens that the last layer of a decoding step looked at, if not all.
     """
@@ -173,12 +175,19 @@ class Forward:
     attention: AttentionPlan | None = None
     steering: bool = False
     head_scores: Tensor | None = None
-    heads: Tensor | None = None
+    heads: Heads | None = None
+    patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
 
     def segment_of(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""
         return next(segment for segment in reversed(self.segments) if segment.first <= layer)
+
+    def recall(self, ledger: Ledger | None) -> None:
+        """Begin with what a cache knows of heads."""
+        self.heads, self.head_scores, self.patterns = None, None, {}
+        if ledger is not None:
+            self.head_scores, self.patterns = ledger.head_scores, dict(ledger.patterns)
 
     def ledger(self, call: Call) -> Ledger:
         """What the cache has to know after this forward."""

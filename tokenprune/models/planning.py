@@ -7,6 +7,7 @@ from torch import nn
 
 from tokenprune.errors import OptionError
 from tokenprune.models import layers as between
+from tokenprune.models import projections
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
 from tokenprune.models.forward import Forward
@@ -69,6 +70,8 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     attention = plan_attention(reducers, modules)
     swapped = range(len(modules)) if attention is not None else probes
     hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
+    if attention is not None:
+        hooks += plan_projections(engine, attention, modules)
     return Inside(tuple(hooks), probes, guard, plan, attention)
 
 
@@ -92,6 +95,25 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 "without attention that can be told to; give heads=1.0 and values=1.0"
             )
     return wanting[0][1]
+
+
+def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:
+    """What makes layers that keep fewer heads project no others; tells the engine where that cannot be."""
+    found, whole = list[Swap](), dict[str, list[int]]()
+    for i, module in enumerate(modules):
+        attention = attention_of(module)
+        if plan.heads[i] == 1.0 or attention is None:
+            continue
+        swapped = projections.swaps(engine, attention, i)
+        if isinstance(swapped, str):
+            whole.setdefault(swapped, []).append(i)
+        else:
+            found += swapped
+    for reason, layers in whole.items():
+        engine.remark(
+            f"Layers {', '.join(map(str, layers))} project all heads, because {reason}; those that left are zeros."
+        )
+    return found
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from tokenprune.errors import InputError
 from tokenprune.models import attention
 from tokenprune.models.base import Swap
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment
+from tokenprune.models.heads import Heads
 from tokenprune.reduction import gather
 from tokenprune.signals import Probe
 
@@ -85,13 +86,18 @@ def attend(
         for probe in state.probes.get(layer, ()) if state.scoring else ():
             _note(state, state.call, layer, probe, scores)
         return stepped, None
-    output = real(module, query, key, value, attention_mask, *args, **kwargs)
+    heads = None
     if state.steering and state.attention is not None:
-        output = (attention.prompt(state, state.call, state.attention, layer, output[0]), *output[1:])
+        heads = attention.heads_of(state, state.attention, layer=layer)
+        output = attention.prompt(
+            state, state.call, real, module, heads, query, key, value, attention_mask, *args, **kwargs
+        )
+    else:
+        output = real(module, query, key, value, attention_mask, *args, **kwargs)
     if state.scoring or any(map(len, state.visual)):
         started = time.perf_counter()
         for probe in state.probes.get(layer, ()):
-            scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"))
+            scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"), heads)
             _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
     return output
@@ -120,8 +126,10 @@ def _scores(
     key: Tensor,
     mask: Any,
     scale: float | None,
+    heads: Heads | None,
 ) -> Tensor:
-    """Importance of the last keys that `layer` sees, `[B, n_keys]` fp32; those of this call are among them."""
+    """Importance of the last keys that `layer` sees to its kept heads, `[B, n_keys]` fp32; those of this call are among
+    them."""
     segment, n_new = state.segment_of(layer), query.shape[2]
     n_past = call.past if segment.slots is None else call.past - segment.slots.dropped
     key = key[:, :, : n_past + n_new]  # a static cache is longer than what it holds
@@ -130,6 +138,8 @@ def _scores(
     n_keys = key.shape[2]
     if len(query) != call.n_rows:
         raise InputError(f"layer {layer} was called with {len(query)} rows instead of {call.n_rows}")
+    if heads is not None:
+        query, (key,) = heads.take(query), heads.serving(key)
     seen = None
     given = not _is_flat(call.mask) or segment.bias is not None or state.alive is not None
     if given and isinstance(mask, Tensor) and mask.ndim == 4:  # it says more than padding and causality

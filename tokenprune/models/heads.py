@@ -1,0 +1,87 @@
+"""Which heads a layer keeps, and tensors with an axis of heads without the others."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The query heads that a layer keeps, equally many in every row.
+
+    Attributes:
+        layer: index of the layer.
+        index: `[B, n]` int64, ascending.
+        total: how many heads the layer has.
+    """
+
+    layer: int
+    index: Tensor
+    total: int
+
+    @cached_property
+    def common(self) -> tuple[int, ...] | None:
+        """The heads where all rows keep the same ones, else None. On a GPU this waits for the selection."""
+        rows: list[list[int]] = self.index.tolist()
+        return tuple(rows[0]) if rows and all(row == rows[0] for row in rows) else None
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, total]` bool, True for heads that are kept."""
+        mask = torch.zeros(len(self.index), self.total, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_(1, self.index, True)
+
+    def take(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """The kept heads `[B, .., n, ..]` of `x` `[B, .., total, ..]`; `x` itself if they are all that it has."""
+        if x.shape[dim] != self.total:
+            return x
+        if self.common is not None:
+            return x.index_select(dim, self.index[0].to(x.device))
+        return x.gather(dim, self._wide(self.index, x, dim))
+
+    def widen(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """`x` `[B, .., n, ..]` with zeros for the other heads; `x` itself if it has them all."""
+        if x.shape[dim] == self.total:
+            return x
+        zeros = x.new_zeros(*x.shape[:dim], self.total, *x.shape[dim + 1 :])
+        return zeros.scatter(dim, self._wide(self.index, x, dim), x)
+
+    def serving(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Of keys or values `[B, Hkv, L, K]` the heads that the kept query heads use: each one once where all of them
+        are used by equally many, the tensors themselves if those are all KV heads; else one for each query head."""
+        n_kv = tensors[0].shape[1]
+        per_group = self.total // n_kv
+        if self.common is None:
+            index = self.index // per_group
+            return tuple(x.gather(1, self._wide(index, x, 1)) for x in tensors)
+        used = [head // per_group for head in self.common]
+        groups = [(group, len(list(members))) for group, members in groupby(used)]
+        if len({size for _, size in groups}) == 1:
+            used = [group for group, _ in groups]
+        if used == list(range(n_kv)):
+            return tensors
+        chosen = torch.tensor(used, device=tensors[0].device)
+        return tuple(x.index_select(1, chosen.to(x.device)) for x in tensors)
+
+    def _wide(self, index: Tensor, x: Tensor, dim: int) -> Tensor:
+        """`index` `[B, n]` as it has to be for gathering along `dim` of `x`."""
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = index.shape
+        sizes = list(x.shape)
+        sizes[dim] = index.shape[1]
+        return index.to(x.device).view(shape).expand(sizes)
+
+
+class Fewer:
+    """An attention module as its attention function sees it when each key serves another number of queries."""
+
+    def __init__(self, module: nn.Module, n_groups: int) -> None:
+        self.module = module
+        self.num_key_value_groups = n_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)

@@ -1,0 +1,175 @@
+"""Query and output projections that compute kept heads only.
+
+While a model is patched, a :class:`SlicedLinear` stands in the place of a layer's `q_proj` and another one in that of
+its `o_proj`. The query projection decides: with fewer heads coming out of it, the attention runs on fewer heads, and
+the output projection sees by the width of its input which columns are wanted.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenprune.models import attention
+from tokenprune.models.base import Engine, Swap
+from tokenprune.models.forward import current
+
+NAMES = ("q_proj", "o_proj")
+FEW_TOKENS = 16  # in a row; below, cutting the weights costs about what it saves
+_COUNTED = {"num_heads", "num_attention_heads", "n_heads", "hidden_size", "embed_dim", "num_key_value_groups"}
+
+
+class Pair:
+    """The two projections of one layer.
+
+    Args:
+        engine: the session.
+        module: the layer's attention.
+        layer: index of the layer.
+    """
+
+    def __init__(self, engine: Engine, module: nn.Module, layer: int) -> None:
+        self.engine, self.module, self.layer = engine, module, layer
+        self.width: int = module.head_dim  # type: ignore[assignment]
+        self.linears = tuple(SlicedLinear(_unwrapped(getattr(module, name)), self) for name in NAMES)
+
+    def pattern(self, x: Tensor) -> tuple[int, ...] | None:
+        """The heads that are to be computed for the hidden states `x` `[B, L, D]`, None for all.
+
+        Those that the layer keeps, if they are the same in all rows. A call of few tokens cuts no weights for a pattern
+        that the call before it on the same cache did not have.
+        """
+        state = current(self.engine)
+        if state is None or state.call is None or state.attention is None or not state.steering:
+            return None
+        heads = attention.heads_of(state, state.attention, layer=self.layer)
+        if heads is None or heads.common is None:
+            return None
+        known = state.patterns.get(self.layer) == heads.common
+        state.patterns[self.layer] = heads.common
+        if not known and x.shape[-2] < FEW_TOKENS:
+            return None
+        return heads.common if self._in_place() else None
+
+    def _in_place(self) -> bool:
+        """Whether both stand where they were put, without hooks of anybody, which are to see everything."""
+        there = all(getattr(self.module, name) is one for name, one in zip(NAMES, self.linears, strict=True))
+        return there and not any(_odd(one.original) for one in self.linears)
+
+
+class SlicedLinear(nn.Linear):
+    """A linear layer of which only some heads are computed. Copies and pickles are the layer itself.
+
+    It shares the whole state of the layer it stands for: parameters, hooks, flags. What it holds beyond that is one
+    slice of the weights, the last one.
+
+    Args:
+        original: the layer.
+        pair: the projections that it is one of.
+    """
+
+    __slots__ = ("_slice", "original", "pair")
+    original: nn.Linear
+    pair: Pair
+    _slice: Any
+
+    def __init__(self, original: nn.Linear, pair: Pair) -> None:
+        for name, value in (("__dict__", original.__dict__), ("original", original), ("pair", pair), ("_slice", None)):
+            object.__setattr__(self, name, value)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        """`[.., D]` to the width of the kept heads, or from it back."""
+        pair: Pair = self.pair
+        inward = self is pair.linears[1]
+        pattern = None if inward else pair.pattern(x)
+        if inward and x.shape[-1] != self.in_features:
+            state = current(pair.engine)
+            pattern = None if state is None or state.heads is None else state.heads.common
+        if pattern is None:
+            return functional.linear(x, self.weight, self.bias)
+        return functional.linear(x, *self._sliced(pattern, inward=inward, anew=x.shape[-2] >= FEW_TOKENS))
+
+    def _sliced(self, pattern: tuple[int, ...], *, inward: bool, anew: bool) -> tuple[Tensor, Tensor | None]:
+        """Weights and bias of the heads of `pattern`; cut `anew`, or taken from the call before where it had the same.
+
+        Cutting anew makes sure that no weights are used which were changed behind torch's back since.
+        """
+        weight, bias = self.weight, self.bias
+        if torch.is_grad_enabled():
+            return _cut(weight, bias, pattern, width=self.pair.width, inward=inward)
+        version = None if weight.is_inference() else weight._version
+        key = (pattern, id(weight), weight.data_ptr(), weight.dtype, version)
+        found: Any = self._slice
+        if anew or found is None or found[0] != key:
+            found = key, _cut(weight, bias, pattern, width=self.pair.width, inward=inward)
+            object.__setattr__(self, "_slice", found)
+        sliced: tuple[Tensor, Tensor | None] = found[1]
+        return sliced
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self.original,)
+
+
+def _cut(
+    weight: Tensor, bias: Tensor | None, pattern: tuple[int, ...], *, width: int, inward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the heads of `pattern`, each `width` rows (`inward`: columns) of `weight`."""
+    heads = torch.tensor(pattern, device=weight.device)
+    if inward:
+        return weight.view(len(weight), -1, width).index_select(1, heads).flatten(1), bias
+    rows = weight.view(-1, width, weight.shape[1]).index_select(0, heads).flatten(0, 1)
+    return rows, None if bias is None else bias.view(-1, width).index_select(0, heads).flatten()
+
+
+def _itself(original: Any) -> Any:
+    return original
+
+
+def _unwrapped(linear: Any) -> Any:
+    """The layer itself, where an earlier patch still stands in its place."""
+    return linear.original if isinstance(linear, SlicedLinear) else linear
+
+
+def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
+    """What makes the attention `module` of a layer project kept heads only, or why its projections are left whole."""
+    linears = [_unwrapped(getattr(module, name, None)) for name in NAMES]
+    for name, linear in zip(NAMES, linears, strict=True):
+        if linear is None:
+            return f"{type(module).__name__} has no {name} of its own"
+        if (odd := _odd(linear)) is not None:
+            return f"{name} {odd}"
+    width = getattr(module, "head_dim", None)
+    forward: Any = inspect.unwrap(type(module).forward)
+    named = set(getattr(getattr(forward, "__code__", None), "co_names", ()))
+    split = isinstance(width, int) and linears[0].out_features == linears[1].in_features
+    if not split or not set(NAMES) <= named or named & _COUNTED or _by_head(module, width):
+        return f"{type(module).__name__} counts on all heads"
+    pair = Pair(engine, module, layer)
+    return [Swap(module, name, one) for name, one in zip(NAMES, pair.linears, strict=True)]
+
+
+def _odd(linear: Any) -> str | None:
+    """What keeps a layer from being cut, None for a plain linear layer."""
+    if type(linear) is not nn.Linear:
+        return f"is a {type(linear).__name__}"
+    if type(linear.weight) is not nn.Parameter:
+        return f"has a {type(linear.weight).__name__} as its weight"
+    if "forward" in linear.__dict__ or "_hf_hook" in linear.__dict__:
+        return "has a forward of its own"
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return "has hooks" if any(hooks) else None
+
+
+def _by_head(module: nn.Module, width: Any) -> bool:
+    """Whether the attention has anything beside its projections that knows of single heads."""
+    projections = {id(getattr(module, name, None)) for name in (*NAMES, "k_proj", "v_proj")}
+    others = [child for child in module.children() if id(child) not in projections]
+    sizes = [parameter.numel() for child in others for parameter in child.parameters()]
+    return any(True for _ in module.parameters(recurse=False)) or any(size > width for size in sizes)
