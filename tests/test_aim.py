@@ -9,13 +9,14 @@ from families import FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, generat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_layers import Merged, alive_by_layer, layered_logits, naive_groups, spans_of
+from test_errors import refused
 from test_generation import ONE_IMAGE, ONE_SIZE, conversation, second_turn
 from test_layers import N_LAYERS, first_cut, pair, spread
 from test_pixels import CASES as PIXELS
 from test_pixels import pixel_batch
 
 import tokenprune
-from tokenprune import AIM, DivPrune, FastV, PyramidDrop, ops
+from tokenprune import AIM, DivPrune, FastV, OptionError, PyramidDrop, ops
 from tokenprune.signals import Signals
 
 # --- what the methods decide ----------------------------------------------------------------------
@@ -298,3 +299,76 @@ def test_a_second_turn_sees_the_groups_of_both(family, cache):
             alive = [a & b & merged.alive(len(whole)) for a, b in zip(earlier, later, strict=True)]
             wanted = layered_logits(dense, family, single, alive, merge=merged, sizes=merged.sizes(len(whole)))[-1]
             torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """A model that is patched by no test that goes well."""
+    return tiny("llava")
+
+
+@pytest.mark.parametrize(("options", "parts"), [
+    ({"merge": None, "prune": None}, ("merge and prune are both None",)),
+    ({"merge": 0}, ("merge", "at least 1", "got 0")),
+    ({"merge": 0.0}, ("merge", "(0, 1]", "got 0.0")),
+    ({"merge": 1.5}, ("merge", "(0, 1]", "got 1.5")),
+    ({"merge": "half"}, ("merge", "got 'half'")),
+    ({"keep": 0.5}, ("merge", "prune", "no keep", "got keep=0.5")),
+    ({"prune": (3, 3)}, ("0 <= start < end", "(3, 3)")),
+    ({"prune": (0.7, 0.2)}, ("0 <= start < end", "(0.7, 0.2)")),
+    ({"prune": (-1, 2)}, ("0 <= start < end", "(-1, 2)")),
+    ({"prune": (0.5, 1.5)}, ("end <= 1.0 for floats", "(0.5, 1.5)")),
+    ({"prune": (float("nan"), 0.5)}, ("0 <= start < end",)),
+    ({"prune": (1, 0.5)}, ("a pair of ints (layers) or of floats", "(1, 0.5)")),
+    ({"prune": 3}, ("a pair of ints (layers) or of floats", "got 3")),
+    ({"prune": (1, 2, 3)}, ("a pair of ints (layers) or of floats",)),
+    ({"prune": (True, 3)}, ("a pair of ints (layers) or of floats",)),
+    ({"prune": (1, 4)}, ("layers 1 to 4", "decoder of 4 layers", "end <= 3")),
+    ({"prune": (20, 28)}, ("layers 20 to 28", "decoder of 4 layers", "end <= 3")),
+    ({"importance": "best"}, ("'pagerank', 'column_sum', 'last_query'", "got 'best'")),
+    ({"temperature": 0}, ("temperature", "above 0", "got 0")),
+    ({"temperature": float("nan")}, ("temperature", "above 0", "got nan")),
+    ({"temperature": True}, ("temperature", "got True")),
+    ({"prune": (1, 3), "merge": None, "positions": "packed"}, ("packed", "'aim' drops tokens inside", "original")),
+])  # fmt: skip
+def test_options_of_aim_that_make_no_sense_are_refused(llava, options, parts):
+    refused(llava, OptionError, *parts, method="aim", **options)
+
+
+@pytest.mark.parametrize(("method", "options", "parts"), [
+    ("fastv", {"layer": 0}, ("layer", "at least 1", "got 0")),
+    ("fastv", {"layer": 1.0}, ("layer", "got 1.0")),
+    ("fastv", {"layer": 4}, ("layer=4", "decoder of 4 layers", "at most 3")),
+    ("fastv", {"keep": 0}, ("keep", "at least 1", "got 0")),
+    ("pyramiddrop", {"keep": 3}, ("keep", "from stage to stage", "got 3")),
+    ("pyramiddrop", {"keep": 0.0}, ("keep", "(0, 1]", "got 0.0")),
+    ("pyramiddrop", {"stages": ()}, ("stages", "got ()")),
+    ("pyramiddrop", {"stages": (2, 1)}, ("stages", "ascending", "(2, 1)")),
+    ("pyramiddrop", {"stages": (0.5, 2)}, ("stages", "(0.5, 2)")),
+    ("pyramiddrop", {"stages": (0.0, 0.5)}, ("stages", "(0.0, 0.5)")),
+    ("pyramiddrop", {"stages": 2}, ("stages", "got 2")),
+    ("pyramiddrop", {"stages": (2, 4)}, ("2, 4 layers", "decoder of 4 layers", "1 to 3")),
+    ("pyramiddrop", {"stages": (0.5, 0.55)}, ("2, 2 layers", "different numbers")),
+])  # fmt: skip
+def test_options_of_the_other_methods_inside_the_decoder_are_checked(llava, method, options, parts):
+    refused(llava, OptionError, *parts, method=method, **options)
+
+
+def test_a_cut_among_the_layers_of_deepstack_is_refused():
+    model = tiny("qwen3_vl")
+    refused(model, OptionError, "'fastv'", "after layer 0", "DeepStack", "layer 1 or later", method=FastV(layer=1))
+    assert tokenprune.patch(model, FastV(layer=2)).installed
+
+
+def test_attention_implementations_that_cannot_do_it_are_refused(monkeypatch):
+    model = tiny("llava")
+    monkeypatch.setattr(model.get_decoder().config, "_attn_implementation_internal", "flex_attention")
+    refused(model, OptionError, "sdpa, eager and flash", "'flex_attention'", method=FastV())
+    for implementation in ("flash_attention_2", "flex_attention"):
+        monkeypatch.setattr(model.get_decoder().config, "_attn_implementation_internal", implementation)
+        parts = ("'aim'", "size_bias=True", f"'{implementation}'", "sdpa")
+        refused(model, OptionError, *parts, method=BIASED)
+    tokenprune.patch(model, AIM(merge=0.25, prune=None)).remove()

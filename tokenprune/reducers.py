@@ -23,6 +23,10 @@ class CheckedReducer:
     def name(self) -> str:
         return self.method.name or type(self.method).__name__
 
+    @property
+    def biased(self) -> bool:
+        return self.method.biased
+
     def __call__(self, signals: Signals) -> Reduction:
         """What the method keeps, on the CPU, or how it merges.
 

@@ -29,6 +29,9 @@ class AIM(Method):
     The published settings are `AIM()` for images (`merge=0.125`, `prune=(13/32, 21/32)`) and :meth:`for_video`
     (`merge=0.25`, `prune=(14/28, 22/28)`), with depths relative to the decoder's, so that they fit any model.
 
+    All tokens of the call that holds the prompt take part in ranking. Assisted decoding adds its first guesses to that
+    call, so there other tokens may stay than without it.
+
     Args:
         merge: fraction of the tokens of each image (frame) left after merging, in (0, 1], or a count; None: no merging.
         prune: `(start, end)`: the first layer after which tokens leave and the first one after which none is left; as
@@ -87,6 +90,11 @@ class AIM(Method):
         """How many of the `n_tokens` tokens of an image are left after merging."""
         n_left = n_tokens if self.merge is None else count(self.merge, n_tokens)
         return Budget(n_left, n_left)
+
+    @property
+    def biased(self) -> bool:
+        """Whether attention sees the size of a group."""
+        return self.size_bias and self.merge is not None
 
     def before_llm(self, signals: Signals, budget: Budget) -> Merge:
         """Merge `signals.features` `[B, N, D]` in rounds, each of which takes at most every source."""

@@ -44,6 +44,11 @@ class Method:
         n_keep = count(self.keep, n_tokens)
         return Budget(n_keep, n_keep)
 
+    @property
+    def biased(self) -> bool:
+        """Whether the decoder's attention is to see how many tokens each group has that `before_llm` merges."""
+        return False
+
     def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
         """How many of an image's `n_tokens` patches each of an encoder's `n_layers` blocks takes away.
 

@@ -18,6 +18,11 @@ class Reducer(Protocol):
         """Name of the method."""
         ...
 
+    @property
+    def biased(self) -> bool:
+        """Whether attention is to see how many tokens each group has that it merges."""
+        ...
+
     def __call__(self, signals: Signals) -> Reduction:
         """Select or merge tokens of `signals.features` `[B, N, D]`."""
         ...

@@ -103,8 +103,6 @@ def _cut(
     started = time.perf_counter()
     old, before = state.segment_of(layer), state.visual
     index = (call.all_rows if old.keep is None else old.keep.index).cpu()
-    if not any(map(len, before)):
-        return None
     for reducer, stage in cuts:
         state.visual, trace = _choose(state, call, reducer, stage)
         state.traces.append(trace)

@@ -55,6 +55,7 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
         OptionError: the decoder cannot be pruned where the methods want it.
     """
     reducers = engine.layer_reducers()
+    check_entrance(engine, decoder)
     if not reducers:
         return Inside()
     modules = layers_of(decoder)
@@ -202,6 +203,27 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
                 if probe not in wanted.get(layer, ()):
                     wanted[layer] = (*wanted.get(layer, ()), probe)
     return wanted
+
+
+def check_entrance(engine: Engine, decoder: nn.Module) -> None:
+    """Check that what is asked for at the decoder's entrance can be had.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    config: Any = decoder.config
+    implementation, before = str(config._attn_implementation), engine.reducers("before_llm")
+    biased = [reducer.name for reducer in before if reducer.biased]
+    if biased and implementation not in ("sdpa", "eager"):
+        raise OptionError(
+            f"method {biased[0]!r} was asked for size_bias=True, which adds to the logits of sdpa or eager attention, "
+            f'and the model runs {implementation!r}; load it with attn_implementation="sdpa" or leave size_bias=False'
+        )
+    if engine.positions == "packed" and not before and (inside := engine.layer_reducers()):
+        raise OptionError(
+            f'positions="packed" renumbers what is left before the decoder, and method {inside[0].name!r} drops tokens '
+            'inside it, where positions are part of the keys already; use positions="original"'
+        )
 
 
 def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
