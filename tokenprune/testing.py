@@ -28,6 +28,7 @@ class _EveryOther:
     """A stand-in for a method: keeps every second token."""
 
     name: str = "every other"
+    biased: bool = False
 
     def __call__(self, signals: Signals) -> Keep:
         n_rows, n_tokens = signals.features.shape[:2]
