@@ -126,13 +126,11 @@ def batch(
     if extra is not None:
         input_ids, mask = torch.cat([input_ids, extra], 1), torch.cat([mask, torch.ones_like(extra)], 1)
     images = [image for row, seed in zip(rows, seeds, strict=True) for image in features_of(row, seed=seed)]
-    inputs: dict[str, Any] = {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "mm_encoder_outputs": {"image": _encoded(family, images, list(seeds))},
-    }
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+    if images:
+        inputs["mm_encoder_outputs"] = {"image": _encoded(family, images, list(seeds))}
     visual = (input_ids == IMAGE).long()
-    if family in MROPE:
+    if family in MROPE and images:
         grids = [part for row in rows for part in row if isinstance(part, tuple)]
         inputs["image_grid_thw"] = torch.tensor([(1, 2 * h, 2 * w) for h, w in grids])
     if family in (*MROPE, "molmo2"):

@@ -106,6 +106,7 @@ def patch(
         )
     if INSIDE_ENCODER in sites and isinstance(adapter, DecoderAdapter):
         adapter = MultimodalAdapter(adapter)
+    _refuse_split(model, sites)
     adapter.preflight(sites=sites, positions=positions)
     session = Session(model, methods, adapter, positions=positions)
     session.plan()
@@ -199,6 +200,20 @@ def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: 
 def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
     """The module that holds `child` as a direct child."""
     return next((module for module in model.modules() if any(one is child for one in module.children())), None)
+
+
+def _refuse_split(model: nn.Module, sites: Sequence[str]) -> None:
+    """Under tensor parallelism only what enters the decoder is the same on all processes."""
+    inside = [site for site in sites if site != "before_llm"]
+    split = (getattr(model, "tp_size", None) or 1) > 1 or any(
+        type(one).__name__ == "DTensor" for one in model.parameters()
+    )
+    if inside and split:
+        raise OptionError(
+            f"the weights of {type(model).__name__} are split over several processes (tp_plan), each of which sees the "
+            f"attention of its own heads only and would choose other tokens at {', '.join(inside)}; use a method that "
+            "acts before the decoder alone, such as 'divprune' or AIM(prune=None)"
+        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:
