@@ -95,14 +95,16 @@ def test_selection_does_not_see_the_expected_answer(loaded: Any, samples: list[A
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.5, 0.06])
-@pytest.mark.parametrize("text", ["divprune", "aim", "aim:prune=None", "aim:merge=None", "fastv", "pyramiddrop"])
+@pytest.mark.parametrize(
+    "text", ["divprune", "aim", "aim:prune=None", "aim:merge=None", "fastv", "pyramiddrop", "tome", "spatten"]
+)
 def test_methods_are_set_to_cost_the_decoder_as_much(probe: Any, text: str, keep: float) -> None:
     matching = lab("matching")
     target = probe.cost((tokenprune.Uniform(keep=keep),)).decoder_flops_g
     try:
         cost = probe.cost(matching.matched(text, keep, probe)).decoder_flops_g
     except matching.OutOfReach:
-        assert text in ("fastv", "pyramiddrop", "aim:merge=None")
+        assert text in ("fastv", "pyramiddrop", "aim:merge=None", "spatten")
         assert keep < 0.5
         return
     assert cost <= matching.SLACK * target
