@@ -33,7 +33,8 @@ ARROWS = {
     "flops": (),
     "progress": (),
     "generation": ("errors", "flops", "measure"),
-    "comparison": ("errors", "measure", "generation"),
+    "comparison": ("errors", "tables", "measure", "generation"),
+    "encoding": ("errors", "signals", "measure", "comparison"),
     "sites": ("signals", "tables", "generation"),
     "figures": ("errors", "comparison", "sites"),
     "traffic": ("signals", "tables"),
@@ -56,7 +57,7 @@ ARROWS = {
 # Who may import whom beyond that, inside a function only: the other direction exists, or it is rarely wanted.
 LAZY_ARROWS = {
     "session": ("report",),
-    "report": ("figures",),
+    "report": ("encoding", "figures"),
     "side_by_side": ("figures",),
     "testing": ("*",),
 }

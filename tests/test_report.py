@@ -17,7 +17,7 @@ from torch import nn
 import tokenprune
 from tokenprune import report
 from tokenprune.comparison import Cost, break_even, drift
-from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.errors import OptionError
 from tokenprune.generation import inspect_generation
 from tokenprune.measure import MIB
 from tokenprune.signals import Trace
@@ -314,9 +314,19 @@ def test_a_session_that_has_ended_compares_nothing() -> None:
         session.report({"input_ids": IDS})
 
 
-def test_a_model_without_generate_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear has no generate\(\)"):
-        report.build(Fake(nn.Linear(1, 1)), {"input_ids": IDS})
+def test_a_vision_transformer_is_measured_by_its_forward() -> None:
+    from vits import inputs, tiny
+
+    model, x = tiny("timm registers"), inputs("timm registers")["x"]
+    session = tokenprune.patch(model, "tome", r=2)
+    found = session.report(x, repeats=2)
+    assert found.cost("forward_latency_ms").dense > 0
+    assert found.cost("total_flops_g").factor > 1
+    assert {site.site for site in found.sites} == {"encoder_block"}
+    assert "cosine of the outputs" in str(found)
+    assert session.installed
+    with pytest.raises(OptionError, match="must be a tensor or map"):
+        session.report([x])
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:

@@ -7,6 +7,9 @@ import torch
 
 from tokenprune.generation import Generation, Inspection
 from tokenprune.measure import Timing
+from tokenprune.tables import number
+
+SHOWN_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -169,3 +172,34 @@ def drift(dense: Inspection, pruned: Inspection, *, eos: int | list[int] | None 
 
 def _first(flags: list[bool], otherwise: int) -> int:
     return flags.index(True) if True in flags else otherwise
+
+
+def drift_sentences(drift: Drift | None) -> list[str]:
+    """What a report says of the drift."""
+    if drift is None:
+        return []
+    pairs = [f"{equal} of {limit}" for equal, limit in zip(drift.equal_tokens, drift.compared_tokens, strict=True)]
+    kl = ", ".join(number(value) for value in drift.first_token_kl[:SHOWN_ROWS])
+    return [
+        f"Drift, row by row: KL of the first token, dense from pruned, {kl} nats; greedy tokens equal before the first "
+        f"difference: {', '.join(pairs[:SHOWN_ROWS])}."
+    ]
+
+
+def break_even_sentences(found: BreakEven | None) -> list[str]:
+    """What a report says of the break-even."""
+    if found is None:
+        return []
+    parts = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in found.shares.items())
+    stages = f"Of the dense time: {parts}; {found.dominant.replace('_', ' ')} takes the most."
+    if found.saved_ms_per_token is None:
+        return [stages]
+    each = f"{number(found.saved_ms_per_token)} ms saved per dropped token, {number(found.selection_ms)} ms selection"
+    if found.visual_tokens is None:
+        return [
+            stages,
+            f"Break-even: none; at this size dropping tokens does not bring the first token nearer ({each}).",
+        ]
+    least = f"{max(1, round(found.visual_tokens)):,}"
+    told = f"the first token comes sooner from about {least} visual tokens on ({each})."
+    return [stages, f"Break-even, estimated from these runs: {told}"]

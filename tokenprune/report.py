@@ -13,8 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenprune.comparison import BreakEven, Cost, Drift, amounts, break_even, drift, latencies
-from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.comparison import (
+    SHOWN_ROWS,
+    BreakEven,
+    Cost,
+    Drift,
+    amounts,
+    break_even,
+    break_even_sentences,
+    drift,
+    drift_sentences,
+    latencies,
+)
+from tokenprune.errors import OptionError
 from tokenprune.generation import GREEDY, Generation, Inspection, inspect_generation, time_generation
 from tokenprune.measure import rounds
 from tokenprune.progress import progress
@@ -36,7 +47,6 @@ from tokenprune.tables import Table, as_html, as_markdown, as_text, number, plai
 from tokenprune.traffic import TRAFFIC_HEADER, traffic_rows, traffic_sentence
 
 WIDTH = 100
-SHOWN_ROWS = 12
 SHOWN_LAYERS = 40
 NOT_INPUTS = {
     *GREEDY,
@@ -163,7 +173,9 @@ class Report:
             setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.setting.items())
             parts.append(line(f"Dense against pruned, in turn; median (20 % - 80 % of the runs). {setting}."))
             parts.append(table(["", "dense", "pruned", "saved", "factor"], [_cost_row(cost) for cost in self.costs]))
-        return parts + [line(sentence) for sentence in _drift_sentences(self.drift) + _break_even(self.break_even)]
+        return parts + [
+            line(sentence) for sentence in drift_sentences(self.drift) + break_even_sentences(self.break_even)
+        ]
 
     def _site_parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
         parts, grouped = [], crowded(self.sites)
@@ -191,13 +203,14 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
 
     Args:
         session: a session whose model is patched.
-        inputs: what the processor returned, as it would be given to ``generate``; None reports the last forward only.
+        inputs: what the processor returned, as it would be given to ``generate``; for a model without ``generate`` (a
+            vision transformer), the tensor or the keyword arguments it is called with. None reports the last forward
+            only.
         max_new_tokens: greedy tokens to generate on both sides; the end of a sequence does not stop them.
         repeats: timed runs of each side, after one untimed run that counts arithmetic and memory.
 
     Raises:
         OptionError: an argument is out of range, `inputs` cannot be run, or the session has ended.
-        UnsupportedModelError: the model has no ``generate``.
     """
     model, methods = type(session.model).__name__, tuple(map(_describe, session.methods))
     said: Any = {"remarks": getattr(session, "remarks", ())}
@@ -208,6 +221,8 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
         raise OptionError(
             "the model is not patched by this session any more, so there is nothing to compare; patch it again"
         )
+    if not callable(getattr(session.model, "generate", None)):
+        return _forward_report(session, inputs, repeats, Report(model, methods, (), **said))
     _check(session.model, inputs, max_new_tokens, repeats)
     inspected, timed, traces = _run(session, inputs, max_new_tokens, repeats)
     sites = tuple(SiteReport.of(*run) for run in zip(*traces, strict=True))
@@ -220,6 +235,20 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     layers = layers_of(sites, **inspected)
     drifted = drift(**inspected, eos=eos)
     return Report(model, methods, sites, setting, costs, drifted, layers, break_even(costs), session.traffic, **said)
+
+
+def _forward_report(session: SessionLike, inputs: Any, repeats: int, report: Report) -> Report:
+    """The report of a model without ``generate``: of one forward."""
+    from tokenprune.encoding import forward_costs
+
+    costs, sentences, traces = forward_costs(
+        session.model, inputs, pause=session.pause, traces=lambda: session.traces, repeats=repeats
+    )
+    sites = tuple(SiteReport.of(*run) for run in zip(*traces, strict=True))
+    setting = {**_machine(session.model), "repeats": repeats}
+    return dataclasses.replace(
+        report, sites=sites, setting=setting, costs=tuple(costs), remarks=(*report.remarks, *sentences)
+    )
 
 
 def _run(
@@ -268,10 +297,6 @@ def _check(model: nn.Module, inputs: Any, max_new_tokens: int, repeats: int) -> 
             f"inputs must not hold {', '.join(taken)}: a report runs the prompt from its start and decides itself how "
             "to generate; leave that out"
         )
-    if not callable(getattr(model, "generate", None)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no generate(), so there is nothing to measure; call report() without inputs"
-        )
 
 
 def _machine(model: nn.Module) -> dict[str, Any]:
@@ -288,32 +313,3 @@ def _cost_row(cost: Cost) -> list[str]:
         cells.append(number(value) + (f" ({number(spread[0])}-{number(spread[1])})" if spread else ""))
     saved, factor = cost.saved, cost.factor
     return [*cells, "-" if saved is None else f"{100 * saved:.1f} %", "-" if factor is None else f"{factor:.2f}x"]
-
-
-def _drift_sentences(drift: Drift | None) -> list[str]:
-    if drift is None:
-        return []
-    pairs = [f"{equal} of {limit}" for equal, limit in zip(drift.equal_tokens, drift.compared_tokens, strict=True)]
-    kl = ", ".join(number(value) for value in drift.first_token_kl[:SHOWN_ROWS])
-    return [
-        f"Drift, row by row: KL of the first token, dense from pruned, {kl} nats; greedy tokens equal before the first "
-        f"difference: {', '.join(pairs[:SHOWN_ROWS])}."
-    ]
-
-
-def _break_even(found: BreakEven | None) -> list[str]:
-    if found is None:
-        return []
-    parts = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in found.shares.items())
-    stages = f"Of the dense time: {parts}; {found.dominant.replace('_', ' ')} takes the most."
-    if found.saved_ms_per_token is None:
-        return [stages]
-    each = f"{number(found.saved_ms_per_token)} ms saved per dropped token, {number(found.selection_ms)} ms selection"
-    if found.visual_tokens is None:
-        return [
-            stages,
-            f"Break-even: none; at this size dropping tokens does not bring the first token nearer ({each}).",
-        ]
-    least = f"{max(1, round(found.visual_tokens)):,}"
-    told = f"the first token comes sooner from about {least} visual tokens on ({each})."
-    return [stages, f"Break-even, estimated from these runs: {told}"]
