@@ -16,17 +16,43 @@ INTERPRETED = triton.knobs.runtime.interpret  # The kernel below runs on CPU ten
 
 
 @triton.jit
-def _image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID: tl.constexpr):
-    """Entries of a row as unsigned integers of the same order, a NaN the least of them, and which of them take part."""
+def image_of(value):
+    """fp32 numbers as unsigned integers of the same order; a NaN becomes the least of them."""
+    value = tl.where(value == 0.0, 0.0, value)  # The negative zero too.
+    bits = value.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value == value, bits.to(tl.uint32, bitcast=True) ^ 0x80000000, 0).to(tl.uint32)
+
+
+@triton.jit
+def load_image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID: tl.constexpr):
+    """Images of some entries of a row, and which of them exist and take part."""
     inside = token < n_tokens
     value = tl.load(scores + row * stride_b + token.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32)
     if HAS_VALID:
         inside = inside & (tl.load(valid + row * n_tokens + token, mask=inside, other=0) != 0)
-    value = tl.where(value == 0.0, 0.0, value)  # The negative zero too.
-    bits = value.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    image = bits.to(tl.uint32, bitcast=True) ^ 0x80000000
-    return tl.where(value == value, image, 0).to(tl.uint32), inside
+    return image_of(value), inside
+
+
+@triton.jit
+def search(scores, valid, row, wanted, n_tokens, stride_b, stride_n, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
+    """Image of the last entry of a row that is wanted, and how many of the entries equal to it are."""
+    threshold = tl.zeros([], tl.uint32)  # Its leading digits.
+    missing = wanted + tl.zeros([], tl.int32)  # How many of the entries that share them are wanted.
+    for digit in range(4):
+        shift = (24 - 8 * digit + tl.zeros([], tl.int32)).to(tl.uint32)
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, n_tokens, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            image, inside = load_image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID)
+            leading = image >> shift
+            inside = inside & ((leading >> 8) == threshold)
+            histogram += tl.histogram((leading & 255).to(tl.int32), 256, mask=inside)
+        at_least = tl.cumsum(histogram, axis=0, reverse=True)
+        found = tl.maximum(tl.sum((at_least >= missing).to(tl.int32), axis=0) - 1, 0)
+        missing -= tl.max(tl.where(at_least < missing, at_least, 0), axis=0)
+        threshold = (threshold << 8) | found.to(tl.uint32)
+    return threshold, missing
 
 
 @triton.jit
@@ -39,26 +65,12 @@ def _top_k_kernel(
     wanted = width
     if HAS_COUNTS:
         wanted = tl.load(counts + row)
-    threshold = tl.zeros([], tl.uint32)  # The leading digits of the last entry that is wanted.
-    missing = wanted  # How many of the entries that share them are.
-    for digit in tl.static_range(4):
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, n_tokens, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            image, inside = _image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID)
-            if digit > 0:
-                inside = inside & ((image >> (32 - 8 * digit)) == threshold)
-            histogram += tl.histogram(((image >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=inside)
-        at_least = tl.cumsum(histogram, axis=0, reverse=True)
-        found = tl.maximum(tl.sum((at_least >= missing).to(tl.int32), axis=0) - 1, 0)
-        missing -= tl.max(tl.where(at_least < missing, at_least, 0), axis=0)
-        threshold = (threshold << 8) | found.to(tl.uint32)
-
+    threshold, missing = search(scores, valid, row, wanted, n_tokens, stride_b, stride_n, HAS_VALID, BLOCK)
     before = tl.zeros([], tl.int32)  # Larger entries before this block, and equal ones.
     equal_before = tl.zeros([], tl.int32)
     for start in range(0, n_tokens, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        image, inside = _image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID)
+        image, inside = load_image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALID)
         larger = inside & (image > threshold)
         equal = inside & (image == threshold)
         both = larger.to(tl.int32) + (equal.to(tl.int32) << 16)  # One prefix sum for two: a block holds at most 2^15.
@@ -102,6 +114,6 @@ def launch(
         _top_k_kernel[(n_rows,)](
             scores, mask, wanted, index, n_tokens, width, *scores.stride(),
             HAS_VALID=valid is not None, HAS_COUNTS=counts is not None, BLOCK=block,
-            num_warps=min(max(block // 256, 2), 16),
+            num_warps=min(max(block // 256, 2), 16), enable_fp_fusion=True,
         )  # fmt: skip
     return index

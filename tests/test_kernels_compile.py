@@ -99,6 +99,43 @@ def attention_importance_cases(dtype: str, width: int) -> list[Case]:
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
+
+def decode_cases(kernel: str, dtype: str, planes: int, *, masked: bool, half: int = 64) -> list[Case]:
+    """The cases of `kernels/decode_logits.py` and `kernels/decode_values.py`, with the constants of their launcher."""
+    stored = "u8" if planes else dtype
+    tensors = {
+        "query": dtype,
+        "key": stored,
+        "value": stored,
+        "low": stored,
+        "key_scale": "fp32",
+        "value_scale": "fp32",
+    }
+    floats = dict.fromkeys(("logits", "top", "total", "anchor", "norm", "partial", "scores", "magnitude"), "fp32")
+    others = {"valid": "i1", "heads": "i8", "again": "i8", "flat": "i8", "image": "i32", "cut": "i32", "counts": "i32"}
+    outputs = {"output": dtype, "read": "i64"}
+    types = {name: f"*{of}" for name, of in (tensors | floats | others | outputs).items()}
+    types |= {"scale": "fp32", "threshold": "fp32"}
+    types |= {f"{name}_b": "i64" for name in ("key", "value", "scale", "valid")}
+    names = ("n_heads", "length", "split_length", "n_values", "n_splits")
+    sizes = ("key_row", "key_low", "value_row", "value_low", "dense_row")
+    types |= dict.fromkeys(
+        [*names, *sizes, *(f"{x}_{y}" for x in ("key", "value", "scale", "valid") for y in "gn")], "i32"
+    )
+    tile = {"GROUP": 4, "ROWS": 16, "HALF": half, "BLOCK": 32 if dtype == "fp32" or half > 64 else 64, "PLANES": planes}
+    tile |= {"WIDTH": 2 * half, "HAS_VALID": masked, "HAS_HEADS": masked}
+    settle = {"HAS_HEADS": masked, "DECIDE": planes == 1, "SELECT": masked, "HAS_COUNTS": masked, "SPLITS": 64}
+    combine = {"GROUP": 4, "WIDTH": 2 * half, "PADDED": 2 * half, "SPLITS": 64, "HAS_HEADS": masked}
+    constants = {
+        "_logits_kernel": tile | {"AGAIN": False},
+        "_settle_kernel": settle | {"BLOCK": 8192},
+        "_values_kernel": tile | {"WIDE": dtype == "fp32", "SELECT": masked},
+        "_combine_kernel": combine,
+    }[kernel]
+    again = [(kernel, types, constants | {"AGAIN": True}, {})] if kernel == "_logits_kernel" and planes == 1 else []
+    return [(kernel, types, constants, {"num_warps": 8} if kernel == "_settle_kernel" else {}), *again]
+
+
 CASES: dict[str, dict[str, list[Case]]] = {
     "attention_importance": {
         "bf16": [case for width in (64, 128, 256) for case in attention_importance_cases("bf16", width)[:2]]
@@ -119,6 +156,24 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "fp16": merge_tokens_cases("fp16", weighted=True)[1:],
         "fp64": merge_tokens_cases("fp64", weighted=True)[1:],
     },
+    "decode_logits": {
+        "fp32": decode_cases("_logits_kernel", "fp32", 0, masked=True)
+        + decode_cases("_settle_kernel", "fp32", 1, masked=False)
+        + decode_cases("_settle_kernel", "fp32", 0, masked=True),
+        "bf16": decode_cases("_logits_kernel", "bf16", 0, masked=False)
+        + decode_cases("_logits_kernel", "bf16", 1, masked=True),
+        "fp16": decode_cases("_logits_kernel", "fp16", 0, masked=True)
+        + decode_cases("_logits_kernel", "fp16", 2, masked=False, half=128),
+    },
+    "decode_values": {
+        "fp32": decode_cases("_values_kernel", "fp32", 3, masked=True),
+        "bf16": decode_cases("_values_kernel", "bf16", 0, masked=False)
+        + decode_cases("_values_kernel", "bf16", 3, masked=True)
+        + decode_cases("_combine_kernel", "bf16", 0, masked=True),
+        "fp16": decode_cases("_values_kernel", "fp16", 1, masked=True)
+        + decode_cases("_values_kernel", "fp16", 2, masked=False, half=128)
+        + decode_cases("_combine_kernel", "fp16", 0, masked=False),
+    },
     "max_min_select": {
         "fp32": max_min_select_cases("fp32", 64, 32, 4),
         "bf16": max_min_select_cases("bf16", 128, 64, 8),
@@ -126,7 +181,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "fp64": max_min_select_cases("fp64", 64, 32, 4)[:3],
     },
     "top_k_select": {
-        "fp32": top_k_select_cases("fp32", 8192, masked=False) + top_k_select_cases("fp32", 1024, masked=True),
+        "fp32": top_k_select_cases("fp32", 8192, masked=False),
         "bf16": top_k_select_cases("bf16", 8192, masked=True),
         "fp16": top_k_select_cases("fp16", 8192, masked=True),
     },

@@ -6,6 +6,8 @@ This file also is the program that runs the Triton cases, in a process of its ow
 
 import importlib
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,6 +125,14 @@ def naive(arguments: tuple[Any, ...], options: dict[str, Any]) -> ops.DecodedSte
     return ops.DecodedStep(output, scores, output.abs().sum((2, 3)), flat, *read_bytes, dense)
 
 
+def error(arguments: tuple[Any, ...], *, triton: bool) -> float:
+    """What rounding may cost: of the output to its dtype, and in Triton of probabilities to the dtype of the values."""
+    dtype = arguments[0].dtype
+    if triton and dtype != torch.float32 and isinstance(arguments[2], ops.Planes):
+        dtype = BF16
+    return {BF16: 2.0**-7 if triton else 2.0**-8, FP16: 2.0**-9 if triton else 2.0**-10}.get(dtype, 1e-5)
+
+
 def assert_same(got: ops.DecodedStep, want: ops.DecodedStep, error: float) -> None:
     """Equal counts and flags; outputs and what is summed from them within `error` of the largest entry or, above 1, of
     each."""
@@ -145,10 +155,13 @@ def assert_same(got: ops.DecodedStep, want: ops.DecodedStep, error: float) -> No
 def test_torch_follows_the_naive_loop(name: str) -> None:
     arguments, options = CASES[name]
     got = ops.decode_attention(*arguments, **options)
-    dtype = arguments[0].dtype
-    assert (got.output.dtype, got.scores.dtype, got.magnitude.dtype) == (dtype, torch.float32, torch.float32)
+    assert (got.output.dtype, got.scores.dtype, got.magnitude.dtype) == (
+        arguments[0].dtype,
+        torch.float32,
+        torch.float32,
+    )
     assert got.output.shape == arguments[0].shape
-    assert_same(got, naive(arguments, options), {BF16: 2.0**-8, FP16: 2.0**-10}.get(dtype, 1e-5))
+    assert_same(got, naive(arguments, options), error(arguments, triton=False))
 
 
 def test_the_cases_differ_in_what_they_are_for() -> None:
@@ -254,3 +267,40 @@ def test_a_threshold_without_planes_is_refused() -> None:
 def test_triton_on_a_cpu_tensor_is_refused() -> None:
     with pytest.raises(BackendError, match=r"'torch'.* works? here"):
         ops.decode_attention(*case()[0], scale=1.0, backend="triton")
+
+
+# --- the Triton version against the torch version ---------------------------------------------------------------------
+
+
+def work(source: str, target: str) -> None:
+    """Run every case in Triton, on memory filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    results = {
+        name: tuple(ops.decode_attention(*arguments, **options, backend="triton"))
+        for name, (arguments, options) in torch.load(source, weights_only=False).items()
+    }
+    torch.save(results, target)
+
+
+@pytest.fixture(scope="module")
+def triton_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, ...]]:
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("triton")
+    torch.save(CASES, folder / "cases")
+    command = [sys.executable, __file__, str(folder / "cases"), str(folder / "results")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_triton_follows_torch(name: str, triton_results: dict[str, tuple[torch.Tensor, ...]]) -> None:
+    arguments, options = CASES[name]
+    got = ops.DecodedStep(*triton_results[name])
+    assert got.output.dtype == arguments[0].dtype
+    assert_same(got, ops.decode_attention(*arguments, **options, backend="torch"), error(arguments, triton=True))
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

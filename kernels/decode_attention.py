@@ -1,0 +1,152 @@
+"""Attention of one decoding step on the GPU; `tokenprune.ops.decode_attention` is the door and states the rule.
+
+Five launches at most and no synchronisation with the host, each split over the KV length so that a single sequence
+fills the device. Logits are kept, `[B, H, L]` in fp32: as many bytes as one channel in 64 of the keys, and with them
+values can be chosen, probabilities summed over heads and flat rows computed again without reading a key twice.
+
+1. `_logits_kernel`: logits, and per split their maximum and their sum of exponentials.
+2. `_settle_kernel`: one program per head brings the splits together, finds out whether the distribution is flat, and
+   searches the threshold of the values to read.
+3. Where a threshold of progressive quantization is given, both once more: the low plane of the keys is added to the
+   logits of flat heads. Programs of other heads end at once.
+4. `_values_kernel`: probabilities times values per split; of what no head of the group asks for, nothing is loaded.
+5. `_combine_kernel`: the sum over the splits.
+
+The heads of a group share their loads; they are padded to 16 rows, the least that the tensor cores take, which costs
+nothing where memory bounds the time. A vector is worked on in two halves, since that is how nibbles are packed; an
+integer of a plane is exact in bf16 and fp16, so planes are multiplied on the tensor cores and scaled afterwards.
+"""
+
+from typing import Any, NamedTuple
+
+import tokenprune.kernels.decode_logits as decode_logits
+import tokenprune.kernels.decode_values as decode_values
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret  # The kernels run on CPU tensors too.
+_STREAMS = 2  # Programs per processor that keep its memory busy.
+
+
+class _Stored(NamedTuple):
+    """Keys or values as the kernels take them; of a tensor, `low` and `scale` stand for nothing."""
+
+    main: torch.Tensor
+    low: torch.Tensor
+    scale: torch.Tensor
+    planes: bool
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (*self.main.stride()[:3], *(self.scale.stride() if self.planes else (0, 0, 0)))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector, without its low plane."""
+        return self.main.shape[-1] * self.main.element_size() + (self.scale.element_size() if self.planes else 0)
+
+    @property
+    def low_bytes(self) -> int:
+        return self.low.shape[-1] if self.planes else 0
+
+
+def _stored(x: Any) -> _Stored:
+    if isinstance(x, torch.Tensor):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return _Stored(x, x, x, False)
+    high, low = x.high, x.low
+    if high.stride() != low.stride() or high.stride(-1) != 1:
+        high, low = high.contiguous(), low.contiguous()
+    return _Stored(high, low, x.scale, True)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def launch(
+    query: torch.Tensor, key: Any, value: Any, scale: float, valid: torch.Tensor | None, heads: torch.Tensor | None,
+    n_values: int | torch.Tensor | None, threshold: float | None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Attend from one token.
+
+    Args:
+        query: `[B, H, 1, K]`, any float dtype.
+        key: `[B, Hkv, L, K]`, of the query's dtype, or what has `high`, `low` `[B, Hkv, L, K / 2]` and `scale`.
+        value: likewise.
+        scale: factor of the logits.
+        valid: `[B, Hkv, L]` bool of any strides, or None for all keys.
+        heads: `[B, H]` bool, or None for all heads.
+        n_values: values that a head reads, an int, int64 `[B]`, or None for all.
+        threshold: largest probability below which a head reads the low planes; None to read both planes at once.
+
+    Returns:
+        The fields of `tokenprune.ops.DecodedStep`.
+    """
+    batch, n_heads, _, width = query.shape
+    keys, values = _stored(key), _stored(value)
+    groups, length = keys.main.shape[1:3]
+    group, half = n_heads // groups, max(16, triton.next_power_of_2((width + 1) // 2))
+    block = 32 if query.element_size() > 2 or half > 64 else 64
+    blocks = triton.cdiv(length, block)
+    per_split = triton.cdiv(blocks, max(1, _STREAMS * _processors(query.device) // (batch * groups)))
+    n_splits = triton.cdiv(blocks, per_split)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
+
+    output, magnitude = torch.empty_like(query, memory_format=torch.contiguous_format), new(batch, n_heads)
+    query = (query.float() if query.dtype == torch.float64 else query).contiguous()
+    mask, mask_strides = (query, (0, 0, 0)) if valid is None else (valid, valid.stride())
+    kept = query if heads is None else heads.contiguous().view(torch.int8)
+    logits, top, total = new(batch, n_heads, length), new(batch, n_heads, n_splits), new(batch, n_heads, n_splits)
+    anchor, norm, image, cut = (new(batch, n_heads, dtype=t) for t in (logits.dtype,) * 2 + (torch.int32,) * 2)
+    flat = torch.zeros(batch, n_heads, dtype=torch.int8, device=query.device)
+    partial, scores = new(batch, n_heads, n_splits, width), new(batch, groups, length)
+    counts, read = new(batch, groups, n_splits, 3, dtype=torch.int32), new(3, batch, groups, dtype=torch.int64)
+    row_counts = n_values if isinstance(n_values, torch.Tensor) else counts
+    n_rows = n_values if isinstance(n_values, int) else length
+    progressive = threshold is not None and threshold > 0
+    tile = {
+        "GROUP": group,
+        "ROWS": max(16, triton.next_power_of_2(group)),
+        "WIDTH": width,
+        "HALF": half,
+        "BLOCK": block,
+    }
+    having = {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "enable_fp_fusion": True}
+    splits, grid, of_heads = triton.next_power_of_2(n_splits), (n_splits, groups, batch), (n_heads, batch)
+
+    def softmax(planes: int, *, again: bool) -> None:
+        decide = progressive and not again
+        decode_logits._logits_kernel[grid](
+            query, keys.main, keys.low, keys.scale, mask, kept, flat, logits, top, total,
+            n_heads, length, scale, per_split * block, *keys.strides, *mask_strides,
+            **tile, **having, PLANES=planes, AGAIN=again,
+        )  # fmt: skip
+        decode_logits._settle_kernel[of_heads](
+            top, total, logits, kept, flat, anchor, norm, image, cut, row_counts, n_rows, length, threshold or 0.0,
+            n_splits, HAS_HEADS=heads is not None, DECIDE=decide, SELECT=n_values is not None and not decide,
+            HAS_COUNTS=row_counts is n_values, SPLITS=splits, BLOCK=min(max(triton.next_power_of_2(length), 256), 8192),
+            num_warps=4 if n_values is None else 8, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(query):
+        softmax((1 if threshold is not None else 2) if keys.planes else 0, again=False)
+        if progressive:
+            softmax(1, again=True)
+        decode_values._values_kernel[grid](
+            logits, values.main, values.low, values.scale, mask, kept, flat, anchor, norm, image, cut,
+            partial, scores, counts, n_heads, length, per_split * block, *values.strides, *mask_strides,
+            **tile, **having, PLANES=(3 if progressive else 1 if threshold is not None else 2) if values.planes else 0,
+            WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
+        )  # fmt: skip
+        both = threshold is None
+        decode_values._combine_kernel[of_heads](
+            partial, kept, flat, counts, output, magnitude, read, n_splits,
+            keys.row_bytes + both * keys.low_bytes, keys.low_bytes, values.row_bytes + both * values.low_bytes,
+            values.low_bytes, 2 * width * output.element_size(),
+            GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width),
+            SPLITS=splits, HAS_HEADS=heads is not None, enable_fp_fusion=True,
+        )  # fmt: skip
+    return output, scores.sum(1), magnitude, flat.view(torch.bool), *read.unbind()

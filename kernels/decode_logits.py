@@ -1,0 +1,146 @@
+"""The first half of a decoding step on the GPU, up to its softmax; `decode_attention` describes the whole."""
+
+import triton
+import triton.language as tl
+from tokenprune.kernels.top_k_select import image_of, search
+
+INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
+_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
+
+
+@triton.jit
+def product(a, b, total):
+    """`a @ b + total` in fp32, with operands of a half type on the tensor cores."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def kept_rows(heads, again, base, member, GROUP: tl.constexpr, HAS_HEADS: tl.constexpr, AGAIN: tl.constexpr):
+    """Which rows of a padded group are heads that take part."""
+    kept = member < GROUP
+    if HAS_HEADS:
+        kept = kept & (tl.load(heads + base + member, mask=kept, other=0) != 0)
+    if AGAIN:
+        kept = kept & (tl.load(again + base + member, mask=kept, other=0) != 0)
+    return kept
+
+
+@triton.jit
+def existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID: tl.constexpr):
+    inside = token < end
+    if HAS_VALID:
+        place = batch * valid_b + group * valid_g + token.to(tl.int64) * valid_n
+        inside = inside & (tl.load(valid + place, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def load_halves(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, PACKED: tl.constexpr):
+    """Both halves `[BLOCK, HALF]` of some vectors, or the bytes that hold both; `row` is where their KV head starts."""
+    pointer = x + row + token.to(tl.int64)[:, None] * x_n + channel[None, :]
+    half: tl.constexpr = (WIDTH + 1) // 2
+    first = tl.load(pointer, mask=inside[:, None] & (channel < half)[None, :], other=0)
+    if PACKED:
+        return first & 15, first >> 4
+    second = tl.load(pointer + half, mask=inside[:, None] & (channel < WIDTH - half)[None, :], other=0)
+    return first, second
+
+
+@triton.jit
+def _logits_kernel(
+    query, key, low, key_scale, valid, heads, again, logits, top, total, n_heads, length, scale, split_length,
+    key_b, key_g, key_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    PLANES: tl.constexpr, AGAIN: tl.constexpr, HAS_VALID: tl.constexpr, HAS_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Write `logits [B, H, L]` of one split, and `top, total [B, H, splits]`. `PLANES`: 0 none, 1 high, 2 both."""
+    split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    member, channel = tl.arange(0, ROWS), tl.arange(0, HALF)
+    base = batch * n_heads + group * GROUP
+    kept = kept_rows(heads, again, base, member, GROUP, HAS_HEADS, AGAIN)
+    if tl.max(kept.to(tl.int32), axis=0) == 0:
+        return
+    half: tl.constexpr = (WIDTH + 1) // 2
+    pointer = query + (base + member)[:, None] * WIDTH + channel[None, :]
+    first = tl.load(pointer, mask=kept[:, None] & (channel < half)[None, :], other=0.0)
+    second = tl.load(pointer + half, mask=kept[:, None] & (channel < WIDTH - half)[None, :], other=0.0)
+    start_of_key, start_of_scale = batch * key_b + group * key_g, batch * scale_b + group * scale_g
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    end = tl.minimum((split + 1) * split_length, length)
+    for start in range(split * split_length, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID)
+        if AGAIN:
+            a, b = load_halves(low, start_of_key, token, inside, channel, key_n, WIDTH, True)
+            a, b = a.to(tl.float32) - 7.5, b.to(tl.float32) - 7.5
+        else:
+            a, b = load_halves(key, start_of_key, token, inside, channel, key_n, WIDTH, PLANES > 0)
+            if PLANES > 0:
+                a, b = a.to(tl.float32) * 16 - 120.5, b.to(tl.float32) * 16 - 120.5
+            if PLANES == 2:
+                c, d = load_halves(low, start_of_key, token, inside, channel, key_n, WIDTH, True)
+                a, b = a + (c.to(tl.float32) - 7.5), b + (d.to(tl.float32) - 7.5)
+        logit = product(first, tl.trans(a.to(first.dtype)), tl.zeros([ROWS, BLOCK], tl.float32))
+        logit = product(second, tl.trans(b.to(first.dtype)), logit) * scale
+        if PLANES > 0:
+            place = start_of_scale + token.to(tl.int64) * scale_n
+            logit *= tl.load(key_scale + place, mask=inside, other=0.0)[None, :]
+        place = (base + member)[:, None] * length + token[None, :]
+        if AGAIN:
+            logit += tl.load(logits + place, mask=kept[:, None] & inside[None, :], other=0.0)
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        tl.store(logits + place, logit, mask=kept[:, None] & (token < end)[None, :])
+        higher = tl.maximum(highest, tl.max(logit, axis=1))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = weight * tl.exp(highest - anchor) + tl.sum(tl.exp(logit - anchor[:, None]), axis=1)
+        highest = higher
+    place = (base + member) * tl.num_programs(0) + split
+    tl.store(top + place, highest, mask=kept)
+    tl.store(total + place, weight, mask=kept)
+
+
+@triton.jit
+def _settle_kernel(
+    top, total, logits, heads, flat, anchor, norm, image, cut, counts, n_values, length, threshold, n_splits,
+    HAS_HEADS: tl.constexpr, DECIDE: tl.constexpr, SELECT: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one head: `anchor, norm [B, H]` of its softmax, whether it is `flat`, and which values it reads.
+
+    Those are the ones whose logits have an image above `image`, and up to index `cut` the ones equal to it.
+    """
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    pruned = False
+    if HAS_HEADS:
+        pruned = tl.load(heads + row) == 0
+    if pruned:
+        return
+    split = tl.arange(0, SPLITS)
+    highest = tl.load(top + row * n_splits + split, mask=split < n_splits, other=float("-inf"))
+    weight = tl.load(total + row * n_splits + split, mask=split < n_splits, other=0.0)
+    peak = tl.max(highest, axis=0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.sum(weight * tl.exp(highest - peak), axis=0)
+    tl.store(anchor + row, peak)
+    tl.store(norm + row, weight)
+    if DECIDE:
+        tl.store(flat + row, ((weight > 0.0) & (threshold * weight > 1.0)).to(tl.int8))
+    if SELECT:
+        wanted = n_values
+        if HAS_COUNTS:
+            wanted = tl.load(counts + tl.program_id(1)).to(tl.int32)
+        least, missing = search(logits, logits, row, tl.minimum(wanted, length), length, length, 1, False, BLOCK)
+        last = tl.full([], -1, tl.int32)
+        before = tl.zeros([], tl.int32)
+        for start in range(0, length, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * length + token, mask=token < length, other=0.0)
+            equal = ((token < length) & (image_of(value) == least)).to(tl.int32)
+            wanted_too = (equal > 0) & (tl.cumsum(equal, axis=0) + before <= missing)
+            last = tl.maximum(last, tl.max(tl.where(wanted_too, token, -1), axis=0))
+            before += tl.sum(equal, axis=0)
+        tl.store(image + row, least.to(tl.int32, bitcast=True))
+        tl.store(cut + row, last)
