@@ -7,6 +7,7 @@ and computes the scores beside it from the queries and keys.
 """
 
 import copy
+import functools
 import sys
 import time
 from typing import Any
@@ -56,16 +57,22 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return next((module for module in modules if module is not layer and hasattr(module, "scaling")), None)
 
 
+@functools.cache
+def _outside_graphs() -> Any:
+    """:func:`attend` outside of any compiled graph; made when it is wanted, for it imports torch's compiler."""
+    disable: Any = torch.compiler.disable
+    return disable(attend)
+
+
 def swap(module: nn.Module) -> Swap:
     """What makes an attention module call :func:`attend`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, _outside_graphs())
     config: Any = module.config
     return Swap(module, "config", ProbedConfig(getattr(config, "original", config)))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> Any:
