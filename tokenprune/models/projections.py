@@ -71,18 +71,24 @@ class SlicedLinear(nn.Linear):
         pair: the projections that it is one of.
     """
 
-    __slots__ = ("_slice", "original", "pair")
+    __slots__ = ("_guarded", "_slice", "original", "pair")
     original: nn.Linear
     pair: Pair
     _slice: Any
+    _guarded: Any
 
     def __init__(self, original: nn.Linear, pair: Pair) -> None:
         for name, value in (("__dict__", original.__dict__), ("original", original), ("pair", pair), ("_slice", None)):
             object.__setattr__(self, name, value)
+        disable: Any = torch.compiler.disable  # here, for it imports torch's compiler
+        object.__setattr__(self, "_guarded", disable(self._multiply))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """`[.., D]` to the width of the kept heads, or from it back."""
+        product: Tensor = self._guarded(x)
+        return product
+
+    def _multiply(self, x: Tensor) -> Tensor:
         pair: Pair = self.pair
         inward = self is pair.linears[1]
         pattern = None if inward else pair.pattern(x)
