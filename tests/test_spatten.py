@@ -8,9 +8,11 @@ import pytest
 import torch
 from families import FAMILIES, batch, generate, implementations, tiny
 from test_layers import check_layers
-from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
+from transformers.cache_utils import DynamicLayer
 
 import tokenprune
+from tokenprune.ops import dequantize_planes, quantize_planes
 
 N_LAYERS = 4
 KEPT = (1.0, 0.8, 0.6, 0.4)
@@ -366,7 +368,7 @@ def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
     model = text_model("llama")
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     for method, found in (
-        (spatten(tokens=(1.0, 0.5)), "tokens gives 2 layers a fraction, and the decoder has 4"),
+        (spatten(tokens=(1.0, 0.5)), "tokens gives 2 layers a fraction, and there are 4"),
         (spatten(heads=(1.0, 0.5)), "heads gives 2 layers"),
         (tokenprune.SpAtten(), "no visual tokens"),
         (tokenprune.DivPrune(), "no visual tokens"),
@@ -381,3 +383,58 @@ def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
     with pytest.raises(tokenprune.OptionError, match="prunes text too"):
         tokenprune.patch(tiny("llava"), both)
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+
+
+def planes_layer(*, low_in_steps):
+    """A cache layer that hands out what the planes hold: in decoding steps both, or the high ones alone."""
+
+    class Simulated(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            low = key_states.shape[2] > 1 or low_in_steps
+            stored = super().update(key_states, value_states)
+            return tuple(dequantize_planes(quantize_planes(states), low=low) for states in stored)
+
+    return Simulated
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_quantized_caches_give_what_a_simulation_gives(threshold):
+    dense = text_model("llama")
+    model = copy.deepcopy(dense)
+    session = tokenprune.patch(model, spatten(tokens=1.0, quantize="4+4", threshold=threshold))
+    _, inputs = ragged_text()
+    out = generate(model, inputs, 5, suppress_tokens=None)
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = planes_layer(low_in_steps=threshold == 1.0)
+    wanted = generate(dense, {**inputs, "past_key_values": cache}, 5, suppress_tokens=None)
+    for found, logits in zip(out.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+    assert session.traffic.recomputed == threshold
+    # Of 8 numbers of 4 bytes 8 nibbles of one plane or of both are read, and a scale of 4 bytes.
+    assert session.traffic.values / session.traffic.read == pytest.approx(32 / (12 if threshold == 1.0 else 8))
+
+
+def test_less_than_a_tenth_of_the_bytes_is_read_at_the_settings_of_the_paper():
+    config = GPT2Config(n_embd=256, n_layer=12, n_head=4, n_positions=512, vocab_size=60, eos_token_id=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().to(torch.bfloat16)
+    method = spatten(tokens=1 / 3.8, heads=1 / 1.1, values=0.3, quantize="4+4", keep_recent=8, interval=4)
+    session = tokenprune.patch(model, method)
+    ids = torch.randint(2, 60, (1, 400), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
+    traffic = session.traffic
+    assert traffic.dense / traffic.read > 10
+    assert traffic.dense / traffic.tokens == pytest.approx(3.8, rel=0.2)
+    assert all(layer.keys.shape[2] == 0 for layer in out.past_key_values.layers)  # everything is in planes
+    shown = str(session.report())
+    for row in ("tokens that left", "heads that left", "values not looked at", "bits not looked at"):
+        assert row in shown
+
+
+def test_a_static_cache_cannot_be_quantized():
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(quantize="4+4"))
+    with pytest.raises(tokenprune.UnsupportedModelError, match="two planes of four bits"):
+        generate(model, ragged_text()[1], 3, suppress_tokens=None, cache_implementation="static")

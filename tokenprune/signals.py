@@ -97,10 +97,13 @@ class AttentionPlan:
     Attributes:
         heads: for each layer the fraction of the query heads that it keeps.
         values: for each layer the fraction of the values that each head reads in a decoding step.
+        threshold: keys and values are kept in two planes of four bits, and a head reads the low ones where its largest
+            probability is below this; None: they are kept as they come.
     """
 
     heads: tuple[float, ...]
     values: tuple[float, ...]
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +168,15 @@ class BlockSignals:
         sizes: how many tokens each one stands for, `[B, N]` fp32; None where nothing was merged yet.
         protected: tokens that go on by themselves whatever happens (class, distillation, registers), `[N]` bool on the
             CPU; they come first.
+        importance: attention that each one has gathered, summed over heads, queries and the blocks so far, this one
+            included, `[B, N]` fp32; None unless the method is `scored`.
     """
 
     layer: int
     keys: Tensor
     sizes: Tensor | None
     protected: Tensor
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.models.selection import Merged
 from tokenprune.reduction import Keep
@@ -56,3 +56,8 @@ def shorten_tensors(kwargs: dict[str, Any], keep: Keep) -> None:
             kwargs[name] = keep.apply(value, dim=value.ndim - 1)
         elif isinstance(value, Tensor) and value.shape[:2] == per_token:
             kwargs[name] = keep.apply(value)
+
+
+def stand_in(ids: Tensor, *, like: nn.Module) -> Tensor:
+    """Embeddings `[B, L, 0]` of token ids `[B, L]`, for their shape and the dtype that `like` computes in."""
+    return torch.empty(*ids.shape, 0, dtype=next(like.parameters()).dtype, device=ids.device)

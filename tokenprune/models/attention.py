@@ -56,7 +56,9 @@ def step(
     """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
     `[B, L]`. A query of the kept heads alone gives an output of these."""
     n_keys = call.past + 1 - (slots.dropped if (slots := state.segment_of(layer).slots) is not None else 0)
-    key, value = key[:, :, :n_keys], value[:, :, :n_keys]
+    layer_cache = None if call.cache is None else call.cache.layers[layer]
+    threshold = plan.threshold if hasattr(layer_cache, "planes") else None
+    key, value = (key[:, :, :n_keys], value[:, :, :n_keys]) if threshold is None else layer_cache.planes()
     valid = _valid(state, call, layer, mask, n_keys)
     heads = heads_of(state, plan, layer=layer)
     sliced = heads is not None and query.shape[1] != heads.total
@@ -66,7 +68,9 @@ def step(
     n_values = None
     if plan.values[layer] < 1.0:
         n_values = (n_valid * plan.values[layer] + 1e-6).long().clamp(min=1)
-    found = ops.decode_attention(query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values)
+    found = ops.decode_attention(
+        query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values, threshold=threshold
+    )
     note_magnitude(state, found.magnitude)
     n_real = n_valid * 0 + call.past + 1 if state.padding is None else state.padding.sum(dim=1).to(n_valid.device)
     state.traffic += _count(found, n_real=n_real, n_valid=n_valid)

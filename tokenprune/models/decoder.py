@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.models import eviction, layers, masks
-from tokenprune.models.arguments import all_positions, merge_planes, shorten_tensors
+from tokenprune.models.arguments import all_positions, merge_planes, shorten_tensors, stand_in
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.cache import check_cache, ledger_of, past_length, record
 from tokenprune.models.families import Family
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment, bind, current, first_segments
 from tokenprune.models.planning import plan_inside
+from tokenprune.models.quantized_cache import use_planes
 from tokenprune.models.selection import (
     SITE,
     Merged,
@@ -141,7 +141,7 @@ class DecoderAdapter:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         ledger = ledger_of(cache)
         if not isinstance(embeds, Tensor) and state is not None and not self.row.ids:
-            embeds = self._stand_in(kwargs["input_ids"])  # a model of text hands ids to its decoder
+            embeds = stand_in(kwargs["input_ids"], like=self.decoder)  # a model of text hands ids to its decoder
         if not isinstance(embeds, Tensor):
             if ledger is None:
                 return None
@@ -182,10 +182,6 @@ class DecoderAdapter:
                 state.traces[place] = replace(before[-1], overhead_ms=spent)
         return changed
 
-    def _stand_in(self, ids: Tensor) -> Tensor:
-        """Embeddings `[B, L, 0]` of token ids `[B, L]`, for their shape and dtype."""
-        return torch.empty(*ids.shape, 0, dtype=next(self.decoder.parameters()).dtype, device=ids.device)
-
     def _enter(self, engine: Engine, state: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run the methods of this site on the images of the forward; arguments with merged tokens in place.
 
@@ -203,6 +199,8 @@ class DecoderAdapter:
         state.scoring = active and state.plan is not None
         state.steering = active and state.attention is not None
         texts = active and state.guard is not None
+        if state.steering and state.attention is not None and state.attention.threshold is not None and not past:
+            use_planes(cache)
         if not images and engine.active and prompt:  # a decoding step is no news
             reason = "no image in this call" if n_rows * length else "empty input"
             state.traces += skipped((reducer.name for reducer in reducers), reason)

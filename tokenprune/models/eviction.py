@@ -135,6 +135,9 @@ def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
 
 def _gather_layer(layer: Any, index: Tensor, n_slots: int) -> None:
     """Leave only the slots `index` `[B, M]` in a layer of a cache."""
+    if hasattr(layer, "take"):
+        layer.take(index)
+        return
     keys, values = (
         gather(x[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values)
     )
