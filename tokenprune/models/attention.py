@@ -56,7 +56,7 @@ def step(
     """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
     `[B, L]`. A query of the kept heads alone gives an output of these."""
     n_keys = call.past + 1 - (slots.dropped if (slots := state.segment_of(layer).slots) is not None else 0)
-    layer_cache = None if call.cache is None else call.cache.layers[layer]
+    layer_cache: Any = None if call.cache is None else call.cache.layers[layer]
     threshold = plan.threshold if hasattr(layer_cache, "planes") else None
     key, value = (key[:, :, :n_keys], value[:, :, :n_keys]) if threshold is None else layer_cache.planes()
     valid = _valid(state, call, layer, mask, n_keys)
