@@ -12,6 +12,7 @@ from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, 
 from tokenprune.methods import METHODS, Method
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.models.encoder import EncoderAdapter
 from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
 from tokenprune.models.multimodal import MultimodalAdapter
 from tokenprune.models.passage import SITE as INSIDE_ENCODER
@@ -99,6 +100,8 @@ def patch(
     if positions not in _POSITIONS:
         raise OptionError(f"positions must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}")
     adapter = find_adapter(model)
+    if isinstance(adapter, EncoderAdapter):
+        methods = tuple(one.in_encoder() for one in methods)
     sites = tuple(dict.fromkeys(site for one in methods for site in one.sites()))
     if idle := [type(one).__name__ for one in methods if not one.sites()]:
         raise OptionError(

@@ -138,7 +138,7 @@ def ramp(average: float, *, n_layers: int, free: float) -> tuple[float, ...]:
     pruned = (1.0 - average) * n_layers / n_ramp if n_ramp else 0.0
     if pruned >= 1.0 or (average < 1.0 and not n_ramp):
         raise OptionError(
-            f"an average of {average} cannot be kept in a decoder of {n_layers} layers whose first {n_free} keep "
+            f"an average of {average} cannot be kept over {n_layers} layers whose first {n_free} keep "
             f"everything: more than {n_free / n_layers:.3g} is needed"
         )
     spread = min(pruned / 2, 0.98 - pruned) if pruned < 0.98 else 0.0

@@ -28,6 +28,8 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    scored: ClassVar[bool] = False
+    """Whether `encoder_block` goes by the attention that tokens gather; one that does may drop more than half."""
 
     keep: float | int | str = 0.25
 
@@ -37,6 +39,14 @@ class Method:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites at which this method takes part."""
         return tuple(site for site in SITES if callable(getattr(self, site, None)))
+
+    def in_encoder(self) -> "Method":
+        """This method as it takes part in a model that is a vision encoder.
+
+        Raises:
+            OptionError: it has options that mean nothing there.
+        """
+        return self
 
     def budget(self, n_tokens: int) -> Budget:
         """How many of the `n_tokens` tokens of an image may go on."""

@@ -2,15 +2,18 @@
 2012.09852)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import ClassVar
+
+import torch
 
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep
-from tokenprune.schedule import ramp
-from tokenprune.signals import AttentionPlan, Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
+from tokenprune.schedule import ramp, share
+from tokenprune.signals import AttentionPlan, BlockSignals, Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
 
 FREE_TOKENS = 0.15  # of the layers, the first ones, keep all tokens (section V-A of the paper)
 FREE_HEADS = 0.30  # and all heads
@@ -24,6 +27,10 @@ class SpAtten(Method):
     A token's score is the attention it receives, summed over heads and queries and added up over layers and decoding
     steps. After each layer the tokens with the highest scores go on, `floor(n * fraction)` of the n that may go. The
     paper fine-tunes its models for this; here it runs without training, visual tokens only by default.
+
+    A model that is a vision encoder loses patches between attention and MLP of its blocks. Class, distillation and
+    register tokens stay, and so does one patch at least. Behind its last block, and wherever others look at what a
+    block returns, a patch that left has the value of the nearest one before it that is left.
 
     Args:
         tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
@@ -87,6 +94,14 @@ class SpAtten(Method):
                 "them all; give protect_text=False"
             )
 
+    def in_encoder(self) -> "SpAtten":
+        """The cascade over patches.
+
+        Raises:
+            OptionError: heads, values or text are to go, which an encoder has no site for.
+        """
+        return EncoderSpAtten(**{one.name: getattr(self, one.name) for one in fields(self)})
+
     def fractions(self, n_layers: int) -> tuple[float, ...]:
         """Fraction of the tokens that may go which each of `n_layers` layers keeps.
 
@@ -133,12 +148,52 @@ class SpAtten(Method):
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
 
 
+class EncoderSpAtten(SpAtten):
+    """The cascade in a model that is a vision encoder: options are those of :class:`SpAtten`, of which `tokens` counts.
+
+    Raises:
+        OptionError: another option asks for what an encoder does not have.
+    """
+
+    scored: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, why in (("heads", "keep all their heads"), ("values", "have no decoding steps that read values")):
+            kept = getattr(self, name)
+            if min(kept) < 1.0 if isinstance(kept, Sequence) else kept < 1.0:
+                raise OptionError(f"{name}={kept!r} was asked for, but vision encoders {why}; {name}=1.0 works here")
+        if not self.protect_text:
+            raise OptionError("protect_text=False was asked for, but vision encoders have no text; leave it out")
+
+    def sites(self) -> tuple[str, ...]:
+        """Inside the encoder alone."""
+        return ("encoder_block",)
+
+    def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
+        """What each block takes away so that the next one gets its fraction, at least one patch.
+
+        Raises:
+            OptionError: a sequence was given that does not fit the depth.
+        """
+        kept = self.fractions(n_layers)
+        counts = [max(min(1, n_tokens), share(one, n_tokens, down=True)) for one in (*kept, kept[-1])]
+        return tuple(before - after for before, after in pairwise(counts))
+
+    def encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep:
+        """The protected tokens, and those of the others that have gathered most of `signals.importance` `[B, N]`."""
+        assert signals.importance is not None
+        n_prefix = int(signals.protected.sum())
+        best = ops.top_k_select(signals.importance[:, n_prefix:], k=budget.high - n_prefix) + n_prefix
+        return Keep(torch.cat([torch.arange(n_prefix, device=best.device).expand(len(best), -1), best], 1))
+
+
 def _by_layer(name: str, kept: float | Sequence[float], n_layers: int, *, free: float | None) -> tuple[float, ...]:
     """A fraction for each layer, out of an average (`free`: fraction of the layers that keep all; None: no ramp)."""
     if isinstance(kept, int | float):
         return (float(kept),) * n_layers if free is None else ramp(float(kept), n_layers=n_layers, free=free)
     if len(kept) != n_layers:
-        raise OptionError(f"{name} gives {len(kept)} layers a fraction, and the decoder has {n_layers}")
+        raise OptionError(f"{name} gives {len(kept)} layers a fraction, and there are {n_layers}")
     return tuple(map(float, kept))
 
 

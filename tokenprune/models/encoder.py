@@ -11,8 +11,8 @@ tokens out again.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
+from tokenprune.models.block_logits import disagreement
 from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, still
 from tokenprune.models.passage import SITE, BlockReducer, Passage
-from tokenprune.models.tower import Keys, Tower, child, one_rope, shorten_rope
+from tokenprune.models.tower import Keys, Logits, Tower, child, one_rope, shorten_rope
 from tokenprune.signals import Trace
 
 BETWEEN, END = "between attention and MLP", "at the end of the block"
@@ -32,11 +33,13 @@ _TRIED = 6  # patches that a block is tried on
 
 @dataclass(frozen=True)
 class _Block:
-    """A block, its halves where it has such, where its keys are read, and what its forward's arguments are called."""
+    """A block, its halves where it has such, where its keys are read, what its logits are made of where a method asks
+    for that, and what its forward's arguments are called."""
 
     module: nn.Module
     half: HalfBlock | None
     keys: Keys
+    logits: Logits | None
     names: tuple[str, ...]
 
 
@@ -99,17 +102,18 @@ class EncoderAdapter:
                 f"{type(self.host).__name__} is a vision encoder ({self.family}) with the site {SITE!r} only, where "
                 f"{sorted(idle)} take no part"
             )
-        if n_tokens := self.tower.patches(self.host):
-            for reducer in reducers:
+        n_tokens = self.tower.patches(self.host)
+        for reducer in reducers:
+            if n_tokens or reducer.method.scored:
                 reducer.method.removals(n_layers=len(self.blocks), n_tokens=n_tokens)
-        proportional = passage.is_proportional(reducers)
+        proportional, scored = passage.is_proportional(reducers), passage.is_scored(reducers)
         implementation = getattr(getattr(self.host, "config", None), "_attn_implementation", None) or "sdpa"
         if proportional and implementation not in ("sdpa", "eager"):
             raise OptionError(
                 f"proportional=True adds sizes to the attention logits, and attn_implementation={implementation!r} has "
                 'no argument for them; use model.set_attn_implementation("sdpa") or proportional=False'
             )
-        blocks = [self._block(number, module, proportional) for number, module in enumerate(self.blocks)]
+        blocks = [self._block(number, module, proportional, scored) for number, module in enumerate(self.blocks)]
         hooks: list[Hook | Swap] = [
             Hook(self.host, "pre", lambda module, args, kwargs: passage.open_forward(engine, direct=False)),
             Hook(self.host, "post", lambda module, args, kwargs, output: passage.close_forward(engine)),
@@ -118,7 +122,7 @@ class EncoderAdapter:
             hooks += self._block_hooks(engine, number, block)
         return hooks
 
-    def _block(self, number: int, module: nn.Module, proportional: bool) -> _Block:
+    def _block(self, number: int, module: nn.Module, proportional: bool, scored: bool = False) -> _Block:
         """Find out how a block can be reduced.
 
         Raises:
@@ -137,15 +141,18 @@ class EncoderAdapter:
         mask = {self.tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
         seen: list[Tensor] = []
         try:
-            with still(module), hooked([_keys_hook(keys, lambda: True, seen.append)]):
+            with still(module), hooked([keys.hook(lambda: True, seen.append)]):
                 module.forward(x, **{**kwargs, **mask})
         except Exception as error:
             raise UnsupportedModelError(f"{what}: on a few random tokens it raised {error!r}") from error
         if len(seen) != 1 or seen[0].shape[:2] != x.shape[:2]:
             raise UnsupportedModelError(f"{what}: its keys were not found where they were looked for")
+        logits = self.tower.logits(module) if scored else None
+        if scored and (reason := disagreement(logits, module, x, kwargs, kwargs.get(self.tower.rope))):
+            raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
         parts = [child(module, path) for path in self.tower.parts]
         half = None if None in parts else HalfBlock(module, *cast(list[nn.Module], parts))
-        return _Block(module, half if half and fits(half, x, kwargs, self._brief) else None, keys, names)
+        return _Block(module, half if half and fits(half, x, kwargs, self._brief) else None, keys, logits, names)
 
     def _sample(self, module: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
         """Random hidden states for a block, and what else it takes."""
@@ -180,6 +187,7 @@ class EncoderAdapter:
             if run is None:
                 return None
             run.keys, run.wants_keys = None, engine.forced or any(plan[number] for plan in run.plan)
+            run.query, run.key, run.scoring = None, None, block.logits is not None and self._scores(engine, run, number)
             run.halved = run.wants_keys and block.half is not None
             changed = (run.shortened(x, number),), self._shortened(engine, run, x, kwargs)
             if run.halved and block.half is not None:
@@ -210,10 +218,19 @@ class EncoderAdapter:
             if run is not None:
                 run.keys, run.wants_keys = keys, False
 
+        def scoring() -> bool:
+            run = passage.passage_of(engine)
+            return run is not None and run.scoring
+
+        def keep(name: str, x: Tensor) -> None:
+            setattr(passage.passage_of(engine), name, x)
+
         hooks = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
+        if block.logits is not None:
+            hooks += [getattr(block.logits, one).hook(scoring, partial(keep, one)) for one in ("query", "key")]
         return [
             *hooks,
-            _keys_hook(block.keys, wants_keys, keep_keys),
+            block.keys.hook(wants_keys, keep_keys),
             *(block.half.hooks() if block.half is not None else ()),
         ]
 
@@ -242,12 +259,21 @@ class EncoderAdapter:
         if (patches := run.patches()) is None:
             return kwargs
         kwargs = dict(kwargs)
-        proportional = passage.is_proportional(_reducers(engine))
-        if self.tower.mask in kwargs or proportional:
-            kwargs[self.tower.mask] = run.size_mask(x) if proportional and run.n_left < run.length else None
+        if self.tower.mask in kwargs or passage.is_proportional(_reducers(engine)):
+            kwargs[self.tower.mask] = self._bias(engine, run, x)
         if kwargs.get(self.tower.rope) is not None:
             kwargs[self.tower.rope] = shorten_rope(kwargs[self.tower.rope], patches)
         return kwargs
+
+    def _bias(self, engine: Engine, run: Passage, x: Tensor) -> Tensor | None:
+        """What a block's logits get added, `[B, 1, 1, n_left]`."""
+        counts = run.n_left < run.length and passage.is_proportional(_reducers(engine))
+        return run.size_mask(x) if counts else None
+
+    def _scores(self, engine: Engine, run: Passage, number: int) -> bool:
+        """Whether a method goes by the attention that tokens get in block `number`, in this or a later block."""
+        pairs = zip(_reducers(engine), run.plan, strict=True)
+        return any(one.method.scored and (engine.forced or any(plan[number:])) for one, plan in pairs)
 
     def _after(
         self, engine: Engine, number: int, block: _Block, run: Passage, kwargs: dict[str, Any], output: Any
@@ -255,8 +281,11 @@ class EncoderAdapter:
         """What a block returns once its tokens are reduced; publishes the traces."""
         x, last = first_of(output), number == len(self.blocks) - 1
         reducers, place = _reducers(engine), END if block.half is None else BETWEEN
+        if run.scoring and block.logits is not None:
+            run.score(block.logits, number=number, rope=kwargs.get(self.tower.rope), bias=self._bias(engine, run, x))
         for reducer, plan in zip(reducers, run.plan, strict=True):
-            r = min(plan[number], (run.n_left - run.n_prefix) // 2)
+            left = run.n_left - run.n_prefix
+            r = min(plan[number], left - 1 if reducer.method.scored else left // 2)
             if r or engine.forced:
                 x = run.reduce(reducer, x, number=number, r=r, place=place)
                 continue
@@ -277,20 +306,6 @@ class EncoderAdapter:
 
 def _reducers(engine: Engine) -> tuple[BlockReducer, ...]:
     return cast(tuple[BlockReducer, ...], engine.reducers(SITE))
-
-
-def _keys_hook(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
-    """A hook that hands the keys of a block to `found` where they are wanted."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if wanted():
-            found(keys.read(args[0]))
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if output is not None and wanted():
-            found(keys.read(output))
-
-    return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
 
 
 def _hides(mask: Any) -> bool:

@@ -1,12 +1,13 @@
 """Vision encoders of transformers: the rows, and the encoders that are refused, with the reason."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Keys, Tower, child, heads_averaged
+from tokenprune.models.tower import Keys, Logits, Tower, child, heads_averaged
 
 _KEYS = ("attention.k_proj", "self_attn.k_proj", "attention.attention.key")
 
@@ -14,11 +15,38 @@ _KEYS = ("attention.k_proj", "self_attn.k_proj", "attention.attention.key")
 def _keys(block: nn.Module) -> Keys | None:
     for path in _KEYS:
         if (projection := child(block, path)) is not None:
-            attention: Any = child(block, path.rpartition(".")[0])
-            config = getattr(attention, "config", None)
-            n_heads = getattr(config, "num_attention_heads", None) or attention.num_attention_heads
-            return Keys(projection, "post", heads_averaged(int(n_heads)))
+            return Keys(projection, "post", heads_averaged(_n_heads(child(block, path.rpartition(".")[0]))))
     return None
+
+
+def _n_heads(attention: Any) -> int:
+    config = getattr(attention, "config", None)
+    return int(getattr(config, "num_attention_heads", None) or attention.num_attention_heads)
+
+
+def _logits(block: nn.Module) -> Logits | None:
+    for path in _KEYS:
+        place, _, name = path.rpartition(".")
+        attention: Any = child(block, place)
+        key, query = child(block, path), child(attention, {"k_proj": "q_proj"}.get(name, "query"))
+        scale = getattr(attention, "scaling", None) or getattr(attention, "scale", None)
+        if key is None or query is None or scale is None:
+            continue
+        read = partial(_split, _n_heads(attention))
+        return Logits(Keys(query, "post", read), Keys(key, "post", read), float(scale), _rotate)
+    return None
+
+
+def _split(n_heads: int, x: Tensor) -> Tensor:
+    return x.view(*x.shape[:2], n_heads, -1).transpose(1, 2)
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the patches, which come last, as complex numbers whose parts are the halves of a head."""
+    cos, sin = rope
+    prefix, patches = x[:, :, : x.shape[2] - cos.shape[-2]], x[:, :, x.shape[2] - cos.shape[-2] :]
+    real, imaginary = patches.chunk(2, -1)
+    return torch.cat([prefix, patches * cos + torch.cat([-imaginary, real], -1) * sin], 2)
 
 
 def _width(host: Any) -> int:
@@ -60,7 +88,7 @@ def _tower(
 ) -> Tower:
     count = prefix if callable(prefix) else lambda host: prefix
     return Tower(
-        name, "transformers", hosts, path, parts, "attention_mask", _keys, _width, count,
+        name, "transformers", hosts, path, parts, "attention_mask", _keys, _logits, _width, count,
         **{"patches": _patches, "refusal": _refuse, **further},
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenprune import ops
 from tokenprune.errors import InputError
 from tokenprune.models.base import Engine
+from tokenprune.models.tower import Logits
 from tokenprune.reduction import Keep, Merge, Reduction, gather
 from tokenprune.signals import BlockSignals, Budget, Trace
 
@@ -46,6 +47,11 @@ def restores(reducers: tuple[BlockReducer, ...]) -> bool:
     return all(getattr(reducer.method, "restore", True) for reducer in reducers)
 
 
+def is_scored(reducers: tuple[BlockReducer, ...]) -> bool:
+    """Whether a method goes by the attention that tokens gather."""
+    return any(reducer.method.scored for reducer in reducers)
+
+
 @dataclass
 class Passage:
     """What stands for which token between two blocks.
@@ -60,6 +66,9 @@ class Passage:
         sizes: `[B, n_left]` fp32, how many tokens each stands for.
         keys: keys of the block that runs, `[B, n_left, K]`, once they are seen.
         wants_keys: whether they are looked for.
+        importance: attention gathered so far by the tokens that are left, `[B, n_left]` fp32; None while none was seen.
+        query: queries of the block that runs, `[B, H, n_left, K]`, once they are seen; `key` likewise.
+        scoring: whether they are looked for.
         halved: whether the block that runs has its MLP silenced.
         traces: what happened so far.
     """
@@ -73,6 +82,10 @@ class Passage:
     sizes: Tensor | None = None
     keys: Tensor | None = None
     wants_keys: bool = False
+    importance: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scoring: bool = False
     halved: bool = False
     traces: list[Trace] = field(default_factory=list)
     holder: "weakref.ref[Tensor] | None" = None
@@ -104,6 +117,31 @@ class Passage:
         """Which patches the tokens that are left stood at, `[B, n_left - n_prefix]`; None while all are there."""
         return None if self.index is None else self.index[:, self.n_prefix :] - self.n_prefix
 
+    def score(self, logits: Logits, *, number: int, rope: Any, bias: Tensor | None) -> None:
+        """Add the attention that tokens get in block `number` to what they have gathered.
+
+        Args:
+            logits: what the block's logits are made of.
+            number: index of the block.
+            rope: its rotary embeddings, None where it has none.
+            bias: what was added to the logits, `[B, 1, 1, n_left]`.
+
+        Raises:
+            InputError: the block's queries or keys were not seen.
+        """
+        query, key = self.query, self.key
+        self.query, self.key, self.scoring = None, None, False
+        if query is None or key is None:
+            raise InputError(f"queries and keys of block {number} were not seen, so its tokens cannot be scored")
+        scores = ops.attention_importance(
+            logits.turned(query, rope),
+            logits.turned(key, rope),
+            scale=logits.scale,
+            causal=False,
+            seen=None if bias is None else bias.expand(-1, 1, query.shape[2], -1),
+        )
+        self.importance = scores if self.importance is None else self.importance + scores
+
     def reduce(self, reducer: BlockReducer, x: Tensor, *, number: int, r: int, place: str) -> Tensor:
         """Let a method take `r` tokens of `x` `[B, n_left, D]` away; appends a trace.
 
@@ -116,7 +154,9 @@ class Passage:
         n_in = self.n_left
         protected = torch.arange(n_in) < self.n_prefix
         budget = Budget(n_in - r, n_in - r)
-        answer = reducer.method.encoder_block(BlockSignals(number, self.keys, self.sizes, protected), budget)
+        importance = self.importance if reducer.method.scored else None
+        signals = BlockSignals(number, self.keys, self.sizes, protected, importance)
+        answer = reducer.method.encoder_block(signals, budget)
         _check(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
         x = self._take(answer, x, getattr(reducer.method, "backend", "auto"))
         assign = self.assign
@@ -152,8 +192,15 @@ class Passage:
             counted = answer.weight is self.sizes or (self.index is None and answer.weight is None)
             self.sizes = merged.size if counted else Merge(answer.index, answer.assign, self.sizes).sizes()
         else:
-            x, carries = answer.apply(x), answer.source(length=x.shape[1])
+            carries = answer.source(length=x.shape[1])
+            carries[:, self.n_prefix :].clamp_(min=self.n_prefix)  # a patch is carried by a patch
+            x = answer.apply(x)
             self.sizes = None if self.sizes is None else gather(self.sizes, answer.index)
+        if self.importance is not None and isinstance(answer, Merge):
+            gathered = self.importance.new_zeros(answer.index.shape)
+            self.importance = gathered.scatter_add_(1, answer.assign, self.importance)
+        elif self.importance is not None:
+            self.importance = gather(self.importance, answer.index)
         if self.keys is not None:
             self.keys = gather(self.keys, answer.index)
         self.index = answer.index if self.index is None else gather(self.index, answer.index)
@@ -166,7 +213,7 @@ class Passage:
 
         def forget(ref: "weakref.ref[Tensor]") -> None:
             if self.holder is ref:
-                self.index = self.assign = self.sizes = self.keys = None
+                self.index = self.assign = self.sizes = self.keys = self.importance = None
                 self.traces = []
 
         self.holder = weakref.ref(output, forget)

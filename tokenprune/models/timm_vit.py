@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Keys, Tower, child
+from tokenprune.models.tower import Keys, Logits, Tower, child
 
 
 def _keys(block: Any) -> Keys | None:
@@ -27,6 +27,40 @@ def _beit_keys(block: Any) -> Keys:
         return nn.functional.linear(x, weight).float()
 
     return Keys(attention, "pre", read)
+
+
+def _logits(block: Any) -> Logits | None:
+    """Queries and keys behind their norms, rotated as timm does."""
+    if child(block, "attn.q_norm") is not None and child(block, "attn.k_norm") is not None:  # [B, H, N, K]
+        attention = block.attn
+        query, key = (Keys(norm, "post", lambda x: x) for norm in (attention.q_norm, attention.k_norm))
+        return Logits(query, key, float(attention.scale), lambda x, rope: _rotate(attention, x, rope))
+    if child(block, "q_norm") is not None and child(block, "sub_norm") is None:  # parallel: [B, N, H, K]
+        query, key = (Keys(norm, "post", lambda x: x.transpose(1, 2)) for norm in (block.q_norm, block.k_norm))
+        return Logits(query, key, float(block.scale))
+    return None
+
+
+def _rotate(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    n_prefix = attention.num_prefix_tokens
+    rotated = apply_rot_embed_cat(x[:, :, n_prefix:], rope, half=getattr(attention, "rotate_half", False))
+    return torch.cat([x[:, :, :n_prefix], rotated], 2)
+
+
+def _beit_logits(block: Any) -> Logits:
+    attention = block.attn
+
+    def part(number: int) -> Keys:
+        def read(x: Tensor) -> Tensor:
+            bias = attention.q_bias if number == 0 else None  # its keys have no bias
+            projected = nn.functional.linear(x, attention.qkv.weight.chunk(3)[number], bias)
+            return projected.view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+
+        return Keys(attention, "pre", read)
+
+    return Logits(part(0), part(1), float(attention.scale))
 
 
 def _patches(host: Any) -> int:
@@ -83,6 +117,7 @@ TOWERS: tuple[Tower, ...] = (
         _PARTS,
         "attn_mask",
         _keys,
+        _logits,
         _width,
         _prefix,
         _patches,
@@ -97,6 +132,7 @@ TOWERS: tuple[Tower, ...] = (
         _PARTS,
         "attn_mask",
         _keys,
+        _logits,
         _width,
         _prefix,
         _patches,
@@ -113,6 +149,7 @@ TOWERS: tuple[Tower, ...] = (
         _PARTS,
         "shared_rel_pos_bias",
         _beit_keys,
+        _beit_logits,
         _width,
         _prefix,
         _patches,

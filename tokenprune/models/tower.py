@@ -8,22 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.models.base import Hook
 from tokenprune.reduction import gather
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Where a block's keys are read.
+    """Where a block's keys (or queries) are read.
 
     Attributes:
         module: what gets the hook.
         kind: `"pre"` or `"post"`.
-        read: from the module's input (`"pre"`) or output to the keys averaged over the heads, `[B, N, K]`.
+        read: from the module's input (`"pre"`) or output to the keys averaged over the heads, `[B, N, K]`; to those of
+            every head, `[B, H, N, K]`, in a :class:`Logits`.
     """
 
     module: nn.Module
     kind: str
     read: Callable[[Tensor], Tensor]
+
+    def hook(self, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
+        """A hook that hands the keys to `found` where they are wanted."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if wanted():
+                found(self.read(args[0]))
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if output is not None and wanted():
+                found(self.read(output))
+
+        return Hook(self.module, self.kind, before if self.kind == "pre" else after)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a block's attention logits are made of.
+
+    Attributes:
+        query: where its queries are read.
+        key: where its keys are read.
+        scale: factor of the logits.
+        rotate: applies the block's rotary embeddings to queries or keys `[B, H, N, K]`; None where it has none.
+    """
+
+    query: Keys
+    key: Keys
+    scale: float
+    rotate: Callable[[Tensor, Any], Tensor] | None = None
+
+    def turned(self, x: Tensor, rope: Any) -> Tensor:
+        """Queries or keys `[B, H, N, K]` as the attention compares them."""
+        return x if rope is None or self.rotate is None else self.rotate(x, rope).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -38,6 +74,7 @@ class Tower:
         parts: names of a block's norm before attention, attention, norm before the MLP, and MLP.
         mask: argument of a block that is added to the attention logits.
         keys: finds a block's keys; None where it has none.
+        logits: finds what a block's attention logits are made of; None where that is not known.
         width: width D of the hidden states.
         prefix: tokens before the patches (class, distillation, registers).
         patches: patches of an image, 0 where that is open.
@@ -54,6 +91,7 @@ class Tower:
     parts: tuple[str, str, str, str]
     mask: str
     keys: Callable[[nn.Module], Keys | None]
+    logits: Callable[[nn.Module], Logits | None]
     width: Callable[[Any], int]
     prefix: Callable[[Any], int]
     patches: Callable[[Any], int]
