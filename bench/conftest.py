@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 Record = Callable[..., None]
+
+sys.path.insert(0, str(Path(__file__).parent))  # benchmarks share helpers
 
 
 def _cpu_model() -> str:

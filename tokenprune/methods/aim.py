@@ -101,13 +101,12 @@ class AIM(Method):
         features, n_left = signals.features, budget.high
         n_rows, n_tokens = features.shape[:2]
         everything = torch.arange(n_tokens, device=features.device).expand(n_rows, -1)
-        merge = Merge(everything, everything)
+        merge, step, means = Merge(everything, everything), None, features.float()
         while (n_now := merge.index.shape[1]) > n_left:
-            r = min(n_now - n_left, n_now // 2)
-            now = merge.apply(features)
-            match = ops.bipartite_match(now, r=r)
-            weight = merge.sizes() if self.size_weighted else None
-            merge = merge.then(Merge(match.index, match.assign, weight))
+            means = means if step is None else step.apply(means)
+            match = ops.bipartite_match(means, r=min(n_now - n_left, n_now // 2))
+            step = Merge(match.index, match.assign, merge.sizes() if self.size_weighted else None)
+            merge = merge.then(step)
         return Merge(merge.index, merge.assign, merge.weight, self.size_bias)
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:

@@ -189,9 +189,9 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
     if plan is not None:
         wanted = {i: (plan.probe,) for i, layer in enumerate(layers) if attention_of(layer) is not None}
     for first, group in cuts.items():
-        for reducer, _ in group:
-            if (probe := reducer.probe) is None:
-                continue
+        for reducer, stage in group:
+            if (probe := reducer.probe) is None or (stage.keep == 0 and not probe.cumulative):
+                continue  # where all leave nobody asks which
             for layer in range(first) if probe.cumulative else (first - 1,):
                 if attention_of(layers[layer]) is None:
                     if probe.cumulative:
