@@ -207,7 +207,7 @@ def test_any_case_is_refused_or_right(family: str, capsys: pytest.CaptureFixture
     with capsys.disabled():
         sys.stdout.write(f"\nfuzz {family}: seed {number}, {sum(seen.values())} cases: {dict(seen)}\n")
     assert sum(seen.values()) >= CASES
-    assert seen["refused"] < CASES // 2
+    assert seen["refused"] <= 0.8 * CASES
 
 
 FOUND = {
