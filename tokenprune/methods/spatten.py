@@ -46,6 +46,11 @@ class SpAtten(Method):
         values: fraction of the values that each head reads in a decoding step, those with the largest probabilities
             (section III-B of the paper), in (0, 1]; or a sequence with a fraction for each layer. Prompts read all:
             there, arithmetic is the cost, not reading.
+        quantize: `"4+4"`: keys and values are kept in two planes of four bits (section III-D of the paper). A decoding
+            step reads the high plane; a head whose largest probability is then under `threshold`, so that its
+            distribution is flat, reads the low one too. Needs a growing cache, as ``generate`` makes one. None: as they
+            come.
+        threshold: see `quantize`, in [0, 1].
         protect_text: whether only visual tokens may go. False: text may too, in the prompt and, while tokens are
             generated, from the KV cache; models without images can then be patched.
         keep_first: with `protect_text=False`, tokens at the beginning of a row that stay.
@@ -66,6 +71,8 @@ class SpAtten(Method):
     tokens: float | Sequence[float] = 0.6
     heads: float | Sequence[float] = 1.0
     values: float | Sequence[float] = 1.0
+    quantize: str | None = None
+    threshold: float = 0.1
     protect_text: bool = True
     keep_first: int = 4
     keep_recent: int = 32
@@ -80,6 +87,11 @@ class SpAtten(Method):
         check_fractions("tokens", self.tokens)
         check_fractions("heads", self.heads)
         check_fractions("values", self.values, falls=False)
+        if self.quantize not in (None, "4+4"):
+            raise OptionError(f"quantize must be '4+4' or None, got {self.quantize!r}")
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not number or not 0 <= self.threshold <= 1:
+            raise OptionError(f"threshold must be a probability from 0 to 1, got {self.threshold!r}")
         for name, least in (("keep_first", 0), ("keep_recent", 1), ("interval", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -118,7 +130,10 @@ class SpAtten(Method):
         """
         heads = _by_layer("heads", self.heads, n_layers, free=FREE_HEADS)
         values = _by_layer("values", self.values, n_layers, free=None)
-        return AttentionPlan(heads, values) if min(*heads, *values) < 1.0 else None
+        threshold = None if self.quantize is None else float(self.threshold)
+        if min(*heads, *values) == 1.0 and threshold is None:
+            return None
+        return AttentionPlan(heads, values, threshold)
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """After each layer that is followed by one that keeps less."""
@@ -165,6 +180,8 @@ class EncoderSpAtten(SpAtten):
                 raise OptionError(f"{name}={kept!r} was asked for, but vision encoders {why}; {name}=1.0 works here")
         if not self.protect_text:
             raise OptionError("protect_text=False was asked for, but vision encoders have no text; leave it out")
+        if self.quantize is not None:
+            raise OptionError(f"quantize={self.quantize!r} was asked for, but vision encoders have no KV cache")
 
     def sites(self) -> tuple[str, ...]:
         """Inside the encoder alone."""
