@@ -40,14 +40,12 @@ class _Stored(NamedTuple):
     def strides(self) -> tuple[int, ...]:
         return (*self.main.stride()[:3], *(self.scale.stride() if self.planes else (0, 0, 0)))
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a vector, without its low plane."""
-        return self.main.shape[-1] * self.main.element_size() + (self.scale.element_size() if self.planes else 0)
-
-    @property
-    def low_bytes(self) -> int:
-        return self.low.shape[-1] if self.planes else 0
+    def bytes(self, threshold: float | None) -> tuple[int, int]:
+        """Bytes of a vector, of both planes where there is no threshold, and of its low plane."""
+        size = self.main.shape[-1] * self.main.element_size()
+        low = self.low.shape[-1] if self.planes else 0
+        scale = self.scale.element_size() if self.planes else 0
+        return size + scale + (low if threshold is None else 0), low
 
 
 def _stored(x: Any) -> _Stored:
@@ -60,8 +58,21 @@ def _stored(x: Any) -> _Stored:
     return _Stored(high, low, x.scale, True)
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _tile(query: torch.Tensor, group: int) -> dict[str, Any]:
+    """What both halves of the step are compiled for: heads of a group, and a block of keys that fits on chip."""
+    width = query.shape[-1]
+    half = max(16, triton.next_power_of_2((width + 1) // 2))
+    block = 32 if query.element_size() > 2 or half > 64 else 64
+    rows = max(16, triton.next_power_of_2(group))
+    return {"GROUP": group, "ROWS": rows, "WIDTH": width, "HALF": half, "BLOCK": block, "enable_fp_fusion": True}
+
+
+def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple[int, int]:
+    """Into how many splits a KV length goes so that the device is full, and how long they are."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    blocks = triton.cdiv(length, block)
+    per_split = triton.cdiv(blocks, max(1, _STREAMS * processors // n_pairs))
+    return triton.cdiv(blocks, per_split), per_split * block
 
 
 def launch(
@@ -83,14 +94,11 @@ def launch(
     Returns:
         The fields of `tokenprune.ops.DecodedStep`.
     """
-    batch, n_heads, _, width = query.shape
     keys, values = _stored(key), _stored(value)
-    groups, length = keys.main.shape[1:3]
-    group, half = n_heads // groups, max(16, triton.next_power_of_2((width + 1) // 2))
-    block = 32 if query.element_size() > 2 or half > 64 else 64
-    blocks = triton.cdiv(length, block)
-    per_split = triton.cdiv(blocks, max(1, _STREAMS * _processors(query.device) // (batch * groups)))
-    n_splits = triton.cdiv(blocks, per_split)
+    (batch, n_heads, _, width), (groups, length) = query.shape, keys.main.shape[1:3]
+    group = n_heads // groups
+    tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None}
+    n_splits, split_length = _split(length, tile["BLOCK"], batch * groups, query.device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
@@ -102,27 +110,19 @@ def launch(
     logits, top, total = new(batch, n_heads, length), new(batch, n_heads, n_splits), new(batch, n_heads, n_splits)
     anchor, norm, image, cut = (new(batch, n_heads, dtype=t) for t in (logits.dtype,) * 2 + (torch.int32,) * 2)
     flat = torch.zeros(batch, n_heads, dtype=torch.int8, device=query.device)
-    partial, scores = new(batch, n_heads, n_splits, width), new(batch, groups, length)
-    counts, read = new(batch, groups, n_splits, 3, dtype=torch.int32), new(3, batch, groups, dtype=torch.int64)
-    row_counts = n_values if isinstance(n_values, torch.Tensor) else counts
-    n_rows = n_values if isinstance(n_values, int) else length
+    partial = new(batch, n_heads, n_splits, width)
+    scores = new(batch, groups, length) if heads is None else new(batch, groups, length).zero_()
+    counts, read = new(batch, groups, n_splits, 2, dtype=torch.int32), new(3, batch, groups, dtype=torch.int64)
+    valid_counts = read if valid is None else valid.sum(-1)
+    row_counts, n_rows = (n_values, 0) if isinstance(n_values, torch.Tensor) else (counts, n_values or length)
     progressive = threshold is not None and threshold > 0
-    tile = {
-        "GROUP": group,
-        "ROWS": max(16, triton.next_power_of_2(group)),
-        "WIDTH": width,
-        "HALF": half,
-        "BLOCK": block,
-    }
-    having = {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "enable_fp_fusion": True}
     splits, grid, of_heads = triton.next_power_of_2(n_splits), (n_splits, groups, batch), (n_heads, batch)
 
     def softmax(planes: int, *, again: bool) -> None:
         decide = progressive and not again
         decode_logits._logits_kernel[grid](
             query, keys.main, keys.low, keys.scale, mask, kept, flat, logits, top, total,
-            n_heads, length, scale, per_split * block, *keys.strides, *mask_strides,
-            **tile, **having, PLANES=planes, AGAIN=again,
+            n_heads, length, scale, split_length, *keys.strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
         )  # fmt: skip
         decode_logits._settle_kernel[of_heads](
             top, total, logits, kept, flat, anchor, norm, image, cut, row_counts, n_rows, length, threshold or 0.0,
@@ -137,16 +137,14 @@ def launch(
             softmax(1, again=True)
         decode_values._values_kernel[grid](
             logits, values.main, values.low, values.scale, mask, kept, flat, anchor, norm, image, cut,
-            partial, scores, counts, n_heads, length, per_split * block, *values.strides, *mask_strides,
-            **tile, **having, PLANES=(3 if progressive else 1 if threshold is not None else 2) if values.planes else 0,
+            partial, scores, counts, n_heads, length, split_length, *values.strides, *mask_strides,
+            **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if values.planes else 0,
             WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
         )  # fmt: skip
-        both = threshold is None
         decode_values._combine_kernel[of_heads](
-            partial, kept, flat, counts, output, magnitude, read, n_splits,
-            keys.row_bytes + both * keys.low_bytes, keys.low_bytes, values.row_bytes + both * values.low_bytes,
-            values.low_bytes, 2 * width * output.element_size(),
-            GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width),
-            SPLITS=splits, HAS_HEADS=heads is not None, enable_fp_fusion=True,
+            partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
+            *keys.bytes(threshold), *values.bytes(threshold), 2 * width * output.element_size(),
+            GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width), SPLITS=splits,
+            HAS_VALID=valid is not None, HAS_HEADS=heads is not None, enable_fp_fusion=True,
         )  # fmt: skip
     return output, scores.sum(1), magnitude, flat.view(torch.bool), *read.unbind()

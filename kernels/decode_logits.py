@@ -37,15 +37,25 @@ def existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VAL
 
 
 @triton.jit
-def load_halves(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, PACKED: tl.constexpr):
-    """Both halves `[BLOCK, HALF]` of some vectors, or the bytes that hold both; `row` is where their KV head starts."""
-    pointer = x + row + token.to(tl.int64)[:, None] * x_n + channel[None, :]
+def load_halves(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr):
+    """Both halves `[BLOCK, HALF]` of some vectors; `row` is where their KV head starts."""
     half: tl.constexpr = (WIDTH + 1) // 2
+    pointer = x + row + token.to(tl.int64)[:, None] * x_n + channel[None, :]
     first = tl.load(pointer, mask=inside[:, None] & (channel < half)[None, :], other=0)
-    if PACKED:
-        return first & 15, first >> 4
     second = tl.load(pointer + half, mask=inside[:, None] & (channel < WIDTH - half)[None, :], other=0)
     return first, second
+
+
+@triton.jit
+def load_plane(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """Both halves in fp32 of what a plane stands for before it is scaled; `STEP` is 16 for the high one, 1 for the low.
+
+    Nibbles are counted from their middle, and the whole from 128: so the low plane adds to the high one.
+    """
+    pointer = x + row + token.to(tl.int64)[:, None] * x_n + channel[None, :]
+    both = tl.load(pointer, mask=inside[:, None] & (channel < WIDTH // 2)[None, :], other=0)
+    middle: tl.constexpr = 120.5 if STEP == 16 else 7.5
+    return (both & 15).to(tl.float32) * STEP - middle, (both >> 4).to(tl.float32) * STEP - middle
 
 
 @triton.jit
@@ -74,15 +84,14 @@ def _logits_kernel(
         token = start + tl.arange(0, BLOCK)
         inside = existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID)
         if AGAIN:
-            a, b = load_halves(low, start_of_key, token, inside, channel, key_n, WIDTH, True)
-            a, b = a.to(tl.float32) - 7.5, b.to(tl.float32) - 7.5
+            a, b = load_plane(low, start_of_key, token, inside, channel, key_n, WIDTH, 1)
+        elif PLANES > 0:
+            a, b = load_plane(key, start_of_key, token, inside, channel, key_n, WIDTH, 16)
         else:
-            a, b = load_halves(key, start_of_key, token, inside, channel, key_n, WIDTH, PLANES > 0)
-            if PLANES > 0:
-                a, b = a.to(tl.float32) * 16 - 120.5, b.to(tl.float32) * 16 - 120.5
-            if PLANES == 2:
-                c, d = load_halves(low, start_of_key, token, inside, channel, key_n, WIDTH, True)
-                a, b = a + (c.to(tl.float32) - 7.5), b + (d.to(tl.float32) - 7.5)
+            a, b = load_halves(key, start_of_key, token, inside, channel, key_n, WIDTH)
+        if PLANES == 2:
+            c, d = load_plane(low, start_of_key, token, inside, channel, key_n, WIDTH, 1)
+            a, b = a + c, b + d
         logit = product(first, tl.trans(a.to(first.dtype)), tl.zeros([ROWS, BLOCK], tl.float32))
         logit = product(second, tl.trans(b.to(first.dtype)), logit) * scale
         if PLANES > 0:

@@ -2,35 +2,52 @@
 
 import triton
 import triton.language as tl
-from tokenprune.kernels.decode_logits import existing, kept_rows, load_halves, product
+from tokenprune.kernels.decode_logits import existing, kept_rows, load_halves, load_plane, product
 from tokenprune.kernels.top_k_select import image_of
 
 
 @triton.jit
-def _operand(x, WIDE: tl.constexpr):
-    return x if WIDE else x.to(tl.bfloat16)
+def _accumulate(p, a, b, first, second, WIDE: tl.constexpr):
+    """Add probabilities times both halves of some values; integers of planes go as bf16 unless all is `WIDE`."""
+    if not WIDE and a.dtype == tl.float32:
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    p = p.to(a.dtype)
+    return product(p, a, first), product(p, b, second)
+
+
+@triton.jit
+def _normalization(anchor, norm, row, kept):
+    """What is subtracted from the logits of some heads, and what their exponentials are multiplied with."""
+    weight = tl.load(norm + row, mask=kept, other=0.0)
+    inverse = tl.where(weight > 0.0, 1.0 / tl.where(weight > 0.0, weight, 1.0), 0.0)
+    return tl.load(anchor + row, mask=kept, other=0.0), inverse
+
+
+@triton.jit
+def _largest(logit, token, least, last):
+    """Which logits are among those that `_settle_kernel` found to be the largest."""
+    image = image_of(logit)
+    tied = (image == least[:, None]) & (token[None, :] <= last[:, None])
+    return (image > least[:, None]) | tied
 
 
 @triton.jit
 def _values_kernel(
     logits, value, low, value_scale, valid, heads, flat, anchor, norm, image, cut, partial, scores, counts,
-    n_heads, length, split_length, value_b, value_g, value_n, scale_b, scale_g, scale_n,
-    valid_b, valid_g, valid_n,
+    n_heads, length, split_length, value_b, value_g, value_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, WIDE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_HEADS: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
     """Of one split: `partial [B, H, splits, K]`, `scores [B, Hkv, L]`, and how much was read.
 
-    `PLANES`: 0 none, 1 high, 2 both, 3 high, and the low one for what flat heads read. `counts [B, Hkv, splits, 3]`:
-    keys that exist, values read, values read from both planes.
+    `PLANES`: 0 none, 1 high, 2 both, 3 high, and the low one for what flat heads read. `counts [B, Hkv, splits, 2]`:
+    values read, values read from both planes. Where a whole group is pruned, its scores are left as they were.
     """
     split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member, channel = tl.arange(0, ROWS), tl.arange(0, HALF)
     base, pair = batch * n_heads + group * GROUP, batch * tl.num_programs(1) + group
     kept = kept_rows(heads, heads, base, member, GROUP, HAS_HEADS, False)
-    peak = tl.load(anchor + base + member, mask=kept, other=0.0)
-    weight = tl.load(norm + base + member, mask=kept, other=0.0)
-    inverse = tl.where(weight > 0.0, 1.0 / tl.where(weight > 0.0, weight, 1.0), 0.0)
+    peak, inverse = _normalization(anchor, norm, base + member, kept)
     if SELECT:
         least = tl.load(image + base + member, mask=kept, other=-1).to(tl.uint32, bitcast=True)
         last = tl.load(cut + base + member, mask=kept, other=-1)
@@ -38,23 +55,11 @@ def _values_kernel(
         again = tl.load(flat + base + member, mask=kept, other=0) != 0
     start_of_value, start_of_scale = batch * value_b + group * value_g, batch * scale_b + group * scale_g
     first, second = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
-    n_valid, n_read, n_low = tl.zeros([], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    end = tl.minimum((split + 1) * split_length, length)
-    counted = counts + (pair * tl.num_programs(0) + split) * 3
-    if tl.max(kept.to(tl.int32), axis=0) == 0:
-        for start in range(split * split_length, end, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            inside = existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID)
-            n_valid += tl.sum(inside.to(tl.int32), axis=0)
-            tl.store(scores + pair * length + token, tl.zeros([BLOCK], tl.float32), mask=token < end)
-        tl.store(counted, n_valid)
-        tl.store(counted + 1, 0)
-        tl.store(counted + 2, 0)
-        return
+    n_read, n_low = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    end = tl.where(tl.max(kept.to(tl.int32), axis=0) > 0, tl.minimum((split + 1) * split_length, length), 0)
     for start in range(split * split_length, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID)
-        n_valid += tl.sum(inside.to(tl.int32), axis=0)
         chosen = kept[:, None] & inside[None, :]
         place = (base + member)[:, None] * length + token[None, :]
         logit = tl.load(logits + place, mask=chosen, other=float("-inf"))
@@ -62,48 +67,44 @@ def _values_kernel(
         tl.store(scores + pair * length + token, tl.sum(p * inverse[:, None], axis=0), mask=token < end)
         read = inside
         if SELECT:
-            mine = image_of(logit)
-            tied = (mine == least[:, None]) & (token[None, :] <= last[:, None])
-            chosen = chosen & ((mine > least[:, None]) | tied)
+            chosen = chosen & _largest(logit, token, least, last)
             p = tl.where(chosen, p, 0.0)
             read = tl.max(chosen.to(tl.int32), axis=0) > 0
         n_read += tl.sum(read.to(tl.int32), axis=0)
-        a, b = load_halves(value, start_of_value, token, read, channel, value_n, WIDTH, PLANES > 0)
-        if PLANES > 0:
-            place_of_scale = start_of_scale + token.to(tl.int64) * scale_n
-            p = p * tl.load(value_scale + place_of_scale, mask=read, other=0.0)[None, :]
-            a, b = a.to(tl.float32) * 16 - 120.5, b.to(tl.float32) * 16 - 120.5
+        if PLANES == 0:
+            a, b = load_halves(value, start_of_value, token, read, channel, value_n, WIDTH)
+        else:
+            place = start_of_scale + token.to(tl.int64) * scale_n
+            p = p * tl.load(value_scale + place, mask=read, other=0.0)[None, :]
+            a, b = load_plane(value, start_of_value, token, read, channel, value_n, WIDTH, 16)
+        if PLANES == 3:
+            chosen = chosen & again[:, None]
+            read = tl.max(chosen.to(tl.int32), axis=0) > 0
+            n_low += tl.sum(read.to(tl.int32), axis=0)
         if PLANES >= 2:
-            if PLANES == 3:
-                chosen = chosen & again[:, None]
-                read = tl.max(chosen.to(tl.int32), axis=0) > 0
-                n_low += tl.sum(read.to(tl.int32), axis=0)
-            c, d = load_halves(low, start_of_value, token, read, channel, value_n, WIDTH, True)
-            c, d = c.to(tl.float32) - 7.5, d.to(tl.float32) - 7.5
-            if PLANES == 3:
-                q = _operand(tl.where(chosen, p, 0.0), WIDE)
-                first, second = product(q, _operand(c, WIDE), first), product(q, _operand(d, WIDE), second)
-            else:
-                a, b = a + c, b + d
-        if PLANES > 0:
-            a, b = _operand(a, WIDE), _operand(b, WIDE)
-        first, second = product(p.to(a.dtype), a, first), product(p.to(a.dtype), b, second)
+            c, d = load_plane(low, start_of_value, token, read, channel, value_n, WIDTH, 1)
+        if PLANES == 2:
+            a, b = a + c, b + d
+        if PLANES == 3:
+            first, second = _accumulate(tl.where(chosen, p, 0.0), c, d, first, second, WIDE)
+        first, second = _accumulate(p, a, b, first, second, WIDE)
 
     half: tl.constexpr = (WIDTH + 1) // 2
     n_splits = tl.num_programs(0)
     pointer = partial + ((base + member) * n_splits + split)[:, None] * WIDTH + channel[None, :]
     tl.store(pointer, first * inverse[:, None], mask=kept[:, None] & (channel < half)[None, :])
     tl.store(pointer + half, second * inverse[:, None], mask=kept[:, None] & (channel < WIDTH - half)[None, :])
-    tl.store(counted, n_valid)
-    tl.store(counted + 1, n_read)
-    tl.store(counted + 2, n_low)
+    pointer = counts + (pair * n_splits + split) * 2
+    tl.store(pointer, n_read)
+    tl.store(pointer + 1, n_low)
 
 
 @triton.jit
 def _combine_kernel(
-    partial, heads, flat, counts, output, magnitude, read, n_splits, key_row, key_low, value_row, value_low,
-    dense_row,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, HAS_HEADS: tl.constexpr,
+    partial, heads, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
+    key_row, key_low, value_row, value_low, dense_row,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Of one head: `output [B, H, K]` and `magnitude [B, H]`; of its group: the bytes `read [3, B, Hkv]`."""
     head, batch, n_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -127,10 +128,12 @@ def _combine_kernel(
             else:
                 any_kept |= 1
         pair, n_pairs = row // GROUP, tl.num_programs(1) * n_heads // GROUP
-        pointer, mask = counts + (pair * n_splits + split) * 3, split < n_splits
-        n_valid = tl.sum(tl.load(pointer, mask=mask, other=0), axis=0).to(tl.int64)
-        n_read = tl.sum(tl.load(pointer + 1, mask=mask, other=0), axis=0).to(tl.int64)
-        n_low = tl.sum(tl.load(pointer + 2, mask=mask, other=0), axis=0).to(tl.int64)
+        pointer, mask = counts + (pair * n_splits + split) * 2, split < n_splits
+        n_read = tl.sum(tl.load(pointer, mask=mask, other=0), axis=0).to(tl.int64)
+        n_low = tl.sum(tl.load(pointer + 1, mask=mask, other=0), axis=0).to(tl.int64)
+        n_valid = tl.full([], 0, tl.int64) + length
+        if HAS_VALID:
+            n_valid = tl.load(valid_counts + pair)
         tl.store(read + pair, n_valid * any_kept * (key_row + any_flat * key_low))
         tl.store(read + n_pairs + pair, n_read * value_row + n_low * value_low)
         tl.store(read + 2 * n_pairs + pair, n_valid * dense_row)

@@ -113,7 +113,7 @@ def decode_cases(kernel: str, dtype: str, planes: int, *, masked: bool, half: in
     }
     floats = dict.fromkeys(("logits", "top", "total", "anchor", "norm", "partial", "scores", "magnitude"), "fp32")
     others = {"valid": "i1", "heads": "i8", "again": "i8", "flat": "i8", "image": "i32", "cut": "i32", "counts": "i32"}
-    outputs = {"output": dtype, "read": "i64"}
+    outputs = {"output": dtype, "read": "i64", "valid_counts": "i64"}
     types = {name: f"*{of}" for name, of in (tensors | floats | others | outputs).items()}
     types |= {"scale": "fp32", "threshold": "fp32"}
     types |= {f"{name}_b": "i64" for name in ("key", "value", "scale", "valid")}
@@ -125,12 +125,12 @@ def decode_cases(kernel: str, dtype: str, planes: int, *, masked: bool, half: in
     tile = {"GROUP": 4, "ROWS": 16, "HALF": half, "BLOCK": 32 if dtype == "fp32" or half > 64 else 64, "PLANES": planes}
     tile |= {"WIDTH": 2 * half, "HAS_VALID": masked, "HAS_HEADS": masked}
     settle = {"HAS_HEADS": masked, "DECIDE": planes == 1, "SELECT": masked, "HAS_COUNTS": masked, "SPLITS": 64}
-    combine = {"GROUP": 4, "WIDTH": 2 * half, "PADDED": 2 * half, "SPLITS": 64, "HAS_HEADS": masked}
+    combine = {"GROUP": 4, "WIDTH": 2 * half, "PADDED": 2 * half, "SPLITS": 64}
     constants = {
         "_logits_kernel": tile | {"AGAIN": False},
         "_settle_kernel": settle | {"BLOCK": 8192},
         "_values_kernel": tile | {"WIDE": dtype == "fp32", "SELECT": masked},
-        "_combine_kernel": combine,
+        "_combine_kernel": combine | {"HAS_VALID": masked, "HAS_HEADS": masked},
     }[kernel]
     again = [(kernel, types, constants | {"AGAIN": True}, {})] if kernel == "_logits_kernel" and planes == 1 else []
     return [(kernel, types, constants, {"num_warps": 8} if kernel == "_settle_kernel" else {}), *again]
