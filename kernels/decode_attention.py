@@ -1,6 +1,6 @@
 """Attention of one decoding step on the GPU; `tokenprune.ops.decode_attention` is the door and states the rule.
 
-Five launches at most and no synchronisation with the host, each split over the KV length so that a single sequence
+Six launches at most and no synchronisation with the host, each split over the KV length so that a single sequence
 fills the device. Logits are kept, `[B, H, L]` in fp32: as many bytes as one channel in 64 of the keys, and with them
 values can be chosen, probabilities summed over heads and flat rows computed again without reading a key twice.
 
