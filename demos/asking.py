@@ -1,70 +1,40 @@
 """The demo's model: loaded from a folder or the hub, asked with all visual tokens and pruned."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from overlay import Selection
-from pictures import DemoError, one_line
+from pictures import DemoError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune
+from tokenprune import loading
+from tokenprune.loading import one_line
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model with its processor, and the name it was asked for by."""
-
-    name: str
-    model: Any
-    processor: Any
+class Loaded(loading.Loaded):
+    """A model with its processor; the embedded one is called by the name of its folder in this repository."""
 
     @property
     def label(self) -> str:
         """Name, class, device and dtype."""
-        weight = next(self.model.parameters())
-        name = "demos/model" if Path(self.name).resolve() == EMBEDDED else self.name
-        return f"{name} ({type(self.model).__name__}, {weight.device.type}, {str(weight.dtype).split('.')[-1]})"
+        if Path(self.name).resolve() == EMBEDDED and self.name != "demos/model":
+            return replace(self, name="demos/model").label
+        return super().label
 
 
 def load(name: str, *, device: str, dtype: str) -> Loaded:
-    """Load a model and its processor from a folder or the hub.
-
-    Raises:
-        DemoError: there is none, or not of a kind that takes images and text.
-    """
-    path = Path(name)
-    if path.is_file():
-        raise DemoError(f"{name} is a file; a model is a folder or a name on the hub")
-    if not path.is_dir() and (
-        name.count("/") > 1 or name[:1] in "./~" or (path.parts[0] and Path(path.parts[0]).is_dir())
-    ):
-        raise DemoError(f"there is no model folder {name}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise DemoError(f"{name} is a {config.model_type} model, which does not turn images and text into text")
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        if not hasattr(processor, "image_processor"):
-            raise DemoError(f"{name} has no processor for images")
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind).eval().to(device)
-    except (DemoError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a checkpoint can be wrong in as many ways as there are loaders
-        raise DemoError(f"the model {name} cannot be loaded: {one_line(error)}") from error
-    return Loaded(name, model, processor)
+    """Load a model and its processor from a folder or the hub; see :func:`tokenprune.loading.load_model`."""
+    found = loading.load_model(name, device=device, dtype=dtype)
+    return Loaded(found.name, found.model, found.processor)
 
 
 def prepare(loaded: Loaded, image: Image.Image, question: str) -> dict[str, Any]:
@@ -159,16 +129,9 @@ def _placed(loaded: Loaded, inputs: Any) -> dict[str, Any]:
 
 
 def in_known_words(processor: Any, question: str) -> str:
-    """The question as it is or, where a small vocabulary lacks some of it, in lower case with marks set apart."""
-    tokenizer = processor.tokenizer
-
-    def unknown(text: str) -> int:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-
-    simple = " ".join(re.findall(r"\w+|[^\w\s]", question.lower()))
-    best = min(question, simple, key=unknown)
-    if n_unknown := unknown(best):
+    """The question in words that the model knows, as far as it does; says so where it does not."""
+    best, n_unknown = loading.in_known_words(processor, question)
+    if n_unknown:
         print(f"note      the model does not know {n_unknown} of the words in {question!r}")
     return best
 

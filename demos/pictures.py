@@ -1,60 +1,18 @@
 """Pictures for the demo: read from files of all kinds, taken from scikit-image, or recovered from a model's inputs."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from tokenprune.loading import one_line as one_line
+from tokenprune.loading import read_image as read_image
 
 
 class DemoError(Exception):
     """Something that the user can put right; shown as one line."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence of an error."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".")[:300]
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image file as upright RGB: the first frame, transparency over white, 16 bits brought to 8.
-
-    Raises:
-        DemoError: there is no such file, or Pillow cannot read it or refuses its size.
-    """
-    if path.is_dir():
-        raise DemoError(f"{path} is a folder, not an image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise DemoError(f"there is no file {path}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DemoError(f"{path} is too large an image: {one_line(error)}") from error
-    except UnidentifiedImageError:
-        raise DemoError(f"{path} is not an image that Pillow can read") from None
-    except Exception as error:  # Pillow's plugins raise all kinds of errors on broken files
-        raise DemoError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
-        image = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def photograph() -> Image.Image:

@@ -148,7 +148,7 @@ def fails(run: Run, *argv: object, saying: str) -> None:
         (("report", *ASKED, "--question", "a <image> b"), "must not hold <image>"),
         (("report", *ASKED, "--plot", "plot.docx"), "a file that ends in"),
         (("report", *ASKED, "--plot", "nowhere/plot.png"), "there is no folder nowhere"),
-        (("report", "--model", "./nowhere", "--image", IMAGE), "there is no model folder './nowhere'"),
+        (("report", "--model", "./nowhere", "--image", IMAGE), "there is no model folder ./nowhere"),
         (("report", "--model", IMAGE, "--image", IMAGE), "is a file; a model is a folder"),
         (("report", "--model", "", "--image", IMAGE), "there is no model folder ''"),
         (("report", "--model", MODEL, "--image", "nowhere.png"), "there is no file nowhere.png"),

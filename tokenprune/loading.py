@@ -63,7 +63,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     blank = not name.strip()
     local = blank or name.count("/") > 1 or name[0] in "./~" or Path(path.parts[0]).is_dir()
     if blank or (local and not path.is_dir()):
-        raise OptionError(f"there is no model folder {name!r}")
+        raise OptionError(f"there is no model folder {name or repr(name)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
     try:
