@@ -7,6 +7,7 @@ python bench/readme.py --check    # exit status 1 where README is stale
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ def quality() -> str:
     )
 
 
+def quality_vit() -> str:
+    """Accuracy of the small vision transformer."""
+    rows = json.loads((RESULTS / "quality_vit.json").read_text())["rows"]
+    cells = []
+    for row in rows:
+        (found,) = row["accuracy"].values()
+        shown = f"{found['mean']:.1f} ±{(found['high'] - found['low']) / 2:.1f}"
+        cells.append([row["method"], f"{row['keep']:.2g}", str(row["tokens"]), shown])
+    return (
+        table(["method", "keep", "patches left", "accuracy"], cells) + "\n\nRows in `bench/results/quality_vit.json`."
+    )
+
+
 def families() -> str:
     """The table of families."""
     rows = [
@@ -143,7 +157,88 @@ def families() -> str:
     return table(["family", "takes", '`positions="packed"`', "note"], rows)
 
 
-SECTIONS = {"prefill": prefill, "select": select, "quality": quality, "families": families}
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+
+
+def measured(name: str, what: str, columns: list[Column], *, folder: str = "") -> str:
+    """A table of the rows of one kind of a results file; says so where there is no such file."""
+    path = RESULTS / folder / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    content, line = source(f"{folder}/{name}" if folder else name, "make bench")
+    rows = [row for row in content["rows"] if what in ("", row.get("what"))]
+    return table([head for head, _ in columns], [[cell(row) for _, cell in columns] for row in rows]) + "\n\n" + line
+
+
+def plain(key: str, unit: str = "") -> Callable[[dict[str, Any]], str]:
+    """A column that shows a field: a ratio with its quantiles where it has some."""
+
+    def cell(row: dict[str, Any]) -> str:
+        value = row.get(key, "-")
+        if isinstance(value, list) and len(value) == 3:
+            return times(value)
+        return f"{value:.2f}{unit}" if isinstance(value, float) else f"{value}{unit}"
+
+    return cell
+
+
+def target(row: dict[str, Any]) -> str:
+    """What a row should reach, and whether it does."""
+    if "target" not in row:
+        return "-"
+    return f"{row['target'].replace('_over_', ' / ').replace('_', ' ')}: {'met' if row['met'] else 'missed'}"
+
+
+def importance() -> str:
+    """The importance op beside the attention that it is computed for."""
+    columns: list[Column] = [("device", plain("device")), ("tokens", plain("n")), ("heads x width", _heads)]
+    columns += [("dtype", plain("dtype"))]
+    for reduction in ("last_query", "column_sum", "pagerank"):
+        columns += [(f"{reduction} / sdpa", plain(f"{reduction}_over_attention"))]
+        columns += [("MB", plain(f"{reduction}_peak_mb"))]
+    return measured("attention_importance", "", columns)
+
+
+def _heads(row: dict[str, Any]) -> str:
+    return f"{row['heads']} x {row['width']}"
+
+
+def topk() -> str:
+    """The top-k op."""
+    columns = [("device", "device"), ("rows", "rows"), ("N", "n"), ("k", "k"), ("topk + sort / op", "pair_over_op")]
+    return measured("top_k_select", "", [(head, plain(key)) for head, key in columns])
+
+
+def vit() -> str:
+    """Vision transformers."""
+    columns: list[Column] = [(head, plain(head)) for head in ("model", "batch", "r")]
+    columns += [("dense / ToMe", plain("dense_over_tome")), ("of the FLOPs ratio", plain("of_flops_ratio"))]
+    columns += [("straightforward / ToMe", plain("straightforward_over_tome")), ("target", target)]
+    share: list[Column] = [(head, plain(head)) for head in ("model", "batch", "tokens", "share")]
+    shares = measured("vit", "share of matching and merging in the time of a block", [*share, ("target", target)])
+    return measured("vit", "throughput", columns) + "\n\nMatching and merging, of the time of a block:\n\n" + shares
+
+
+def aim() -> str:
+    """Pruning inside the decoder."""
+    columns: list[Column] = [(head, plain(head)) for head in ("preset", "importance")]
+    columns += [("visual tokens", plain("visual_tokens")), ("dense / pruned", plain("dense_over_pruned"))]
+    columns += [("FLOPs ratio", plain("flops_ratio")), ("of it", plain("of_flops_ratio"))]
+    columns += [("of the layers' ratio", plain("of_layer_flops_ratio")), ("target", target)]
+    return measured("aim", "", columns)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "importance": importance,
+    "topk": topk,
+    "vit": vit,
+    "aim": aim,
+    "prefill": prefill,
+    "select": select,
+    "quality": quality,
+    "quality_vit": quality_vit,
+    "families": families,
+}
 
 
 def rendered(text: str) -> str:
