@@ -55,9 +55,11 @@ bench-gpu: $(VENV)/test.stamp
 
 train: $(VENV)/test.stamp
 	$(BIN)/python bench/quality/train.py --output $(OUT)/model
+	$(BIN)/python bench/quality/train_vit.py --output $(OUT)/vit
 
 quality: $(VENV)/test.stamp
 	$(BIN)/python bench/quality/evaluate.py --output bench/results/quality.json
+	$(BIN)/python bench/quality/evaluate_vit.py --output bench/results/quality_vit.json
 	$(BIN)/python bench/readme.py
 
 # The newest of the extra's packages that pyproject.toml allows. What the tests need includes what the demo needs.
