@@ -4,6 +4,11 @@ Without arguments: the embedded model, which reads handwritten digits, on a phot
 With a connection to the Hugging Face hub (or a folder) any model that tokenprune supports:
 
     python demos/image.py --image photo.jpg --model llava-hf/llava-1.5-7b-hf --keep 0.25 --question "What is this?"
+
+With --vit a vision transformer of timm instead, and which patches each of its last tokens stands for:
+
+    python demos/image.py --vit --method tome:r=9
+    python demos/image.py --vit vit_base_patch16_224 --image photo.jpg --method tome:r=13
 """
 
 import argparse
@@ -21,6 +26,7 @@ from lasting import layout_of
 from options import check_output, is_embedded, keep, make_parser, methods_of, title_of
 from options import parse as read
 from overlay import Answer, Figure, draw
+from patches import EMBEDDED_VIT, draw_patches, load_encoder
 from pictures import DemoError, photograph, read_image, seen_by
 from PIL import Image
 
@@ -62,14 +68,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="an image file; without it, two built-in pictures")
     parser.add_argument(
         "--method",
-        default="divprune",
-        help=f"one of {', '.join(tokenprune.list_methods())}; options and several go as in uniform:keep=0.5+divprune",
+        help="divprune (with --vit: tome:keep=0.25) unless another is named; options and several go as in "
+        f"uniform:keep=0.5+divprune; known are {', '.join(tokenprune.list_methods())}",
     )
     parser.add_argument("--keep", type=keep, help="0.25 = a quarter, 64 = 64 tokens, auto (with --radius)")
     parser.add_argument("--radius", type=float, help="with --keep auto: every dropped token is this near to a kept one")
     parser.add_argument("--question", action="append", help="may be given several times")
+    parser.add_argument("--vit", nargs="?", const=EMBEDDED_VIT, help="a name that timm knows; alone: the embedded one")
     parser.add_argument("--output", type=Path, help="the overlay, a .png file (default: out/NAME.png)")
     asked = read(parser, argv)
+    asked.method = asked.method or ("tome:keep=0.25" if asked.vit else "divprune")
     if asked.output and not asked.image:
         raise DemoError("argument --output: goes with --image; the two built-in pictures are written to out/")
     return asked
@@ -141,10 +149,28 @@ def _show(
     print(f"overlay   {picture.output}\n")
 
 
+def show_encoder(options: argparse.Namespace) -> None:
+    """Draw what the tokens of a vision transformer stand for."""
+    methods = methods_of(options.method, keep=options.keep, radius=options.radius)
+    shown = [picture for picture in pictures(options) if options.image or picture.name == "digits"]
+    encoder = load_encoder(options.vit)
+    for picture in shown:
+        output = options.output or picture.output.with_stem(f"{picture.output.stem}-patches")
+        page, told = draw_patches(encoder, picture.image, methods, title_of(methods))
+        try:
+            page.save(output, optimize=True)
+        except OSError as error:
+            raise DemoError(f"cannot write {output}: {error.strerror or error}") from error
+        print(f"image     {picture.name}\n  {told}\noverlay   {output}\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status: 0, or 2 with one line on stderr."""
     try:
         options = parse(argv)
+        if options.vit:
+            show_encoder(options)
+            return 0
         methods = methods_of(options.method, keep=options.keep, radius=options.radius)
         shown = pictures(options)
         loaded = load(options.model, device=options.device, dtype=options.dtype)

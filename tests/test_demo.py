@@ -307,3 +307,28 @@ def test_embedded_model_on_both_pictures(run: Run) -> None:
     assert out.count("visual_tokens") == 2
     for name in ("astronaut", "digits"):
         assert pixels(f"out/{name}.png").std() > 20
+
+
+def test_patches_of_a_vision_transformer(run: Run, tmp_path: Path) -> None:
+    for method in ("tome:keep=0.25", "spatten:tokens=0.6"):
+        status, said, _ = run("--vit", "--method", method)
+        assert status == 0
+        assert "dense" in said
+        page = Image.open(tmp_path / "out" / "digits-patches.png")
+        assert page.width > 1000
+        assert len(set(page.convert("L").resize((64, 64)).get_flattened_data())) > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (("--vit", "no_such_model"), "timm cannot load 'no_such_model'"),
+        (("--vit", "--method", "divprune"), "encoder_block"),
+        (("--vit", "--method", "tome:r=200"), "would remove"),
+    ],
+)
+def test_what_is_wrong_with_a_vision_transformer_is_told(run: Run, options: tuple[str, ...], found: str) -> None:
+    status, _, told = run(*options)
+    assert status == 2
+    assert found in told
+    assert told.count("\n") == 1
