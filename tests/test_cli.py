@@ -112,6 +112,15 @@ def test_resize_that_cannot_be_done_is_told_and_the_rest_goes_on(run: Run, monke
     assert "turns images of every size into about 144 visual tokens" in " ".join(out.split())
 
 
+def test_a_method_that_the_model_refuses_is_told_and_the_rest_goes_on(run: Run) -> None:
+    status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", "fastv:layer=9,uniform", "--keep", "0.5", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert [row["method"] for row in found["rows"]] == ["dense", "uniform"]
+    assert any("decoder of 4 layers" in note for note in found["notes"])
+    fails(run, "compare", *ASKED, *QUESTION, "--methods", "fastv:layer=9", saying="decoder of 4 layers")
+
+
 def test_methods_and_families_are_listed(run: Run) -> None:
     for command, names in (("methods", tokenprune.list_methods()), ("families", tokenprune.list_families())):
         status, out, err = run(command)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.api import patch
 from tokenprune.comparison import drift
-from tokenprune.errors import OptionError
+from tokenprune.errors import OptionError, TokenPruneError, UnsupportedModelError
 from tokenprune.generation import Generation, Inspection, inspect_generation, time_generation
 from tokenprune.loading import Loaded, decode, n_visual, prepare
 from tokenprune.measure import Timing, rounds
@@ -52,16 +52,22 @@ def candidates(
         keeps: as methods take them.
 
     Raises:
-        TokenPruneError: a method does not exist, an option is out of range, or the model refuses the method.
+        TokenPruneError: a method does not exist, an option is out of range, or the model refuses every method.
     """
     check_methods(methods, keeps)
     inputs = tuple(prepare(loaded, image, question) for question in questions)
-    found, notes = [Candidate(DENSE, 1.0, inputs)], []
+    found, notes = [Candidate(DENSE, 1.0, inputs)], list[str]()
+    refused: list[TokenPruneError] = []
     for text in methods:
         for keep in keeps:
             if text != RESIZE:
                 candidate = _built(text, keep, inputs)
-                patch(loaded.model, list(candidate.methods)).remove()
+                try:
+                    patch(loaded.model, list(candidate.methods)).remove()
+                except (OptionError, UnsupportedModelError) as error:
+                    refused.append(error)
+                    notes.append(f"{text}: {error}")
+                    continue
                 found += [candidate] * (candidate not in found)
                 continue
             try:
@@ -69,6 +75,8 @@ def candidates(
                 found.append(Candidate(RESIZE, keep, smaller))
             except OptionError as error:
                 notes.append(str(error))
+    if refused and len(found) == 1:  # what every method but resize runs into is no remark
+        raise refused[0]
     own = dict.fromkeys(one.name for one in found if one.keep is None)
     notes += [f"{name}: how much is left follows from its own options, so it stands here once" for name in own]
     return found, list(dict.fromkeys(notes))
