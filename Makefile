@@ -6,6 +6,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+comma := ,
+SPATTEN := $(subst |,$(comma)spatten:,spatten:tokens=0.8|tokens=0.6|tokens=1.0$(comma)heads=0.8|tokens=1.0$(comma)heads=0.6|$\
+	tokens=1.0$(comma)values=0.5|tokens=1.0$(comma)values=0.2|tokens=1.0$(comma)quantize=4+4)
 PIP_FLAGS := --quiet --disable-pip-version-check --no-input
 
 .PHONY: help demo demo-video demo-compare test matrix lint bench bench-gpu train quality clean
@@ -59,6 +62,7 @@ train: $(VENV)/test.stamp
 
 quality: $(VENV)/test.stamp
 	$(BIN)/python bench/quality/evaluate.py --output bench/results/quality.json
+	$(BIN)/python bench/quality/evaluate.py --keep 1,0.5 --methods $(SPATTEN) --output bench/results/quality_spatten.json
 	$(BIN)/python bench/quality/evaluate_vit.py --output bench/results/quality_vit.json
 	$(BIN)/python bench/readme.py
 

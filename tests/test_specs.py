@@ -3,7 +3,7 @@
 import pytest
 
 import tokenprune
-from tokenprune import DivPrune, Random, Uniform
+from tokenprune import DivPrune, Random, SpAtten, Uniform
 from tokenprune.specs import parse_methods, split_methods
 
 
@@ -14,6 +14,7 @@ from tokenprune.specs import parse_methods, split_methods
         ("divprune:keep=0.5", (DivPrune(keep=0.5),)),
         ("random:seed=3, keep=7", (Random(keep=7, seed=3),)),
         ("divprune:keep=auto,radius=0.2,min_keep=None", (DivPrune(keep="auto", radius=0.2),)),
+        ("spatten:tokens=1.0,quantize=4+4+uniform", (SpAtten(tokens=1.0, quantize="4+4"), Uniform(keep=0.1))),
         ("uniform:keep=0.5 + divprune:backend=torch", (Uniform(keep=0.5), DivPrune(keep=0.1, backend="torch"))),
     ],
 )

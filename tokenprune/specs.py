@@ -53,11 +53,12 @@ def _value(text: str) -> Any:
 
 
 def _split(text: str, mark: str) -> list[str]:
-    """Parts of `text` between marks that stand outside of brackets."""
+    """Parts of `text` between marks that stand outside of brackets; a `+` before a digit is part of a value."""
     parts, depth = [""], 0
-    for character in text:
+    for place, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
-        if character == mark and depth == 0:
+        value = character == "+" and text[place + 1 : place + 2].isdigit()
+        if character == mark and depth == 0 and not value:
             parts.append("")
         else:
             parts[-1] += character

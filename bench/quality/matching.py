@@ -22,7 +22,7 @@ from tokenprune.specs import parse_methods
 
 Methods = tuple[tokenprune.Method, ...]
 SLACK = 1.02  # what a match may cost more than it should
-CHOSEN = re.compile(r"\b(keep|merge|r|radius)\s*=\s*(?!None)")  # options that say how much is kept
+CHOSEN = re.compile(r"\b(keep|merge|r|radius|tokens)\s*=\s*(?!None)")  # options that say how much is kept
 
 
 class OutOfReach(Exception):
