@@ -14,7 +14,6 @@ from tokenprune.specs import parse_methods, split_methods
         ("divprune:keep=0.5", (DivPrune(keep=0.5),)),
         ("random:seed=3, keep=7", (Random(keep=7, seed=3),)),
         ("divprune:keep=auto,radius=0.2,min_keep=None", (DivPrune(keep="auto", radius=0.2),)),
-        ("spatten:tokens=1.0,quantize=4+4+uniform", (SpAtten(tokens=1.0, quantize="4+4"), Uniform(keep=0.1))),
         ("uniform:keep=0.5 + divprune:backend=torch", (Uniform(keep=0.5), DivPrune(keep=0.1, backend="torch"))),
     ],
 )
@@ -44,6 +43,11 @@ def test_a_default_goes_to_those_that_have_it() -> None:
 def test_text_that_cannot_be_read(text: str, saying: str) -> None:
     with pytest.raises(tokenprune.TokenPruneError, match=saying.replace("(", r"\(")):
         parse_methods(text)
+
+
+def test_a_plus_inside_a_value_is_part_of_it() -> None:
+    found = parse_methods("spatten:tokens=1.0,quantize=4+4+uniform:keep=3")
+    assert found == (SpAtten(tokens=1.0, quantize="4+4"), Uniform(keep=3))
 
 
 def test_lists_of_methods() -> None:
