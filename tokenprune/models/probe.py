@@ -4,7 +4,7 @@ One function is registered in transformers' table of attention functions. The at
 as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
 the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
 and computes the scores beside it from the queries and keys. A soft cap on the logits (Gemma 2) is left out of the
-scores: it changes who is ranked where only among logits near the cap.
+scores: it matters for logits near the cap alone.
 """
 
 import copy
