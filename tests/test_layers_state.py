@@ -39,7 +39,7 @@ def test_unpatching_leaves_the_model_as_it_was(family):
     wanted, before = generate(model, prompt.inputs, 2), snapshot(model)
     configs = [Same(module.config) for module in attentions(model)]
     assert len(configs) == N_LAYERS
-    session = tokenprune.patch(model, method_of(family))
+    session = tokenprune.patch(model, [FastV(layer=first_cut(family) + 1, keep=0.5), AIM(merge=0.5, prune=None)])
     assert [Same(module.config) for module in attentions(model)] != configs
     assert not same_run(generate(model, prompt.inputs, 2), wanted)
     tokenprune.unpatch(model)
@@ -304,7 +304,7 @@ def test_a_pruned_cache_can_be_copied_pickled_and_reordered():
     wanted = turn(model, cache, prompt)
     assert torch.equal(turn(model, copy.deepcopy(twin), prompt), wanted)
     twin.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(turn(model, twin, prompt).flip(0), wanted)
+    torch.testing.assert_close(turn(model, twin, prompt).flip(0), wanted, atol=1e-5, rtol=1e-5)
 
 
 class Coarse(QuantizedLayer):
