@@ -433,6 +433,17 @@ def test_less_than_a_tenth_of_the_bytes_is_read_at_the_settings_of_the_paper():
         assert row in shown
 
 
+def test_without_a_cache_there_is_nothing_to_quantize():
+    dense = text_model("llama")
+    model = copy.deepcopy(dense)
+    tokenprune.patch(model, spatten(tokens=1.0, quantize="4+4"))
+    _, inputs = ragged_text()
+    wanted = generate(dense, inputs, 3, suppress_tokens=None, use_cache=False)
+    out = generate(model, inputs, 3, suppress_tokens=None, use_cache=False)
+    for found, logits in zip(out.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_static_cache_cannot_be_quantized():
     model = text_model("llama")
     tokenprune.patch(model, spatten(quantize="4+4"))

@@ -199,7 +199,7 @@ class DecoderAdapter:
         state.scoring = active and state.plan is not None
         state.steering = active and state.attention is not None
         texts = active and state.guard is not None
-        if state.steering and state.attention is not None and state.attention.threshold is not None and not past:
+        if state.steering and cache is not None and not past and state.quantizes:
             use_planes(cache)
         if not images and engine.active and prompt:  # a decoding step is no news
             reason = "no image in this call" if n_rows * length else "empty input"

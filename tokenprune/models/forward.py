@@ -179,6 +179,11 @@ class Forward:
     patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether keys and values are to be kept in two planes of four bits."""
+        return self.attention is not None and self.attention.threshold is not None
+
     def segment_of(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""
         return next(segment for segment in reversed(self.segments) if segment.first <= layer)
