@@ -62,7 +62,8 @@ train: $(VENV)/test.stamp
 
 quality: $(VENV)/test.stamp
 	$(BIN)/python bench/quality/evaluate.py --output bench/results/quality.json
-	$(BIN)/python bench/quality/evaluate.py --keep 1,0.5 --methods $(SPATTEN) --output bench/results/quality_spatten.json
+	$(BIN)/python bench/quality/evaluate.py --score exact --images 100 --keep 1,0.5 --methods $(SPATTEN) \
+		--output bench/results/quality_spatten.json
 	$(BIN)/python bench/quality/evaluate_vit.py --output bench/results/quality_vit.json
 	$(BIN)/python bench/readme.py
 

@@ -108,9 +108,9 @@ def select() -> str:
     return table(head, rows) + "\n\n" + line
 
 
-def quality() -> str:
+def quality(name: str = "quality") -> str:
     """Accuracy of the embedded model."""
-    content = json.loads((RESULTS / "quality.json").read_text())
+    content = json.loads((RESULTS / f"{name}.json").read_text())
     rows = content["rows"]
     kinds = list(rows[0]["accuracy"])
     matched = any("decoder_share" in row for row in rows)
@@ -124,7 +124,7 @@ def quality() -> str:
         [
             table(["method", "keep", "tokens", *(["decoder"] if matched else []), *kinds], cells),
             "",
-            "`make quality`, rows in `bench/results/quality.json`; ± is half of a 95 % interval."
+            f"`make quality`, rows in `bench/results/{name}.json`; ± is half of a 95 % interval."
             + (" " + MATCHED if matched else ""),
         ]
     )
@@ -236,6 +236,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "select": select,
     "quality": quality,
+    "quality_spatten": lambda: quality("quality_spatten"),
     "quality_vit": quality_vit,
     "families": families,
 }
