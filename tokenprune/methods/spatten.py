@@ -68,7 +68,7 @@ class SpAtten(Method):
     name: ClassVar[str] = "spatten"
 
     keep: float | int | str = 1.0
-    tokens: float | Sequence[float] = 0.6
+    tokens: float | Sequence[float] = 0.8
     heads: float | Sequence[float] = 1.0
     values: float | Sequence[float] = 1.0
     quantize: str | None = None
