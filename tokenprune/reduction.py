@@ -180,7 +180,7 @@ def _check_rows(first: Tensor, second: Tensor) -> None:
         )
 
 
-def pack(kept: list[Tensor], *, length: int) -> Keep:
+def pack(kept: list[Tensor], *, length: int, left: bool = False) -> Keep:
     """Pack rows that keep different positions into one `Keep` whose width is that of the longest row.
 
     A short row is filled up with positions that it dropped, marked invalid and left at their place, so that the order
@@ -189,6 +189,7 @@ def pack(kept: list[Tensor], *, length: int) -> Keep:
     Args:
         kept: for each row `[m]` int64 positions, ascending, all on one device.
         length: unpruned length L of the rows.
+        left: whether what fills a row up comes first, as recurrent layers need it, and not at its place.
 
     Returns:
         `Keep` with `index` `[B, M]` and `valid` `[B, M]`, M the largest m (at least 1).
@@ -200,4 +201,8 @@ def pack(kept: list[Tensor], *, length: int) -> Keep:
     # Kept positions first, then dropped ones from the right; the first `width` of that order, back in ascending order.
     order = mask.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     index = (length - 1 - order).sort(dim=1).values
-    return Keep(index, mask.gather(1, index))
+    valid = mask.gather(1, index)
+    if left:
+        order = valid.to(torch.uint8).argsort(dim=1, stable=True)
+        index, valid = index.gather(1, order), valid.gather(1, order)
+    return Keep(index, valid)

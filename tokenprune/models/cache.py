@@ -128,6 +128,7 @@ class _PrunedCache:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Length of the sequence: in tokens outside the decoder, in slots within it."""
         ledger: Ledger = getattr(self, _STATE)
+        layer_idx = next(i for i in range(layer_idx, len(self.layers)) if hasattr(self.layers[i], "get_seq_length"))
         physical = super().get_seq_length(layer_idx)  # type: ignore[misc]
         return physical if ledger.inside else physical + ledger.at(layer_idx).dropped
 

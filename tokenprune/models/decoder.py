@@ -223,8 +223,11 @@ class DecoderAdapter:
         if later and prompt:
             state.visual = tokens_by_row(left, n_rows)
         if through:
-            keep, dropped = keep_rows(images, left, call.padding, shape=(n_rows, length), device=embeds.device)
-            sizes = sizes_of(merged, (n_rows, length), embeds.device)
+            shape = n_rows, length
+            keep, dropped = keep_rows(
+                images, left, call.padding, shape=shape, device=embeds.device, left=call.recurrent
+            )
+            sizes = sizes_of(merged, shape, embeds.device)
             for segment in state.segments:
                 segment.keep = keep
                 segment.bias = None if sizes is None else keep.apply(sizes).log()

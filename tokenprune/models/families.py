@@ -85,6 +85,14 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, video=True),
     Family("qwen3_vl", "Qwen3VL", _BOTH, mrope=True, video=True, note="DeepStack features are shortened along"),
     Family(
+        "qwen3_5",
+        "Qwen3_5",
+        _BOTH,
+        mrope=True,
+        video=True,
+        note="layers of linear attention rank no tokens: the attention layer before them does",
+    ),
+    Family(
         "glm4v",
         "Glm4v",
         _BOTH,

@@ -63,6 +63,11 @@ class Call:
         return padding_of(mask, past=self.past, length=self.length, offset=offset)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether some layers go through the tokens one by one, so that nothing may stand between them."""
+        return not masks.RECURRENT.isdisjoint(getattr(self.config, "layer_types", None) or ())
+
+    @property
     def length(self) -> int:
         """Tokens of this call."""
         return int(self.embeds.shape[1])

@@ -117,7 +117,7 @@ def _cut(
             real &= old.keep.valid.cpu()
         if call.padding is not None and bool(dropped.any()):
             real &= gather(call.padding, index)
-        local = _pack(real, hidden.device)
+        local = _pack(real, hidden.device, left=call.recurrent)
         _insert(state, call, layer, local)
     spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
     state.probe_ms = 0.0
@@ -170,10 +170,10 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
     return tuple(kept), trace
 
 
-def _pack(real: Tensor, device: torch.device) -> Keep:
-    """What goes on of `real` `[B, M]` bool, short rows filled up."""
+def _pack(real: Tensor, device: torch.device, *, left: bool) -> Keep:
+    """What goes on of `real` `[B, M]` bool, short rows filled up, at the `left` if need be."""
     rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=real.shape[1])
+    keep = pack(rows, length=real.shape[1], left=left)
     full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
     valid = None if full or keep.valid is None else keep.valid.to(device)
     return Keep(keep.index.to(device), valid)

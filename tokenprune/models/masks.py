@@ -15,6 +15,9 @@ from tokenprune.errors import InputError
 from tokenprune.models.cache import window_of
 from tokenprune.reduction import gather
 
+RECURRENT = frozenset(("conv", "linear_attention"))
+"""Kinds of layers that go through the tokens one by one; their masks say which of the call's tokens are padding."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,8 +93,21 @@ def _block(mask: Tensor | None, layout: Layout, *, sizes: tuple[int, int], offse
     )
 
 
-def _entry(mask: Any, layout: Layout, cache: Any, layer: int, offset: int) -> Any:
+def _own(mask: Any, layout: Layout) -> Tensor | None:
+    """Which of the call's tokens that go on are neither padding nor fill a row up, `[B, M]` bool; None where all are,
+    or where there is one only."""
+    if layout.rows.shape[1] == 1:
+        return None
+    valid = layout.columns[:, -layout.rows.shape[1] :] >= 0
+    if mask is not None and mask.ndim == 2:
+        valid &= gather(mask[:, -layout.length :].to(valid.device, torch.bool), layout.rows)
+    return None if bool(valid.all()) else valid
+
+
+def _entry(mask: Any, layout: Layout, cache: Any, layer: int, offset: int, *, kind: str | None = None) -> Any:
     """Prune the mask of the layers of one kind, of which `layer` is one."""
+    if kind in RECURRENT:
+        return _own(mask, layout)
     if mask is not None and mask.ndim == 2:
         return _padding(mask, layout)
     if mask is None and layout.plain:
@@ -125,6 +141,7 @@ def offset_of(mask: Any, cache: Any, config: Any, length: int) -> int:
     if cache is None or not cache.layers:
         return 0
     kinds = [kind for kind in sorted(mask) if isinstance(mask[kind], Tensor)] if isinstance(mask, dict) else []
+    kinds = [kind for kind in kinds if kind not in RECURRENT]
     layer = layer_of_kind(config, kinds[0] if kinds else None)
     return int(cache.get_mask_sizes(length, layer)[1])
 
@@ -164,7 +181,9 @@ def offsets_of(mask: Any, cache: Any, config: Any, length: int) -> dict[str | No
     kinds: list[str | None] = sorted(mask) if isinstance(mask, dict) else [None]
     layers = {kind: layer_of_kind(config, kind) for kind in kinds}
     return {
-        kind: int(cache.get_mask_sizes(length, layer)[1]) if cache is not None and layer < len(cache.layers) else 0
+        kind: int(cache.get_mask_sizes(length, layer)[1])
+        if cache is not None and layer < len(cache.layers) and kind not in RECURRENT
+        else 0
         for kind, layer in layers.items()
     }
 
@@ -185,7 +204,7 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict
     """
     if isinstance(mask, dict):
         return {
-            kind: _entry(entry, layout, cache, layer_of_kind(config, kind), offsets[kind])
+            kind: _entry(entry, layout, cache, layer_of_kind(config, kind), offsets[kind], kind=kind)
             for kind, entry in mask.items()
         }
     if mask is None or mask.ndim == 2:
@@ -212,8 +231,10 @@ def layer_mask(
     if isinstance(mask, dict):
         kind = kind if kind in mask else next(iter(mask))
         mask = mask[kind]
+    if kinds and kinds[layer] in RECURRENT:
+        return _own(mask, layout)
     implementation = str(config._attn_implementation)
-    if kind == "linear_attention" or "flash" in implementation:
+    if "flash" in implementation:
         if mask is not None and mask.ndim == 4:
             return _entry(mask, layout, cache, layer, offsets[kind])
         padding = _padding(mask, layout)

@@ -182,8 +182,11 @@ def plan_text(
 def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = None) -> dict[int, tuple[Probe, ...]]:
     """For each layer that has to be probed what is wanted of its attention.
 
+    A layer of linear attention has no probabilities: the scores of the last layer before it that has some stand for
+    its own.
+
     Raises:
-        OptionError: a layer has no attention that can be probed.
+        OptionError: no layer before a cut has attention that can be probed.
     """
     wanted: dict[int, tuple[Probe, ...]] = {}
     if plan is not None:
@@ -192,14 +195,13 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
         for reducer, stage in group:
             if (probe := reducer.probe) is None or (stage.keep == 0 and not probe.cumulative):
                 continue  # where all leave nobody asks which
-            for layer in range(first) if probe.cumulative else (first - 1,):
-                if attention_of(layers[layer]) is None:
-                    if probe.cumulative:
-                        continue  # a layer of linear attention has no probabilities to add
-                    raise OptionError(
-                        f"method {reducer.name!r} asks for the attention of layer {layer}, which is a "
-                        f"{type(layers[layer]).__name__} without attention that can be read; choose other layers"
-                    )
+            readable = [layer for layer in range(first) if attention_of(layers[layer]) is not None]
+            if not readable:
+                raise OptionError(
+                    f"method {reducer.name!r} asks for the attention of layers up to {first - 1}, none of which "
+                    f"({type(layers[0]).__name__}) has attention that can be read; choose later layers"
+                )
+            for layer in readable if probe.cumulative else readable[-1:]:
                 if probe not in wanted.get(layer, ()):
                     wanted[layer] = (*wanted.get(layer, ()), probe)
     return wanted

@@ -154,7 +154,13 @@ def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | No
 
 
 def keep_rows(
-    before: list[Image], after: list[Image], padding: Tensor | None, *, shape: tuple[int, int], device: torch.device
+    before: list[Image],
+    after: list[Image],
+    padding: Tensor | None,
+    *,
+    shape: tuple[int, int],
+    device: torch.device,
+    left: bool,
 ) -> tuple[Keep, Tensor]:
     """Tokens of each row that go on: the text and what is left of the images, but no padding that nothing needs.
 
@@ -164,6 +170,7 @@ def keep_rows(
         padding: `[B, L]` bool on the CPU, False for padding, or None.
         shape: B and L.
         device: where the result is needed.
+        left: whether what fills short rows up comes first.
 
     Returns:
         The reduction (`valid` None where all rows are full) and the dropped visual tokens, `[B, L]` bool.
@@ -174,7 +181,7 @@ def keep_rows(
         dropped[new.row, new.tokens] = False
     real = ~dropped if padding is None or not bool(dropped.any()) else ~dropped & padding
     rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=shape[1])
+    keep = pack(rows, length=shape[1], left=left)
     full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
     valid = None if full or keep.valid is None else keep.valid.to(device)
     return Keep(keep.index.to(device), valid), dropped.to(device)

@@ -1,0 +1,257 @@
+"""Decoders with recurrent layers among those of attention: tokens can leave before every layer, in ragged batches."""
+
+import copy
+from contextlib import contextmanager
+
+import families
+import pytest
+import torch
+from families import IMAGE, RAGGED, batch, fresh, generate
+from oracle_layers import alive_by_layer, layers_of, spans_of
+from test_generation import second_turn
+from test_state import logits, same_run
+
+import tokenprune
+from tokenprune import AIM, DivPrune, FastV, OptionError
+from tokenprune.reduction import pack
+
+N_LAYERS = 5
+KINDS = ("linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention")
+CONFIG = {
+    "image_token_id": IMAGE,
+    "video_token_id": 101,
+    "vision_start_token_id": 102,
+    "vision_end_token_id": 103,
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+    },
+    "text_config": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "layer_types": list(KINDS),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+}
+FAMILY = "qwen3_5"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def family():
+    """The tables of the tests know the family while this module runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.CONFIGS, FAMILY, CONFIG)
+        patch.setattr(families, "MROPE", (*families.MROPE, FAMILY))
+        yield
+
+
+def pair(method, implementation="sdpa"):
+    dense = families.tiny(FAMILY, implementation)
+    model = copy.deepcopy(dense)
+    return dense, model, tokenprune.patch(model, method)
+
+
+@contextmanager
+def only_alive(model, alive, merge=None):
+    """Within the block each layer runs on the tokens `alive[layer]` `[L]` of the model's single unpadded row alone."""
+    decoder, whole = model.get_decoder(), {}
+
+    def enter(module, args, kwargs):
+        changed = dict(kwargs, past_key_values=None, use_cache=False)
+        if merge is not None:
+            changed["inputs_embeds"] = merge(kwargs["inputs_embeds"])
+        return (), changed
+
+    def hook(i):
+        def run(module, args, kwargs):
+            length = len(alive[i])
+            before = torch.ones(length, dtype=torch.bool) if i == 0 else alive[i - 1]
+            if i == 0:
+                whole.update(kwargs)
+            cos, sin = whole["position_embeddings"]
+            n = int(alive[i].sum())
+            mask = None
+            if KINDS[i] == "full_attention":
+                mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
+            changed = dict(kwargs, attention_mask=mask, position_embeddings=(cos[:, alive[i]], sin[:, alive[i]]))
+            return (args[0][:, alive[i][before]],), changed
+
+        return run
+
+    handles = [decoder.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers_of(decoder))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_logits(dense, row, alive, **options):
+    """Logits `[V]` of the last token of a single unpadded row."""
+    with only_alive(dense, alive, **options), torch.no_grad():
+        return dense(**fresh(row.inputs), use_cache=False).logits[0, -1]
+
+
+def alive_of(traces, row, prompt, length):
+    return alive_by_layer(traces, row, prompt.pads[row], length, N_LAYERS)
+
+
+def check(dense, out, traces, prompt, n):
+    length = out.sequences.shape[1] - n
+    for row, parts in enumerate(prompt.rows):
+        for step in range(n):
+            extra = out.sequences[row : row + 1, length : length + step]
+            single = batch(FAMILY, (parts,), seeds=(row,), extra=extra)
+            alive = alive_of(traces, row, prompt, single.inputs["input_ids"].shape[1])
+            wanted = last_logits(dense, single, alive)
+            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+
+
+METHODS = {
+    "before": DivPrune(keep=0.5),
+    "once": FastV(layer=2, keep=0.25),
+    "before a recurrent layer": FastV(layer=3),
+    "progressive": AIM(merge=None, prune=(1, 4)),
+    "both": [DivPrune(keep=0.5), AIM(merge=None, prune=(2, 4), importance="column_sum")],
+}
+
+
+def test_the_oracle_alone_is_the_dense_model():
+    dense = families.tiny(FAMILY)
+    for row, parts in enumerate(RAGGED):
+        single = batch(FAMILY, (parts,), seeds=(row,))
+        everything = [torch.ones(single.inputs["input_ids"].shape[1], dtype=torch.bool)] * N_LAYERS
+        wanted = logits(dense, single.inputs)[0, -1]
+        torch.testing.assert_close(last_logits(dense, single, everything), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_ragged_batch_equals_a_dense_run_of_each_layer_on_what_is_left(name, implementation):
+    dense, model, session = pair(METHODS[name], implementation)
+    ragged = batch(FAMILY)
+    out = generate(model, ragged.inputs, 4)
+    assert session.traces[-1].n_out != session.traces[0].n_in == (16, 12, 8)
+    check(dense, out, session.traces, ragged, 4)
+    assert not same_run(generate(dense, ragged.inputs, 4), out)
+
+
+def test_merged_tokens_go_through_recurrent_layers():
+    from oracle_layers import naive_groups
+
+    method = AIM(merge=0.5, prune=(2, 4))
+    dense, model, session = pair(method)
+    ragged = batch(FAMILY)
+    out = generate(model, ragged.inputs, 1)
+    for row, parts in enumerate(RAGGED):
+        single = batch(FAMILY, (parts,), seeds=(row,))
+
+        def merge(x, parts=parts):
+            x = x.clone()
+            before = x[0].clone()
+            for span in spans_of(parts):
+                for place, weights in naive_groups(before[span], len(span) // 2).items():
+                    x[0, span[place]] = sum(weight * before[span[i]] for i, weight in weights.items())
+            return x
+
+        alive = alive_of(session.traces, row, ragged, single.inputs["input_ids"].shape[1])
+        wanted = last_logits(dense, single, alive, merge=merge)
+        torch.testing.assert_close(out.logits[0][row], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_keeping_everything_changes_no_bit():
+    dense, model, session = pair(FastV(layer=2, keep=1.0))
+    ragged = batch(FAMILY)
+    wanted = generate(dense, ragged.inputs, 3)
+    for forced in (False, True):
+        session.forced = forced
+        assert same_run(generate(model, ragged.inputs, 3), wanted)
+
+
+def test_caches_of_attention_layers_are_as_short_as_the_schedule_says():
+    _, model, _ = pair(AIM(merge=None, prune=(1, 4)))
+    out = generate(model, batch(FAMILY).inputs, 1)
+    layers = out.past_key_values.layers
+    assert [layers[i].keys.shape[2] for i in (1, 4)] == [26, 12]
+    assert out.past_key_values.get_seq_length() == 26
+
+
+@pytest.mark.parametrize("name", ["before", "progressive"])
+def test_a_second_turn_and_no_cache_and_beams(name):
+    dense, model, session = pair(METHODS[name])
+    ragged = batch(FAMILY)
+    first, traces = generate(model, ragged.inputs, 3), session.traces
+    length = ragged.inputs["input_ids"].shape[1]
+    ids = torch.cat([first.sequences, second_turn(FAMILY, ragged, first, 4, None)], 1)
+    mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, 7, dtype=torch.long)], 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+    out = generate(model, {**inputs, "mm_encoder_outputs": {}}, 2)
+    for row, parts in enumerate(RAGGED):
+        for step in range(2):
+            extra = out.sequences[row : row + 1, length : length + 7 + step]
+            single = batch(FAMILY, (parts,), seeds=(row,), extra=extra)
+            alive = alive_of(traces, row, ragged, single.inputs["input_ids"].shape[1])
+            torch.testing.assert_close(out.logits[step][row], last_logits(dense, single, alive), atol=1e-4, rtol=1e-4)
+    check(dense, generate(model, ragged.inputs, 1, use_cache=False), session.traces, ragged, 1)
+    out = generate(model, ragged.inputs, 3, num_beams=2, output_scores=True, length_penalty=1.0)
+    for row, (parts, ids) in enumerate(zip(RAGGED, out.sequences, strict=True)):
+        score = 0.0
+        for step in range(3):
+            single = batch(FAMILY, (parts,), seeds=(row,), extra=ids[None, length : length + step])
+            alive = alive_by_layer(
+                session.traces, 2 * row, ragged.pads[row], single.inputs["input_ids"].shape[1], N_LAYERS
+            )
+            score += float(last_logits(dense, single, alive).log_softmax(-1)[ids[length + step]]) / 3
+        assert float(out.sequences_scores[row]) == pytest.approx(score, abs=1e-4)
+
+
+def test_static_cache():
+    dense, model, session = pair(METHODS["progressive"])
+    ragged = batch(FAMILY)
+    check(dense, generate(model, ragged.inputs, 3, cache_implementation="static"), session.traces, ragged, 3)
+
+
+def test_a_recurrent_layer_is_ranked_by_the_attention_before_it():
+    model, ragged = families.tiny(FAMILY), batch(FAMILY)
+    kept = []
+    for layer in (2, 3, 4):
+        with tokenprune.patch(model, FastV(layer=layer)) as session:
+            generate(model, ragged.inputs, 1)
+        kept.append([row.tolist() for row in session.traces[0].kept_indices])
+    assert kept[0] == kept[1] == kept[2]
+    with pytest.raises(OptionError, match=r"layers up to 0, none of which.*choose later layers"):
+        tokenprune.patch(model, FastV(layer=1))
+
+
+def test_what_fills_a_row_up_can_come_first():
+    rows = [torch.tensor([0, 2, 5]), torch.tensor([1])]
+    keep = pack(rows, length=6, left=True)
+    assert keep.index.tolist() == [[0, 2, 5], [4, 5, 1]]
+    assert keep.valid.tolist() == [[True] * 3, [False, False, True]]
+    y = torch.tensor([[[0.0], [2.0], [5.0]], [[-1.0], [-1.0], [1.0]]])
+    assert keep.restore(y, length=6)[..., 0].tolist() == [[0, 0, 2, 2, 2, 5], [1] * 6]
