@@ -1,6 +1,7 @@
 """Decoders with recurrent layers among those of attention: tokens can leave before every layer, in ragged batches."""
 
 import copy
+import dataclasses
 from contextlib import contextmanager
 
 import families
@@ -9,6 +10,8 @@ import torch
 from families import IMAGE, RAGGED, batch, fresh, generate
 from oracle_layers import alive_by_layer, layers_of, spans_of
 from test_generation import second_turn
+from test_pixels import CASES as PIXELS
+from test_pixels import pixel_batch
 from test_state import logits, same_run
 
 import tokenprune
@@ -24,10 +27,12 @@ CONFIG = {
     "vision_end_token_id": 103,
     "vision_config": {
         "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
         "num_heads": 2,
-        "patch_size": 8,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
         "out_hidden_size": 32,
         "num_position_embeddings": 64,
     },
@@ -234,6 +239,24 @@ def test_static_cache():
     dense, model, session = pair(METHODS["progressive"])
     ragged = batch(FAMILY)
     check(dense, generate(model, ragged.inputs, 3, cache_implementation="static"), session.traces, ragged, 3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl-video"])
+def test_pixels(kind):
+    case = dataclasses.replace(PIXELS[kind], family=FAMILY)
+    dense, model, session = pair([DivPrune(keep=0.5), FastV(layer=2)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_pixels.MROPE", (FAMILY,))
+        ragged = pixel_batch(case, (0, 1, 2))
+        out = generate(model, ragged.inputs, 2)
+        assert session.traces[0].images == (case.counts,) * 3
+        length = ragged.inputs["input_ids"].shape[1]
+        for row in range(3):
+            for step in range(2):
+                single = pixel_batch(case, (row,), extra=out.sequences[row : row + 1, length : length + step])
+                alive = alive_of(session.traces, row, ragged, single.inputs["input_ids"].shape[1])
+                wanted = last_logits(dense, single, alive)
+                torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_recurrent_layer_is_ranked_by_the_attention_before_it():

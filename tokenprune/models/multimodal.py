@@ -25,7 +25,7 @@ _PACKED = "its vision tower packs the patches of all images into one sequence, w
 _SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none stands for one patch"
 FAMILIES = ("llava", "paligemma", "vipllava")
 """Families each of whose visual tokens is one patch of a tower that can be reduced."""
-PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
 
 class _End:
