@@ -385,6 +385,14 @@ def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("options", [{"heads": 0.7}, {"values": 0.5}, {"quantize": "4+4"}])
+def test_attention_that_caps_its_logits_is_refused_where_decoding_steps_would_not(options):
+    model = tiny("paligemma2", "eager")
+    with pytest.raises(tokenprune.OptionError, match=r"attn_logit_softcapping.*values=1\.0"):
+        tokenprune.patch(model, tokenprune.SpAtten(tokens=1.0, **options))
+    assert tokenprune.patch(model, tokenprune.SpAtten(tokens=0.6)).installed
+
+
 def planes_layer(*, low_in_steps):
     """A cache layer that hands out what the planes hold: in decoding steps both, or the high ones alone."""
 

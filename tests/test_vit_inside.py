@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vits import DEPTH, HEADS, WIDTH, Row, merged
 
 import tokenprune
-from tokenprune import AIM, DivPrune, InputError, ToMe, UnsupportedModelError
+from tokenprune import AIM, DivPrune, InputError, OptionError, ToMe, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.ops.equal import equal_tokens
 
@@ -163,6 +163,15 @@ def test_towers_whose_patches_are_no_tokens_of_the_decoder_are_refused_with_the_
     with pytest.raises(UnsupportedModelError) as caught:
         tokenprune.patch(model, [ToMe(r=1), DivPrune(keep=0.5)])
     assert all(part in str(caught.value) for part in (family, reason, "llava, paligemma"))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("family", ONE_TO_ONE)
+def test_handing_on_fewer_tokens_than_the_text_has_places_is_refused(family):
+    model = tiny(family)
+    before = snapshot(model)
+    with pytest.raises(OptionError, match=r"restore=False.*placeholder for every patch.*restore=True"):
+        tokenprune.patch(model, ToMe(r=1, restore=False))
     assert snapshot(model) == before
 
 

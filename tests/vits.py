@@ -21,7 +21,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import Tensor, nn
 
 DEPTH, WIDTH, HEADS, PATCH = 4, 24, 3, 8
-PATCHES = {16: 4, 9: 3}  # tokens of an image and its side in patches
+PATCHES = {side * side: side for side in (2, 3, 4, 5)}  # tokens of an image and its side in patches
 
 
 def _timm(cls: type[nn.Module], **options: Any) -> Callable[[int], nn.Module]:
@@ -262,7 +262,7 @@ def merge(
     sources = [i for i in range(prefix, len(x)) if i % 2 == 0]
     targets = [i for i in range(prefix, len(x)) if i % 2 == 1]
     pairs = []
-    for i in sources:
+    for i in sources if targets else []:
         likeness = [float(unit[i] @ unit[j]) for j in targets]
         best = max(range(len(targets)), key=lambda j: (likeness[j], -j))
         pairs.append((-likeness[best], i, targets[best]))

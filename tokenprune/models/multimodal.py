@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.encoder import EncoderAdapter
-from tokenprune.models.passage import SITE
+from tokenprune.models.passage import SITE, BlockReducer, restores
 from tokenprune.models.tower import child
 from tokenprune.models.towers import towers_of
 from tokenprune.ops.equal import equal_tokens
@@ -97,7 +97,16 @@ class MultimodalAdapter:
         self.decoder.preflight(sites=tuple(site for site in sites if site != SITE), positions=positions)
 
     def hooks(self, engine: Engine) -> list[Hook | Swap]:
-        """The hooks of both ends, and the one that keeps merged tokens equal behind the projector."""
+        """The hooks of both ends, and the one that keeps merged tokens equal behind the projector.
+
+        Raises:
+            OptionError: a method does not fit one of the ends.
+        """
+        if not restores(cast(tuple[BlockReducer, ...], engine.reducers(SITE))):
+            raise OptionError(
+                f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
+                "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
+            )
 
         def equalise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not isinstance(output, Tensor) or not engine.active:
