@@ -2,7 +2,7 @@
 
     python bench/collect.py FILE [--into bench/results]
 
-`bench/test_NAME.py` becomes `NAME.json`: machine, versions, commit and date once, then one row for each benchmark. A
+`bench/test_NAME.py` becomes `NAME.json`: machine, versions, commit and date once, then the rows of each benchmark. A
 file is replaced as a whole, so that its rows always come from one run.
 """
 
@@ -27,7 +27,7 @@ def collect(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for bench in run["benchmarks"]:
         stem = Path(bench["fullname"].split("::")[0]).stem.removeprefix("test_")
-        rows[stem].append({"bench": bench["name"], **bench["extra_info"].get("row", bench["extra_info"])})
+        rows[stem] += [{"bench": bench["name"], **row} for row in bench["extra_info"]["rows"]]
     return {name: {**head, "rows": entries} for name, entries in rows.items()}
 
 

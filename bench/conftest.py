@@ -46,11 +46,12 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 @pytest.fixture
 def record(benchmark: Any) -> Record:
-    """`record(call, row)`: let pytest-benchmark time `call` once and file `row` under its name; `row` is printed."""
+    """`record(call, *rows)`: let pytest-benchmark time `call` once and file `rows` under its name; they are printed."""
 
-    def write(call: Callable[[], object], row: dict[str, Any]) -> None:
+    def write(call: Callable[[], object], *rows: dict[str, Any]) -> None:
         benchmark.pedantic(call, rounds=1)
-        benchmark.extra_info["row"] = row
-        print("\n" + "  ".join(f"{name}={value}" for name, value in row.items()))
+        benchmark.extra_info["rows"] = rows
+        for row in rows:
+            print("\n" + "  ".join(f"{name}={value}" for name, value in row.items()))
 
     return write

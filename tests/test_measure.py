@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,18 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from tokenprune.errors import OptionError
 from tokenprune.generation import inspect_generation, time_generation
-from tokenprune.measure import MIB, Meter, Timing, alternate, flops_g, kv_mib, latency_ms, peak_mib, rounds
+from tokenprune.measure import (
+    MIB,
+    Meter,
+    Timing,
+    alternate,
+    flops_g,
+    kv_mib,
+    latency_ms,
+    peak_mib,
+    rounds,
+    watch_resident,
+)
 
 
 def test_rounds_take_turns_and_every_other_round_runs_backwards() -> None:
@@ -82,6 +94,20 @@ def test_peak_follows_what_is_alive_and_not_what_was_there_before() -> None:
         assert (meter.live, meter.peak) == (3 * MIB, 4 * MIB)
         del result
         assert meter.live == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the resident memory of a process")
+def test_resident_peak_counts_what_was_held_meanwhile_and_forgets_what_was_before() -> None:
+    torch.ones(100 << 18)  # 100 MiB
+    with watch_resident([torch.device("cpu")]) as read:
+        before = read()
+        torch.ones(40 << 18)
+        after = read()
+    assert before is not None
+    assert after is not None
+    assert 30 <= after - before <= 60
+    with watch_resident([torch.device("meta")]) as read:
+        assert read() is None
 
 
 def _filled(cache: DynamicCache, n_layers: int, n_tokens: int) -> DynamicCache:
@@ -169,8 +195,8 @@ def test_collected_rows_name_versions_and_commit_but_no_host() -> None:
         "commit_info": {"id": "abc", "dirty": False, "project": "host", "branch": "main"},
         "machine_info": {"cpu": "a processor", "torch": "2"},
         "benchmarks": [
-            {"fullname": "bench/test_one.py::test_a[1]", "name": "test_a[1]", "extra_info": {"row": {"ratio": 2.0}}},
-            {"fullname": "bench/test_two.py::test_b", "name": "test_b", "extra_info": {"ratio": 3.0}},
+            {"fullname": "bench/test_one.py::test_a[1]", "name": "test_a[1]", "extra_info": {"rows": [{"ratio": 2.0}]}},
+            {"fullname": "bench/test_two.py::test_b", "name": "test_b", "extra_info": {"rows": [{"ratio": 3.0}]}},
         ],
     }
     collected = module.collect(run)

@@ -141,6 +141,7 @@ def test_every_latency_has_a_median_within_its_range(measured: tuple[nn.Module, 
     selection = result.cost("selection_latency_ms")
     assert selection.dense == 0 < selection.pruned <= result.cost("first_token_latency_ms").pruned
     assert result.cost("peak_mib").pruned < result.cost("peak_mib").dense
+    assert result.cost("resident_peak_mib").pruned > 100  # torch alone
 
 
 def test_layers_tell_tokens_and_kv_bytes_exactly(measured: tuple[nn.Module, Any, Any]) -> None:

@@ -82,8 +82,10 @@ def _timed(name: str, *samples: Sequence[float]) -> Cost:
 def amounts(dense: Inspection, pruned: Inspection) -> list[Cost]:
     """Memory and arithmetic of two runs on the same inputs."""
     costs = [Cost("peak_mib", dense.peak_mib, pruned.peak_mib)]
-    if dense.kv_mib is not None and pruned.kv_mib is not None:
-        costs.append(Cost("kv_mib", dense.kv_mib, pruned.kv_mib))
+    for name in ("resident_peak_mib", "kv_mib"):
+        pair = getattr(dense, name), getattr(pruned, name)
+        if None not in pair:
+            costs.append(Cost(name, *pair))
     for stage in STAGES:
         if stage in dense.flops_g and (stage != "decode" or dense.new_ids.shape[1] > 1):
             costs.append(Cost(f"{stage}_flops_g", dense.flops_g[stage], pruned.flops_g.get(stage, 0.0)))

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.comparison import Cost
 from tokenprune.errors import OptionError
-from tokenprune.measure import alternate, flops_g, peak_mib
+from tokenprune.measure import alternate, flops_g, peak_mib, watch_resident
 from tokenprune.signals import Trace
 
 
@@ -56,14 +56,23 @@ def forward_costs(
     devices = list({parameter.device for parameter in model.parameters()})
     dense, pruned = calls["dense"], calls["pruned"]
     arithmetic = Cost("total_flops_g", flops_g(dense), flops_g(pruned))
-    memory = Cost("peak_mib", peak_mib(dense, devices=devices), peak_mib(pruned, devices=devices))
+    memory = [Cost("peak_mib", peak_mib(dense, devices=devices), peak_mib(pruned, devices=devices))]
+    if (held := _resident(dense, devices)) is not None:
+        memory.append(Cost("resident_peak_mib", held, _resident(pruned, devices) or held))
     seen.clear()
     timed = alternate(calls, repeats=repeats, device=devices[0])
     ranges = [(one.quantile(0.2), one.quantile(0.8)) for one in timed.values()]
     latency = Cost("forward_latency_ms", timed["dense"].median, timed["pruned"].median, *ranges)
     selection = [sum(trace.overhead_ms for trace in run) for run in seen[1:]]
     spent = Cost("selection_latency_ms", 0.0, sorted(selection)[len(selection) // 2])
-    return [latency, spent, memory, arithmetic], agreement, seen[1:]
+    return [latency, spent, *memory, arithmetic], agreement, seen[1:]
+
+
+def _resident(call: Callable[[], Any], devices: Sequence[torch.device]) -> float | None:
+    """Peak resident memory of the process during a call."""
+    with watch_resident(devices) as read:
+        call()
+        return read()
 
 
 def _agreement(dense: Any, pruned: Any) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.flops import decoder_flops_g
-from tokenprune.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, watch_peak
+from tokenprune.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, watch_peak, watch_resident
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,
@@ -56,6 +56,7 @@ class Inspection:
         first_logits: logits of the first new token, `[B, V]`, fp32, on the CPU.
         kv_mib: KV cache at the end; None if the model kept none.
         peak_mib: peak memory beyond weights and inputs.
+        resident_peak_mib: peak resident memory of the process; None on a GPU and where the system does not tell.
         flops_g: billions of floating-point operations by stage, in order: `encoder`, `selection` (before the decoder),
             `prefill` (the decoder over the prompt), `head`, `decode`; only `first_token` and `decode` if the model
             shows no decoder.
@@ -70,6 +71,7 @@ class Inspection:
     first_logits: Tensor
     kv_mib: float | None
     peak_mib: float
+    resident_peak_mib: float | None
     flops_g: dict[str, float]
     formula_flops_g: float | None
     layer_tokens: tuple[int, ...]
@@ -170,16 +172,18 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
         if "token" not in dict(marks):  # overwritten until the first token is chosen: a prompt may come in chunks
             logits[:] = [output.logits[:, -1].detach().float().cpu()]
 
+    devices = [parameter.device for parameter in model.parameters()]
     handle = model.register_forward_hook(note_logits)
     try:
         with (
             meter,
-            watch_peak([parameter.device for parameter in model.parameters()], meter) as read,
+            watch_peak(devices, meter) as read,
+            watch_resident(devices) as read_resident,
             _marked(decoder, mark),
             _layer_lengths(decoder) as lengths,
         ):
             output = _greedy(model, inputs, max_new_tokens, lambda: mark("token"))
-            highest = read()
+            highest, resident = read(), read_resident()
     finally:
         handle.remove()
     mark("end")
@@ -190,6 +194,7 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
         first_logits=logits[0],
         kv_mib=None if cache is None else kv_mib(cache),
         peak_mib=highest,
+        resident_peak_mib=resident,
         flops_g={stage: flops / 1e9 for stage, flops in _stages(marks).items()},
         formula_flops_g=None if decoder is None else decoder_flops_g(decoder, rows=rows, lengths=lengths),
         layer_tokens=tuple(lengths),

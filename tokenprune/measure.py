@@ -3,20 +3,24 @@
 * Latency in milliseconds: wall time on a CPU, time between two events of the current stream on CUDA. Candidates that
   are compared run in turn (A B, B A, A B, ...), so that a machine that slows down or speeds up does so for all of them.
 * Peak memory is what a call holds at most *beyond* what was allocated before it (so without weights and inputs). CUDA's
-  allocator knows it. A CPU has no such counter, and resident memory depends on what the process freed earlier and did
-  not give back: there the bytes of all tensors that operators create are followed, which is exact and repeatable but
-  leaves out scratch memory inside an operator.
+  allocator knows it. A CPU has no such counter: there the bytes of all tensors that operators create are followed,
+  which is exact and repeatable but leaves out scratch memory inside an operator.
+* Resident peak (CPU, Linux) is the largest resident memory of the process meanwhile, weights, interpreter and scratch
+  memory included: what has to fit. Memory that the allocator holds free is given back before, where it can be; what
+  cannot is counted, so that it varies by a few MiB.
 * FLOPs come from the shapes that reach matrix products, convolutions and attention (2 per multiply-add; attention as
   the full rectangle, whether or not a kernel skips its masked half). What runs outside of torch's dispatcher (Triton,
   NumPy) is not seen. torch's own ``FlopCounterMode`` counts the same, but need not execute Triton kernels.
 """
 
+import ctypes
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,6 +214,31 @@ def watch_peak(devices: Sequence[torch.device], meter: Meter) -> Iterator[Callab
     def read() -> float:
         peaks = [int(torch.cuda.max_memory_allocated(gpu)) - before[gpu] for gpu in gpus]
         return (sum(peaks) if gpus else meter.peak) / MIB
+
+    yield read
+
+
+@contextmanager
+def watch_resident(devices: Sequence[torch.device]) -> Iterator[Callable[[], float | None]]:
+    """Yield a reader of the process's largest resident memory so far in MiB.
+
+    It reads None where the system does not tell (any but Linux), or where a device is no CPU.
+    """
+    process = Path("/proc/self")
+    on_cpu = all(device.type == "cpu" for device in devices)
+    try:
+        if on_cpu:
+            if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+                trim(0)
+            (process / "clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+    except (OSError, TypeError):  # no such file; no libc under that name
+        on_cpu = False
+
+    def read() -> float | None:
+        if not on_cpu:
+            return None
+        lines = (process / "status").read_text().splitlines()
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
     yield read
 
