@@ -82,8 +82,12 @@ def attention_importance(
             f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
             f"at most {kernel.WIDEST} wide, 'torch' and 'auto' work here."
         )
-    scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
     with torch.autocast(key.device.type, enabled=False):
+        single = query.shape[2] == 1 and reduction != "pagerank" and seen is None
+        if single and attention_rows.is_small(query, key):
+            scores = attention_rows.one_query(query, key, valid, rule)
+            return scores.div_(query.shape[1]) if reduction == "last_query" else scores
+        scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
         for i in range(len(key)):
             mask, row_valid = None if seen is None else seen[i % len(seen), 0], None if valid is None else valid[i]
             scores[i] = attention_rows.score(query[i], key[i], row_valid, mask, rule, reduction)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20  # Logits in a block, and numbers in the fp32 keys of its heads, unless one query or one head has more.
-QUERIES = 256  # In a block at most: with more of them, more products are hidden ones.
+QUERIES = 128  # In a block at most: with more of them, more products are hidden ones.
 HELD = 40 << 20  # Bytes of probabilities that the power iteration holds; what is beyond is computed in every step.
+SMALL = 4 << 20  # Numbers that a single query may hold for all rows and heads together.
 STEPS = 5  # Of the power iteration.
 LOW = torch.finfo(torch.float32).min
 
@@ -60,6 +61,33 @@ def score(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None,
         row = Row(query[i::group], key, valid, seen, rule)
         scores[row.keys_at] += row.pagerank()
     return scores.div_(len(query)).sqrt_()
+
+
+def is_small(query: Tensor, key: Tensor) -> bool:
+    """Whether `one_query` holds little memory."""
+    copied = 0 if key.dtype == torch.float32 and key.is_contiguous() else key.numel()
+    return copied + 3 * query.shape[0] * query.shape[1] * key.shape[2] <= SMALL
+
+
+def one_query(query: Tensor, key: Tensor, valid: Tensor | None, rule: Rule) -> Tensor:
+    """Probabilities of a single query, the last position, summed over heads: `[B, Lk]` fp32, all rows at once.
+
+    Args:
+        query: `[B, H, 1, K]`.
+        key: `[B, Hkv, Lk, K]`.
+        valid: `[B, Lk]` bool, or `None` for all.
+        rule: what the query sees.
+    """
+    rows = query.to(torch.float32).view(len(key), key.shape[1], -1, key.shape[3]) * (rule.scale / rule.temperature)
+    logits = rows @ key.to(torch.float32).transpose(2, 3)
+    hidden = None if valid is None else ~(valid & valid[:, -1:])
+    if rule.window is not None and rule.window < key.shape[2]:
+        far = torch.arange(key.shape[2], device=key.device) < key.shape[2] - rule.window
+        hidden = far[None] if hidden is None else hidden | far
+    if hidden is None:
+        return logits.softmax(3).sum((1, 2))
+    hidden = hidden[:, None, None]
+    return logits.masked_fill_(hidden, LOW).softmax(3).masked_fill_(hidden, 0).sum((1, 2))
 
 
 class Row:

@@ -42,6 +42,8 @@ def top_k_select(
         BackendError: the explicit backend cannot run here.
     """
     _check_scores(scores, valid)
+    if scores.requires_grad:
+        scores = scores.detach()
     counts = None
     if isinstance(k, int):
         check_count("top_k_select", "k", k, 1, scores.shape[1])
@@ -53,11 +55,11 @@ def top_k_select(
         _check_enough(counts if counts is not None else [width] * len(valid), valid)
     kernel = find_kernel("top_k_select", "top_k_select", backend, scores)
     if kernel is not None:
-        index: Tensor = kernel.launch(scores.detach(), valid, width, counts)
+        index: Tensor = kernel.launch(scores, valid, width, counts)
         return index
     if scores.device.type == "cpu":
-        return _select(scores.detach(), width, counts, valid)
-    return _select_elsewhere(scores.detach(), width, counts, valid)
+        return _select(scores, width, counts, valid)
+    return _select_elsewhere(scores, width, counts, valid)
 
 
 def _select_elsewhere(scores: Tensor, width: int, counts: list[int] | None, valid: Tensor | None) -> Tensor:
@@ -80,16 +82,16 @@ def _select(scores: Tensor, width: int, counts: list[int] | None, valid: Tensor 
 
     A threshold is found first; that exactly `k` scores reach it proves the choice, however the threshold was come by.
     """
-    wide = scores.float()
-    rows: npt.NDArray[np.float32] = wide.numpy()
-    n_rows, n = rows.shape
+    wide = scores if scores.dtype is torch.float32 else scores.float()
+    n_rows, n = wide.shape
     if counts is None and valid is None:
         if n_rows == 1:
-            return torch.from_numpy(_choose(rows[0], width)[None])
+            return torch.from_numpy(_choose(wide.numpy()[0], width)[None])
         if n < _LONG or 32 * width <= n < 8 * _LONG:
-            index = _choose_together(wide, rows, width)
+            index = _choose_together(wide, width)
             if index is not None:
                 return torch.from_numpy(index)
+    rows: npt.NDArray[np.float32] = wide.numpy()
     out = np.full((n_rows, width), -1, np.int64)
     for i, row in enumerate(rows):
         count = width if counts is None else counts[i]
@@ -101,9 +103,9 @@ def _select(scores: Tensor, width: int, counts: list[int] | None, valid: Tensor 
     return torch.from_numpy(out)
 
 
-def _choose_together(scores: Tensor, rows: _Row, k: int) -> _Ints | None:
+def _choose_together(scores: Tensor, k: int) -> _Ints | None:
     """The choice for many short rows at once, or None where a row has a NaN or a tie that matters."""
-    n_rows, n = rows.shape
+    n_rows, n = scores.shape
     if 8 * k <= n:
         values, index = scores.topk(k + 1, dim=1)
         value = values.numpy()
@@ -113,7 +115,7 @@ def _choose_together(scores: Tensor, rows: _Row, k: int) -> _Ints | None:
         chosen.sort(axis=1)
         return chosen
     threshold = np.minimum.reduce(scores.topk(k, dim=1, sorted=False)[0].numpy(), axis=1, keepdims=True)
-    place: _Ints = (rows >= threshold).ravel().nonzero()[0]
+    place: _Ints = (scores.numpy() >= threshold).ravel().nonzero()[0]
     if len(place) != n_rows * k or np.count_nonzero(threshold != threshold):
         return None
     place.shape = n_rows, k
