@@ -100,7 +100,7 @@ def select() -> str:
             f"{row['keep']:g}",
             f"{row['op_ms']:.1f}",
             f"{row['op_over_product']:.2f}",
-            f"{row['loop_over_op']:.1f}",
+            f"{row['loop_over_op']:.1f}" if "loop_over_op" in row else "-",
         ]
         for row in content["rows"]
     ]
@@ -222,7 +222,8 @@ def vit() -> str:
 def aim() -> str:
     """Pruning inside the decoder."""
     columns: list[Column] = [(head, plain(head)) for head in ("preset", "importance")]
-    columns += [("visual tokens", plain("visual_tokens")), ("dense / pruned", plain("dense_over_pruned"))]
+    columns += [("visual tokens", plain("visual_tokens")), ("rows", plain("rows"))]
+    columns += [("dense / pruned", plain("dense_over_pruned")), ("pruned / ideal", plain("pruned_over_ideal"))]
     columns += [("FLOPs ratio", plain("flops_ratio")), ("of it", plain("of_flops_ratio"))]
     columns += [("of the layers' ratio", plain("of_layer_flops_ratio")), ("target", target)]
     return measured("aim", "", columns)

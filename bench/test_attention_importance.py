@@ -41,7 +41,7 @@ def test_attention_importance(device: str, dtype: torch.dtype, n: int, width: in
         assert score(reduction).sum().item() == pytest.approx(want, rel=1e-3)
     calls: dict[str, Callable[[], object]] = {"attention": attend}
     calls |= {reduction: lambda reduction=reduction: score(reduction) for reduction in REDUCTIONS}
-    times = alternate(calls, repeats=5 if n > 1000 and device == "cpu" else 15, device=device)
+    times = alternate(calls, repeats=3 if n > 1000 and device == "cpu" else 15, device=device)
     devices = [torch.device(device)] if device == "cuda" else []
     row: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "n": n, "heads": HEADS}
     row |= {"width": width, "attention_ms": round(times["attention"].median, 3)}
