@@ -44,6 +44,13 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a launcher started several processes, each takes its share of the benchmarks, on a GPU of its own."""
+    items[:] = items[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 @pytest.fixture
 def record(benchmark: Any) -> Record:
     """`record(call, *rows)`: let pytest-benchmark time `call` once and file `rows` under its name; they are printed."""

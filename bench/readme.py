@@ -213,6 +213,7 @@ def vit() -> str:
     """Vision transformers."""
     columns: list[Column] = [(head, plain(head)) for head in ("model", "batch", "r")]
     columns += [("dense / ToMe", plain("dense_over_tome")), ("of the FLOPs ratio", plain("of_flops_ratio"))]
+    columns += [("dense / free", plain("dense_over_sliced"))]
     columns += [("straightforward / ToMe", plain("straightforward_over_tome")), ("target", target)]
     share: list[Column] = [(head, plain(head)) for head in ("model", "batch", "tokens", "share")]
     shares = measured("vit", "share of matching and merging in the time of a block", [*share, ("target", target)])
@@ -229,11 +230,29 @@ def aim() -> str:
     return measured("aim", "", columns)
 
 
+def decoding() -> str:
+    """Decoding with SpAtten."""
+    columns: list[Column] = [("what", _options), ("prompt", plain("prompt_tokens"))]
+    columns += [("a token, pruned / dense", plain("pruned_over_dense"))]
+    columns += [("KV, MiB", lambda row: f"{row['dense_kv_mib']:.0f} -> {row['pruned_kv_mib']:.0f}")]
+    columns += [("KV bytes read", _bytes_read), ("target", target)]
+    return measured("spatten", "", columns)
+
+
+def _options(row: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in row["options"].items())
+
+
+def _bytes_read(row: dict[str, Any]) -> str:
+    return "-" if row["bytes_read"] is None else f"{100 * row['bytes_read']:.0f} %"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "importance": importance,
     "topk": topk,
     "vit": vit,
     "aim": aim,
+    "decoding": decoding,
     "prefill": prefill,
     "select": select,
     "quality": quality,

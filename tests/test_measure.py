@@ -208,3 +208,4 @@ def test_collected_rows_name_versions_and_commit_but_no_host() -> None:
     assert collected["one"]["machine"]["cpu"] == "a processor"
     assert collected["one"]["date"] == "2026-01-02T03:04:05Z"
     assert "host" not in json.dumps(collected)
+    assert [row["ratio"] for row in module.collect(run, run)["one"]["rows"]] == [2.0, 2.0]
