@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from packing import Packed, pack_questions
+from packing import Packed, pack_blocks
 from PIL import Image
-from questions import KINDS, TRAINING_MIX, words
+from questions import KINDS, Kind, words
 from scenes import SceneConfig, Scenes, make_scenes
 
 
@@ -57,11 +57,11 @@ def make_dataset(split: str, n_images: int, seed: int) -> Iterator[Sample]:
 
 
 def training_batch(
-    n: int, generator: torch.Generator, config: SceneConfig | None = None, questions: int = 12
+    n: int, generator: torch.Generator, config: SceneConfig | None, mix: tuple[Kind, ...]
 ) -> tuple[Scenes, Packed]:
-    """`n` training images and packed questions (a multiple of twelve) about each, all as tensors."""
+    """`n` training images and packed questions, one of each kind in `mix`, about each of them, all as tensors."""
     scenes = make_scenes("train", n, generator, config)
-    return scenes, pack_questions(scenes, generator, questions // len(TRAINING_MIX))
+    return scenes, pack_blocks([kind(scenes, generator) for kind in mix])
 
 
 def by_image(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from questions import IGNORE, PAD, TRAINING_MIX, WORD_ID, Block
-from scenes import GRID, Scenes
+from questions import IGNORE, PAD, WORD_ID, Block
+from scenes import GRID
 from torch import Tensor
 
 N_IMAGE = GRID * GRID
@@ -43,11 +43,6 @@ def pack_blocks(blocks: list[Block]) -> Packed:
         lengths.append(block.question.shape[1] + block.answer.shape[1] - 1)
     bias, position_ids = _layout(tuple(lengths))
     return Packed(torch.cat(ids, 1), torch.cat(target, 1), bias, position_ids)
-
-
-def pack_questions(scenes: Scenes, generator: torch.Generator, times: int = 1) -> Packed:
-    """The training mix, twelve questions per image, so many times over."""
-    return pack_blocks([kind(scenes, generator) for kind in TRAINING_MIX * times])
 
 
 def _layout(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

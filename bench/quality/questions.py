@@ -7,6 +7,7 @@ images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,8 +137,9 @@ def in_order(scenes: Scenes, generator: torch.Generator) -> Block:
     return Block("list in order", question, answer, torch.ones(n, dtype=torch.bool))
 
 
-KINDS = (digit_of_colour, colour_of_digit, count, exists, digit_at, colour_at, larger, in_order)
-TRAINING_MIX = (
+Kind = Callable[[Scenes, torch.Generator], Block]
+KINDS: tuple[Kind, ...] = (digit_of_colour, colour_of_digit, count, exists, digit_at, colour_at, larger, in_order)
+TRAINING_MIX: tuple[Kind, ...] = (
     digit_of_colour,
     digit_of_colour,
     colour_of_digit,
@@ -151,6 +153,7 @@ TRAINING_MIX = (
     larger,
     in_order,
 )
+PLACES_MIX = (*TRAINING_MIX, *(digit_at, colour_at) * 3, *(in_order,) * 6)
 
 
 def words(ids: Tensor) -> str:

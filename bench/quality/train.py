@@ -11,6 +11,10 @@ Stages of a fixed number of steps, seeded, so that a run can be repeated:
    to count digits (and end lists) by the share of digit patches, which any method that removes background changes; this
    stage teaches it to expect pruning. The model card has figures with and without it.
 6. answers: the same for longer, from a high learning rate again: listing and asking by place gain most.
+7. answers: the same, but the vision layers learn along and most questions are about places: where a few patches of a
+   digit are left, each of them has to tell where its digit stands.
+8. answers: the same with up to nine in ten patches of a digit hidden instead of six.
+9. answers: the same once more, from a lower learning rate.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from export import export
 from network import PIXEL_MEAN, PIXEL_STD, Trainee, build_model
 from optimiser import Optimiser, Team
 from packing import Packed
-from questions import EOS, IGNORE, WORD_ID
+from questions import EOS, IGNORE, PLACES_MIX, TRAINING_MIX, WORD_ID, Kind
 from scenes import BACKGROUND_DIGIT, COLOURS, GRID, PATCH, SceneConfig, Scenes, make_scenes
 from torch import Tensor
 
@@ -50,8 +54,9 @@ class Stage:
         vision: Factor on the vision layers' learning rate.
         dense: Weight of the patch labels at the start and at the end.
         ramp: Share of the stage over which scenes grow from easy to full difficulty.
-        questions: Questions per image, a multiple of twelve.
+        mix: Kinds of the questions about an image.
         drop: Share of the images that lose a random part of their visual tokens, see `drop_tokens`.
+        drop_digits: Largest share of the patches of digits that they lose.
     """
 
     name: str
@@ -61,17 +66,22 @@ class Stage:
     vision: float = 1.0
     dense: tuple[float, float] = (1.0, 1.0)
     ramp: float = 0.0
-    questions: int = 12
+    mix: tuple[Kind, ...] = TRAINING_MIX * 2
     drop: float = 0.0
+    drop_digits: float = 0.6
 
 
+PLACES = Stage("answers", steps=400, batch=32, lr=0.008, vision=0.3, dense=(0.0, 0.0), mix=PLACES_MIX, drop=0.6)
 STAGES = (
     Stage("windows", steps=900, batch=512),
     Stage("images", steps=500, batch=48),
-    Stage("answers", steps=500, batch=32, vision=0.0, ramp=0.4, questions=24),
-    Stage("answers", steps=1100, batch=32, vision=0.2, dense=(0.3, 0.02), questions=24),
-    Stage("answers", steps=550, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
-    Stage("answers", steps=1400, batch=32, lr=0.015, vision=0.0, questions=24, drop=0.6),
+    Stage("answers", steps=500, batch=32, vision=0.0, ramp=0.4),
+    Stage("answers", steps=1100, batch=32, vision=0.2, dense=(0.3, 0.02)),
+    Stage("answers", steps=550, batch=32, lr=0.015, vision=0.0, drop=0.6),
+    Stage("answers", steps=1400, batch=32, lr=0.015, vision=0.0, drop=0.6),
+    PLACES,
+    replace(PLACES, steps=600, lr=0.01, drop=0.7, drop_digits=0.9),
+    replace(PLACES, steps=450, lr=0.006, drop=0.7, drop_digits=0.9),
 )
 
 
@@ -138,16 +148,16 @@ def images_loss(trainee: Trainee, stage: Stage, step: int, generator: torch.Gene
     return loss + present, {"digit": right, "class": present}
 
 
-def drop_tokens(packed: Packed, scenes: Scenes, share: float, generator: torch.Generator) -> Packed:
+def drop_tokens(packed: Packed, scenes: Scenes, stage: Stage, generator: torch.Generator) -> Packed:
     """Hide random visual tokens of a share of the images from the questions; positions stay.
 
-    How many background patches go is drawn per image from none to all, of digit patches from none to six in ten: the
-    share of digit patches no longer tells how many digits there are.
+    How many background patches go is drawn per image from none to all, of digit patches from none to
+    `stage.drop_digits`: the share of digit patches no longer tells how many digits there are.
     """
     n = len(scenes.digit)
-    hit = torch.rand(n, 1, generator=generator) < share
+    hit = torch.rand(n, 1, generator=generator) < stage.drop
     background, digit = torch.rand(2, n, 1, generator=generator)
-    rate = torch.where(scenes.patch_digit == BACKGROUND_DIGIT, background, 0.6 * digit)
+    rate = torch.where(scenes.patch_digit == BACKGROUND_DIGIT, background, stage.drop_digits * digit)
     gone = hit & (torch.rand(scenes.patch_digit.shape, generator=generator) < rate)
     bias = packed.bias.repeat(n, 1, 1, 1)
     keys = bias[:, 0, :, : gone.shape[1]]
@@ -157,11 +167,11 @@ def drop_tokens(packed: Packed, scenes: Scenes, share: float, generator: torch.G
 
 
 def answers_loss(trainee: Trainee, stage: Stage, step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
-    scenes, packed = training_batch(stage.batch, generator, difficulty(stage, step), stage.questions)
+    scenes, packed = training_batch(stage.batch, generator, difficulty(stage, step), stage.mix)
     with torch.set_grad_enabled(stage.vision > 0):
         hidden = trainee.images(normalise(scenes.pixels))
     if stage.drop:
-        packed = drop_tokens(packed, scenes, stage.drop, generator)
+        packed = drop_tokens(packed, scenes, stage, generator)
     logits = trainee.answers(hidden, packed)
     loss = F.cross_entropy(logits.flatten(0, 1), packed.target.flatten(), ignore_index=IGNORE)
     asked = (packed.target != IGNORE) & (packed.target != WORD_ID[EOS])
