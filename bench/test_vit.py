@@ -31,7 +31,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 # Name, r as published, the least dense / tome that is aimed at, by batch the repeats on a CPU.
 MODELS = {
     "vit_base_patch16_224": (13, 1.35 if CUDA else 1.5, {1: 9, 8: 5, 32: 2}),
-    "vit_large_patch16_224": (8, None, {1: 7, 8: 2}),
+    "vit_large_patch16_224": (8, None, {1: 5, 8: 1}),
     "vit_large_patch16_384": (23, 1.8 if CUDA else 1.9, {1: 5, 8: 1}),
 }
 CASES = [
