@@ -135,6 +135,8 @@ class Row:
     def pagerank(self) -> Tensor:
         """Squares, summed over heads, of the uniform vector after `STEPS` steps `s <- s P`, `[n]` of the valid keys."""
         total = self.key.new_zeros(self.n_keys, dtype=torch.float32)
+        fit = self.heads * HELD // (total.element_size() * max(1, sum(self._size(block) for block in self.blocks)))
+        self.heads = max(1, min(self.heads, fit))  # So many that their probabilities need not be computed again.
         size = sum(self._size(block) for block in self.blocks)
         held = total.new_empty(min(size, HELD // total.element_size()))
         for query, key in self._groups():
