@@ -90,16 +90,18 @@ def test_tome_is_the_paper_written_out(name, n_patches):
             assert groups == [{i - prefix for i in group} for group in row[layer].groups[prefix:]]
 
 
+@pytest.mark.parametrize("method", [tokenprune.ToMe(r=3), tokenprune.SpAtten(tokens=0.6)], ids=["tome", "spatten"])
 @pytest.mark.parametrize("name", HALVED)
-def test_unfused_attention_gives_the_same(name):
+def test_unfused_attention_gives_the_same(name, method):
     model, given = tiny(name), inputs(name)
-    tokenprune.patch(model, "tome", r=3)
+    tokenprune.patch(model, method)
     wanted = answer(run(model, given))
     if name.startswith("hf"):
         model.set_attn_implementation("eager")
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
+    tokenprune.patch(model, method)
     assert torch.allclose(answer(run(model, given)), wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -18,7 +18,6 @@ from tokenprune.models import passage
 from tokenprune.schedule import ramp
 from tokenprune.signals import BlockSignals, Budget
 
-HALVED = tuple(name for name in NAMES if name not in AT_END)
 FRACTIONS = {16: (1.0, 0.8, 0.3, 0.3), 9: (1.0, 1.0, 0.7, 0.2)}
 # After each block: the fraction of the next one, rounded down, but one patch at least.
 LEFT = {16: (12, 4, 4, 4), 9: (9, 6, 1, 1)}
@@ -108,20 +107,6 @@ def test_the_cascade_is_a_dense_run_that_hides_what_left(name, n_patches):
             carriers = [sum(j <= i for j in kept) - 1 for i in range(n_patches)]
             assert trace.assignment[row].tolist() == [max(0, one) for one in carriers]
         n_in = n_out
-
-
-@pytest.mark.parametrize("name", HALVED)
-def test_unfused_attention_gives_the_same(name):
-    model, given = tiny(name), inputs(name)
-    tokenprune.patch(model, "spatten", tokens=0.6)
-    wanted = answer(run(model, given))
-    if name.startswith("hf"):
-        model.set_attn_implementation("eager")
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    tokenprune.patch(model, "spatten", tokens=0.6)
-    assert torch.allclose(answer(run(model, given)), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["timm vit", "timm deit distilled", "timm registers", "hf deit", "hf dinov3"])

@@ -57,8 +57,9 @@ def forward_costs(
     dense, pruned = calls["dense"], calls["pruned"]
     arithmetic = Cost("total_flops_g", flops_g(dense), flops_g(pruned))
     memory = [Cost("peak_mib", peak_mib(dense, devices=devices), peak_mib(pruned, devices=devices))]
-    if (held := _resident(dense, devices)) is not None:
-        memory.append(Cost("resident_peak_mib", held, _resident(pruned, devices) or held))
+    resident = _resident(dense, devices), _resident(pruned, devices)
+    if resident[0] is not None and resident[1] is not None:
+        memory.append(Cost("resident_peak_mib", resident[0], resident[1]))
     seen.clear()
     timed = alternate(calls, repeats=repeats, device=devices[0])
     ranges = [(one.quantile(0.2), one.quantile(0.8)) for one in timed.values()]
