@@ -342,6 +342,31 @@ def test_a_second_turn_goes_on_with_the_smaller_cache():
     assert held == [turn.shape[1] + 2 - movable + math.floor(movable * kept + 1e-6) for kept in KEPT]
 
 
+def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
+    """As assisted decoding does with guesses that were wrong."""
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(interval=50))
+    prompt = ragged_text()[0][0][None]
+
+    def run(guesses):
+        cache = DynamicCache(config=model.config)
+        logits = []
+        with torch.no_grad():
+            model(input_ids=prompt, past_key_values=cache)
+            for token in guesses:
+                model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+            if guesses:
+                cache.crop(-len(guesses))
+            for token in (11, 12, 13):
+                logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
+        return torch.cat(logits), [layer.keys for layer in cache.layers]
+
+    (plain, keys), (detour, others) = run(()), run((7, 8))
+    torch.testing.assert_close(detour, plain)
+    for one, other in zip(keys, others, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [

@@ -245,7 +245,7 @@ def check_cache(cache: Any, *, layered: bool = False) -> None:
 
 
 def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: int, rows: Tensor) -> Slots:
-    """The slots of a layer after a forward that stored some of its tokens.
+    """The slots of a layer after a forward that stored some of its tokens; what stands by itself is not listed.
 
     Args:
         slots: the slots before it; None where they were the tokens themselves.
@@ -254,6 +254,8 @@ def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: 
         past: tokens of the unpruned sequence before the call.
         rows: `[B, length]` int64, positions of all tokens of the call within it.
     """
+    if keep is None and bias is None:
+        return Slots(rows[:, :0], 0) if slots is None else slots
     new = (rows if keep is None else keep.index) + past
     if keep is not None and keep.valid is not None:
         new = new.masked_fill(~keep.valid, -1)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenprune import ops
 from tokenprune.errors import OptionError
@@ -52,8 +53,9 @@ def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) ->
     earlier = None if ledger is None else ledger.padding
     if earlier is None:
         earlier = torch.ones(call.n_rows, call.past, dtype=torch.bool)
-    state.padding = torch.cat([earlier, padding], dim=1)
-    state.scores = {} if ledger is None else dict(ledger.scores)
+    state.padding = torch.cat([earlier[:, : call.past], padding], dim=1)  # a cropped cache may have known more
+    found = {} if ledger is None else ledger.scores
+    state.scores = {probe: pad(scores[:, : call.past], (0, call.length)) for probe, scores in found.items()}
     if not prompt:
         return
     may = text_candidates(padding, state.guard, past=call.past)
@@ -128,7 +130,7 @@ def _shrink(
 
 def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
     """`stay` `[B, N]` with the positions `chosen` `[B, k]` (-1: none) set."""
-    wide = torch.nn.functional.pad(stay, (0, 1))
+    wide = pad(stay, (0, 1))
     wide.scatter_(1, torch.where(chosen < 0, stay.shape[1], chosen), True)
     return wide[:, :-1]
 
@@ -167,7 +169,7 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
     wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
     stay = alive & ~may
     if scores is not None and int(wanted.max()):
-        padded = torch.nn.functional.pad(scores, (0, may.shape[1] - scores.shape[1]))
+        padded = pad(scores, (0, may.shape[1] - scores.shape[1]))
         stay = _mark(stay, ops.top_k_select(padded, k=wanted, valid=may))
     state.alive = stay
     return stay

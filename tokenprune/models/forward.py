@@ -62,6 +62,13 @@ class Call:
         mask, offset = self._given
         return padding_of(mask, past=self.past, length=self.length, offset=offset)
 
+    @cached_property
+    def hiding(self) -> Any:
+        """`mask`, None where it is a padding mask without padding. On a GPU, the first look waits for it."""
+        total = self.past + self.length
+        flat = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape[1] >= total
+        return None if flat and bool(self.mask[:, :total].all()) else self.mask
+
     @property
     def recurrent(self) -> bool:
         """Whether some layers go through the tokens one by one, so that nothing may stand between them."""
@@ -112,7 +119,9 @@ class Segment:
     def _layout(self, call: Call) -> masks.Layout:
         rows = call.all_rows if self.keep is None else self.keep.index
         after = grown(self.slots, self.keep, self.bias, past=call.past, rows=call.all_rows)
-        return masks.Layout(rows, after.index, call.past, call.length, after.has_fillers, after.bias)
+        n_slots = call.past + call.length - after.dropped
+        columns, bias = after.columns(n_slots=n_slots), after.biases(n_slots=n_slots)
+        return masks.Layout(rows, columns.to(rows.device), call.past, call.length, after.has_fillers, bias)
 
     def mask(self, call: Call, *, layer: int, like: Tensor) -> Any:
         """What `layer` is to get as `attention_mask`; `like` are its hidden states."""
@@ -120,7 +129,7 @@ class Segment:
         key = (kinds[layer] if kinds else None, like.device)
         if key not in self.layer_masks:
             self.layer_masks[key] = masks.layer_mask(
-                call.mask, self.layout(call), call.cache, call.config, call.offsets, layer=layer, like=like
+                call.hiding, self.layout(call), call.cache, call.config, call.offsets, layer=layer, like=like
             )
         return self.layer_masks[key]
 

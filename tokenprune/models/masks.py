@@ -243,11 +243,13 @@ def layer_mask(
     if mask is not None and mask.ndim == 4:
         block = _entry(mask, layout, cache, layer, offsets[kind])
     else:
-        padding = _padding(mask, layout)
+        real = None if mask is None and not layout.has_fillers else _padding(mask, layout)
+        full = real is None or bool(real.all())
         sizes = (layout.rows.shape[1], 0) if cache is None else cache_sizes(cache, layout.rows.shape[1], layer)
         longer = sum(sizes) != layout.columns.shape[1]  # a static cache has room for more
-        if longer or not layout.plain or implementation == "eager" or not bool(padding.all()):
-            seen = replace(layout, columns=layout.columns.masked_fill(~padding, -1))
+        if longer or not layout.plain or implementation == "eager" or not full:
+            columns = layout.columns if real is None else layout.columns.masked_fill(~real, -1)
+            seen = replace(layout, columns=columns)
             block = _block(None, seen, sizes=sizes, offset=0)
     if block is None or (block.dtype == torch.bool and implementation != "eager" and layout.bias is None):
         return block

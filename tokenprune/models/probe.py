@@ -114,15 +114,16 @@ def attend(
 def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:
     """Write `scores` `[B, n_keys]` of the last keys of `layer` down at their places in the unpruned sequence."""
     segment, total = state.segment_of(layer), call.past + call.length
-    if segment.keep is not None or segment.slots is not None or scores.shape[1] < total:
-        columns = segment.layout(call).columns[:, -scores.shape[1] :].to(scores.device)
-        scores = scores.masked_fill(columns < 0, 0.0)
-        scores = scores.new_zeros(call.n_rows, total).scatter_add_(1, columns.clamp(min=0), scores)
     earlier = state.scores.get(probe) if probe.cumulative else None
-    if earlier is not None:
-        earlier = earlier.to(scores.device)
-        scores[:, : earlier.shape[1]] += earlier
-    state.scores[probe] = scores
+    if segment.keep is None and segment.slots is None and scores.shape[1] == total:
+        state.scores[probe] = scores if earlier is None else scores + earlier.to(scores.device)
+        return
+    layout = segment.layout(call)
+    columns = layout.columns[:, -scores.shape[1] :].to(scores.device)
+    if layout.has_fillers:
+        scores, columns = scores.masked_fill(columns < 0, 0.0), columns.clamp(min=0)
+    earlier = scores.new_zeros(call.n_rows, total) if earlier is None else earlier.to(scores.device)
+    state.scores[probe] = earlier.scatter_add(1, columns, scores)
 
 
 def _scores(
@@ -169,6 +170,8 @@ def _is_flat(mask: Any) -> bool:
 
 def _valid(call: Call, segment: Segment, n_new: int, n_keys: int) -> Tensor | None:
     """Which of the last `n_keys` keys are neither padding nor fill a row up, `[B, n_keys]` bool, None where all are."""
+    if call.flat and call.hiding is None and not segment.layout(call).has_fillers:
+        return None
     rows = call.all_rows if segment.keep is None else segment.keep.index
     device = rows.device
     new = torch.ones(rows.shape, dtype=torch.bool) if call.padding is None else gather(call.padding, rows.cpu())
