@@ -154,6 +154,7 @@ TRAINING_MIX: tuple[Kind, ...] = (
     in_order,
 )
 PLACES_MIX = (*TRAINING_MIX, *(digit_at, colour_at) * 3, *(in_order,) * 6)
+LISTS_MIX = (*TRAINING_MIX, digit_at, colour_at, *(in_order,) * 10)
 
 
 def words(ids: Tensor) -> str:

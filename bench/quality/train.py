@@ -15,6 +15,8 @@ Stages of a fixed number of steps, seeded, so that a run can be repeated:
    digit are left, each of them has to tell where its digit stands.
 8. answers: the same with up to nine in ten patches of a digit hidden instead of six.
 9. answers: the same once more, from a lower learning rate.
+10. answers: the same, for longer.
+11. answers: the same, with most questions about lists.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from export import export
 from network import PIXEL_MEAN, PIXEL_STD, Trainee, build_model
 from optimiser import Optimiser, Team
 from packing import Packed
-from questions import EOS, IGNORE, PLACES_MIX, TRAINING_MIX, WORD_ID, Kind
+from questions import EOS, IGNORE, LISTS_MIX, PLACES_MIX, TRAINING_MIX, WORD_ID, Kind
 from scenes import BACKGROUND_DIGIT, COLOURS, GRID, PATCH, SceneConfig, Scenes, make_scenes
 from torch import Tensor
 
@@ -82,6 +84,8 @@ STAGES = (
     PLACES,
     replace(PLACES, steps=600, lr=0.01, drop=0.7, drop_digits=0.9),
     replace(PLACES, steps=450, lr=0.006, drop=0.7, drop_digits=0.9),
+    replace(PLACES, steps=750, lr=0.008, drop=0.7, drop_digits=0.9),
+    replace(PLACES, steps=800, lr=0.006, drop=0.7, drop_digits=0.9, mix=LISTS_MIX),
 )
 
 
