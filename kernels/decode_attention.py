@@ -15,6 +15,9 @@ values can be chosen, probabilities summed over heads and flat rows computed aga
 The heads of a group share their loads; they are padded to 16 rows, the least that the tensor cores take, which costs
 nothing where memory bounds the time. A vector is worked on in two halves, since that is how nibbles are packed; an
 integer of a plane is exact in bf16 and fp16, so planes are multiplied on the tensor cores and scaled afterwards.
+
+The logits that are kept are those before a soft cap, for the low plane adds to them; who takes their exponential caps
+them first. A kernel is compiled for the cap, and without one as if there were none.
 """
 
 from typing import Any, NamedTuple
@@ -77,7 +80,7 @@ def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple
 
 def launch(
     query: torch.Tensor, key: Any, value: Any, scale: float, valid: torch.Tensor | None, heads: torch.Tensor | None,
-    n_values: int | torch.Tensor | None, threshold: float | None,
+    n_values: int | torch.Tensor | None, threshold: float | None, softcap: float | None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Attend from one token.
 
@@ -90,6 +93,7 @@ def launch(
         heads: `[B, H]` bool, or None for all heads.
         n_values: values that a head reads, an int, int64 `[B]`, or None for all.
         threshold: largest probability below which a head reads the low planes; None to read both planes at once.
+        softcap: bound of the logits, or None.
 
     Returns:
         The fields of `tokenprune.ops.DecodedStep`.
@@ -97,7 +101,7 @@ def launch(
     keys, values = _stored(key), _stored(value)
     (batch, n_heads, _, width), (groups, length) = query.shape, keys.main.shape[1:3]
     group = n_heads // groups
-    tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None}
+    tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
     n_splits, split_length = _split(length, tile["BLOCK"], batch * groups, query.device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

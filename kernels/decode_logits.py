@@ -17,6 +17,22 @@ def product(a, b, total):
 
 
 @triton.jit
+def capped(logit, CAP: tl.constexpr):
+    """`CAP * tanh(logit / CAP)` to a few units in the last place of fp32; the logits themselves if `CAP` is None.
+
+    The exponential is that of a negative number. Near 0, where a difference of it would cancel, a series stands for it.
+    """
+    result = logit
+    if CAP is not None:
+        x = logit * (1.0 / CAP)
+        square, decay = x * x, tl.exp(-2.0 * tl.abs(x))
+        series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
+        far = tl.where(x < 0.0, -CAP, CAP) * ((1.0 - decay) / (1.0 + decay))
+        result = tl.where(square < 0.04, logit * series, far)
+    return result
+
+
+@triton.jit
 def kept_rows(heads, again, base, member, GROUP: tl.constexpr, HAS_HEADS: tl.constexpr, AGAIN: tl.constexpr):
     """Which rows of a padded group are heads that take part."""
     kept = member < GROUP
@@ -63,9 +79,12 @@ def _logits_kernel(
     query, key, low, key_scale, valid, heads, again, logits, top, total, n_heads, length, scale, split_length,
     key_b, key_g, key_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    PLANES: tl.constexpr, AGAIN: tl.constexpr, HAS_VALID: tl.constexpr, HAS_HEADS: tl.constexpr,
+    PLANES: tl.constexpr, AGAIN: tl.constexpr, HAS_VALID: tl.constexpr, HAS_HEADS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Write `logits [B, H, L]` of one split, and `top, total [B, H, splits]`. `PLANES`: 0 none, 1 high, 2 both."""
+    """Write `logits [B, H, L]` of one split, and of capped ones `top, total [B, H, splits]`.
+
+    `PLANES`: 0 none, 1 high, 2 both.
+    """
     split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member, channel = tl.arange(0, ROWS), tl.arange(0, HALF)
     base = batch * n_heads + group * GROUP
@@ -102,6 +121,8 @@ def _logits_kernel(
             logit += tl.load(logits + place, mask=kept[:, None] & inside[None, :], other=0.0)
         logit = tl.where(inside[None, :], logit, float("-inf"))
         tl.store(logits + place, logit, mask=kept[:, None] & (token < end)[None, :])
+        if CAP is not None:
+            logit = tl.where(inside[None, :], capped(logit, CAP), float("-inf"))
         higher = tl.maximum(highest, tl.max(logit, axis=1))
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         weight = weight * tl.exp(highest - anchor) + tl.sum(tl.exp(logit - anchor[:, None]), axis=1)

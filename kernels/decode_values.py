@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from tokenprune.kernels.decode_logits import existing, kept_rows, load_halves, load_plane, product
+from tokenprune.kernels.decode_logits import capped, existing, kept_rows, load_halves, load_plane, product
 from tokenprune.kernels.top_k_select import image_of
 
 
@@ -24,6 +24,15 @@ def _normalization(anchor, norm, row, kept):
 
 
 @triton.jit
+def _exponential(logit, peak, chosen, CAP: tl.constexpr):
+    """Of capped logits less the highest one; 0 where a head is not kept or a key not valid, whose logits are -inf."""
+    p = tl.exp(capped(logit, CAP) - peak[:, None])
+    if CAP is not None:
+        p = tl.where(chosen, p, 0.0)
+    return p
+
+
+@triton.jit
 def _largest(logit, token, least, last):
     """Which logits are among those that `_settle_kernel` found to be the largest."""
     image = image_of(logit)
@@ -37,6 +46,7 @@ def _values_kernel(
     n_heads, length, split_length, value_b, value_g, value_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, WIDE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_HEADS: tl.constexpr, SELECT: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Of one split: `partial [B, H, splits, K]`, `scores [B, Hkv, L]`, and how much was read.
 
@@ -44,7 +54,7 @@ def _values_kernel(
     values read, values read from both planes. Where a whole group is pruned, its scores are left as they were.
     """
     split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    member, channel = tl.arange(0, ROWS), tl.arange(0, HALF)
+    member, channel, n_splits = tl.arange(0, ROWS), tl.arange(0, HALF), tl.num_programs(0)
     base, pair = batch * n_heads + group * GROUP, batch * tl.num_programs(1) + group
     kept = kept_rows(heads, heads, base, member, GROUP, HAS_HEADS, False)
     peak, inverse = _normalization(anchor, norm, base + member, kept)
@@ -63,7 +73,7 @@ def _values_kernel(
         chosen = kept[:, None] & inside[None, :]
         place = (base + member)[:, None] * length + token[None, :]
         logit = tl.load(logits + place, mask=chosen, other=float("-inf"))
-        p = tl.exp(logit - peak[:, None])
+        p = _exponential(logit, peak, chosen, CAP)
         tl.store(scores + pair * length + token, tl.sum(p * inverse[:, None], axis=0), mask=token < end)
         read = inside
         if SELECT:
@@ -90,7 +100,6 @@ def _values_kernel(
         first, second = _accumulate(p, a, b, first, second, WIDE)
 
     half: tl.constexpr = (WIDTH + 1) // 2
-    n_splits = tl.num_programs(0)
     pointer = partial + ((base + member) * n_splits + split)[:, None] * WIDTH + channel[None, :]
     tl.store(pointer, first * inverse[:, None], mask=kept[:, None] & (channel < half)[None, :])
     tl.store(pointer + half, second * inverse[:, None], mask=kept[:, None] & (channel < WIDTH - half)[None, :])

@@ -49,7 +49,7 @@ def top_k_select(row: list[float], k: int, valid: list[bool]) -> list[int]:
 
 def decode_attention(
     query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float, valid: list[bool],
-    n_values: int | None, threshold: float | None,
+    n_values: int | None, threshold: float | None, softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, bool, list[int]]:  # fmt: skip
     """One decoding step of one head, in fp64.
 
@@ -61,6 +61,7 @@ def decode_attention(
         valid: which keys exist.
         n_values: how many values are read, None for all.
         threshold: a largest probability below it asks for the fine keys and values.
+        softcap: c of logits that become c tanh(logits / c), None where they stay.
 
     Returns:
         Output `[K]`, probabilities `[L]`, whether the fine ones were asked for, and which values were read.
@@ -68,6 +69,8 @@ def decode_attention(
 
     def probabilities(key: torch.Tensor) -> list[float]:
         logits = [scale * float(query.double() @ key[j].double()) for j in range(len(key))]
+        if softcap is not None:
+            logits = [softcap * math.tanh(logit / softcap) for logit in logits]
         top = max((logits[j] for j in range(len(key)) if valid[j]), default=0.0)
         weight = [math.exp(logits[j] - top) if valid[j] else 0.0 for j in range(len(key))]
         return [w / (sum(weight) or 1.0) for w in weight]

@@ -100,7 +100,9 @@ def attention_importance_cases(dtype: str, width: int) -> list[Case]:
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
-def decode_cases(kernel: str, dtype: str, planes: int, *, masked: bool, half: int = 64) -> list[Case]:
+def decode_cases(
+    kernel: str, dtype: str, planes: int, *, masked: bool, half: int = 64, cap: float | None = None
+) -> list[Case]:
     """The cases of `kernels/decode_logits.py` and `kernels/decode_values.py`, with the constants of their launcher."""
     stored = "u8" if planes else dtype
     tensors = {
@@ -123,7 +125,7 @@ def decode_cases(kernel: str, dtype: str, planes: int, *, masked: bool, half: in
         [*names, *sizes, *(f"{x}_{y}" for x in ("key", "value", "scale", "valid") for y in "gn")], "i32"
     )
     tile = {"GROUP": 4, "ROWS": 16, "HALF": half, "BLOCK": 32 if dtype == "fp32" or half > 64 else 64, "PLANES": planes}
-    tile |= {"WIDTH": 2 * half, "HAS_VALID": masked, "HAS_HEADS": masked}
+    tile |= {"WIDTH": 2 * half, "HAS_VALID": masked, "HAS_HEADS": masked, "CAP": cap}
     settle = {"HAS_HEADS": masked, "DECIDE": planes == 1, "SELECT": masked, "HAS_COUNTS": masked, "SPLITS": 64}
     combine = {"GROUP": 4, "WIDTH": 2 * half, "PADDED": 2 * half, "SPLITS": 64}
     constants = {
@@ -161,7 +163,8 @@ CASES: dict[str, dict[str, list[Case]]] = {
         + decode_cases("_settle_kernel", "fp32", 1, masked=False)
         + decode_cases("_settle_kernel", "fp32", 0, masked=True),
         "bf16": decode_cases("_logits_kernel", "bf16", 0, masked=False)
-        + decode_cases("_logits_kernel", "bf16", 1, masked=True),
+        + decode_cases("_logits_kernel", "bf16", 1, masked=True)
+        + decode_cases("_logits_kernel", "bf16", 1, masked=True, cap=50.0),
         "fp16": decode_cases("_logits_kernel", "fp16", 0, masked=True)
         + decode_cases("_logits_kernel", "fp16", 2, masked=False, half=128),
     },
@@ -169,6 +172,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "fp32": decode_cases("_values_kernel", "fp32", 3, masked=True),
         "bf16": decode_cases("_values_kernel", "bf16", 0, masked=False)
         + decode_cases("_values_kernel", "bf16", 3, masked=True)
+        + decode_cases("_values_kernel", "bf16", 3, masked=True, cap=50.0)
         + decode_cases("_combine_kernel", "bf16", 0, masked=True),
         "fp16": decode_cases("_values_kernel", "fp16", 1, masked=True)
         + decode_cases("_values_kernel", "fp16", 2, masked=False, half=128)

@@ -74,6 +74,17 @@ CASES: dict[str, Case] = {
     "everything": case(**EVERYTHING, valid=mask(2, 2, 37)),
     "everything-longer": case(**EVERYTHING, length=300, width=64, valid=mask(2, 300)),
     "everything-bf16": case(**EVERYTHING, length=300, width=96, groups=1, dtype=BF16),
+    "cap": case(softcap=0.7, valid=RAGGED),
+    "cap-int": case(softcap=2, length=130, sharp=20.0),
+    "cap-none-valid": case(softcap=0.7, valid=RAGGED & torch.tensor([[True], [False]])),
+    "cap-bf16": case(softcap=1.0, dtype=BF16, sharp=4.0, width=64, length=300),
+    "cap-heads-values": case(softcap=0.7, sharp=4.0, valid=RAGGED, n_values=5, heads=mask(2, 4)),
+    "cap-planes": case(softcap=0.7, planes="kv", sharp=4.0, valid=RAGGED),
+    "cap-high-only": case(softcap=0.7, planes="kv", sharp=4.0, threshold=0.0),
+    "cap-progressive": case(softcap=2.0, planes="kv", sharp=4.0, threshold=0.1),
+    "cap-progressive-keys": case(softcap=2.0, planes="k", sharp=4.0, threshold=0.12, valid=RAGGED),
+    "cap-everything": case(**EVERYTHING | {"threshold": 0.1}, softcap=2.0, valid=mask(2, 2, 37)),
+    "cap-everything-bf16": case(**EVERYTHING | {"threshold": 0.02}, softcap=2.0, length=300, width=96, dtype=BF16),
 }
 
 
@@ -111,8 +122,9 @@ def naive(arguments: tuple[Any, ...], options: dict[str, Any]) -> ops.DecodedSte
             for h in members:
                 stored = [[x[b, g] for x in levels(whole)] for whole in (key, value)]
                 found = reference.decode_attention(
-                    query[b, h, 0], *stored, options["scale"], valid[b, g].tolist(), count, threshold
-                )
+                    query[b, h, 0], *stored, options["scale"], valid[b, g].tolist(), count, threshold,
+                    options.get("softcap"),
+                )  # fmt: skip
                 output[b, h, 0], flat[b, h] = found[0], found[2]
                 scores[b] += found[1]
                 for j in found[3]:
@@ -165,16 +177,33 @@ def test_torch_follows_the_naive_loop(name: str) -> None:
 
 
 def test_the_cases_differ_in_what_they_are_for() -> None:
-    for name in ("progressive", "everything", "everything-longer", "everything-bf16", "progressive-keys"):
-        flat = ops.decode_attention(*CASES[name][0], **CASES[name][1]).recomputed
-        assert flat.any()
-        assert not flat.all()
+    for name in CASES:
+        found = ops.decode_attention(*CASES[name][0], **CASES[name][1])
+        if "progressive" in name or "everything" in name:
+            assert found.recomputed.any()
+            assert not found.recomputed.all()
+        if "cap" in name:
+            uncapped = ops.decode_attention(*CASES[name][0], **CASES[name][1] | {"softcap": None})
+            assert (found.output - uncapped.output).abs().max() > 0.05
 
 
 def test_plain_attention_is_sdpa() -> None:
     arguments, options = case(length=200, width=64)
     want = torch.nn.functional.scaled_dot_product_attention(*arguments, enable_gqa=True)
     torch.testing.assert_close(ops.decode_attention(*arguments, **options).output, want)
+
+
+@pytest.mark.parametrize("softcap", [1e5, 1e12])
+def test_a_cap_far_above_the_logits_changes_nothing(softcap: float) -> None:
+    arguments, options = CASES["everything"]
+    assert_same(ops.decode_attention(*arguments, **options, softcap=softcap), naive(arguments, options), 1e-5)
+
+
+def test_a_cap_far_below_the_logits_leaves_their_order() -> None:
+    query, value = torch.ones(1, 1, 1, 6), torch.eye(6)[None, None]
+    key = (40 + 40 * torch.arange(6.0))[:, None].expand_as(value)
+    found = ops.decode_attention(query, key, value, scale=1.0, n_values=2, softcap=1.0)
+    assert found.output.flatten().tolist() == pytest.approx([0, 0, 0, 0, 1 / 6, 1 / 6])
 
 
 def test_equal_logits_are_read_from_the_lowest_index() -> None:
@@ -256,6 +285,12 @@ def test_a_wrong_number_of_values_is_refused(n_values: Any) -> None:
 def test_a_wrong_threshold_is_refused(threshold: Any) -> None:
     with pytest.raises(OptionError, match="from 0 to 1 as threshold"):
         ops.decode_attention(*case(planes="kv")[0], scale=1.0, threshold=threshold)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0, True, "50", torch.inf, torch.nan])
+def test_a_wrong_cap_is_refused(softcap: Any) -> None:
+    with pytest.raises(OptionError, match="positive, finite number, or None, as softcap"):
+        ops.decode_attention(*case()[0], scale=1.0, softcap=softcap)
 
 
 def test_a_threshold_without_planes_is_refused() -> None:

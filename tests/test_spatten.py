@@ -411,11 +411,12 @@ def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
 
 
 @pytest.mark.parametrize("options", [{"heads": 0.7}, {"values": 0.5}, {"quantize": "4+4"}])
-def test_attention_that_caps_its_logits_is_refused_where_decoding_steps_would_not(options):
-    model = tiny("paligemma2", "eager")
-    with pytest.raises(tokenprune.OptionError, match=r"attn_logit_softcapping.*values=1\.0"):
-        tokenprune.patch(model, tokenprune.SpAtten(tokens=1.0, **options))
-    assert tokenprune.patch(model, tokenprune.SpAtten(tokens=0.6)).installed
+def test_attention_with_sinks_is_refused_where_decoding_steps_would_not_add_them(options):
+    model = text_model("llama")
+    model.model.layers[2].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(tokenprune.OptionError, match=r"of layer 2 adds sinks to its logits; .*values=1\.0"):
+        tokenprune.patch(model, spatten(tokens=1.0, **options))
+    assert tokenprune.patch(model, spatten(tokens=KEPT)).installed
 
 
 def planes_layer(*, low_in_steps):

@@ -6,6 +6,8 @@ what leaving out their part of its input does (:mod:`projections` does so). A de
 the ones with the largest probabilities.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -41,6 +43,21 @@ def heads_of(state: Forward, plan: AttentionPlan, *, layer: int) -> Heads | None
     return state.heads
 
 
+def softcap_of(real: Any, options: dict[str, Any]) -> float | None:
+    """The cap that the attention function `real` puts on its logits when it is called with `options`; None for none.
+
+    A function that caps names its parameter `softcap`. One that does not may be handed a cap all the same: the sdpa
+    function of transformers 5.17 does as if there were none, and later ones raise.
+    """
+    softcap = options.get("softcap")
+    return softcap if softcap is not None and _names_softcap(real) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _names_softcap(real: Any) -> bool:
+    return "softcap" in inspect.signature(real).parameters
+
+
 def step(
     state: Forward,
     call: Call,
@@ -52,6 +69,7 @@ def step(
     *,
     mask: Any,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
     `[B, L]`. A query of the kept heads alone gives an output of these."""
@@ -69,8 +87,9 @@ def step(
     if plan.values[layer] < 1.0:
         n_values = (n_valid * plan.values[layer] + 1e-6).long().clamp(min=1)
     found = ops.decode_attention(
-        query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values, threshold=threshold
-    )
+        query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values, threshold=threshold,
+        softcap=softcap,
+    )  # fmt: skip
     note_magnitude(state, found.magnitude)
     n_real = n_valid * 0 + call.past + 1 if state.padding is None else state.padding.sum(dim=1).to(n_valid.device)
     state.traffic += _count(found, n_real=n_real, n_valid=n_valid)

@@ -96,20 +96,13 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 f"method {wanting[0][0]!r} leaves out heads or values, and layer {i} is a {type(module).__name__} "
                 "without attention that can be told to; give heads=1.0 and values=1.0"
             )
-        if reason := _more_than_softmax(attention):
+        if getattr(attention, "sinks", None) is not None:
             raise OptionError(
                 f"method {wanting[0][0]!r} leaves out heads, values or bits, and decoding steps that do so compute a "
-                f"plain softmax, but {type(attention).__name__} of layer {i} {reason}; give heads=1.0, values=1.0 and "
-                "quantize=None"
+                f"plain softmax, but {type(attention).__name__} of layer {i} adds sinks to its logits; give heads=1.0, "
+                "values=1.0 and quantize=None"
             )
     return wanting[0][1]
-
-
-def _more_than_softmax(attention: nn.Module) -> str:
-    """What an attention does to its logits beside scaling and masking them; empty where nothing is known."""
-    if getattr(attention, "attn_logit_softcapping", None) is not None:
-        return "caps its logits (attn_logit_softcapping)"
-    return "adds sinks to its logits" if getattr(attention, "sinks", None) is not None else ""
 
 
 def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:

@@ -89,8 +89,9 @@ def attend(
     if state.steering and state.attention is not None and query.shape[2] == 1:
         scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         stepped, scores = attention.step(
-            state, state.call, state.attention, layer, query, key, value, mask=attention_mask, scale=scale
-        )
+            state, state.call, state.attention, layer, query, key, value, mask=attention_mask, scale=scale,
+            softcap=attention.softcap_of(real, kwargs),
+        )  # fmt: skip
         for probe in state.probes.get(layer, ()) if state.scoring else ():
             _note(state, state.call, layer, probe, scores)
         return stepped, None

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from typing import Any
 
 from torch import Tensor
@@ -43,3 +44,10 @@ def check_count(op: str, name: str, value: int, low: int, high: int) -> None:
     """Raise `OptionError` unless `value` is an int from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise OptionError(f"{op} needs an int from {low} to {high} as {name}; got {value!r}.")
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
+    """Raise `OptionError` unless `softcap` is None or a positive, finite number."""
+    number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
+    if softcap is not None and not (number and 0 < softcap < math.inf):
+        raise OptionError(f"{op} needs a positive, finite number, or None, as softcap; got {softcap!r}.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.ops.backend import check_count, find_kernel
+from tokenprune.ops.backend import check_count, check_softcap, find_kernel
 from tokenprune.ops.planes import Planes, dequantize_planes
 
 
@@ -43,6 +43,7 @@ def decode_attention(
     heads: Tensor | None = None,
     n_values: int | Tensor | None = None,
     threshold: float | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> DecodedStep:
     """Attention of the newest token, whose key and value are part of `key` and `value`, computed in fp32.
@@ -52,6 +53,9 @@ def decode_attention(
       ties to the lowest index; the probabilities are those of the softmax over all keys and are not renormalized.
     - Progressive quantization (section III-D): keys and values given as planes are read from the high planes. A head
       whose largest probability is then under `threshold` reads the low planes too and is computed again.
+    - With a soft cap (Gemma 2, arXiv 2408.00118, section 2) logits become `softcap * tanh(logits / softcap)` before the
+      softmax, those of both planes as those of the high ones. It keeps the order of the logits: the values that a head
+      reads are chosen by the logits before it.
 
     Args:
         query: `[B, H, 1, K]`, any float dtype.
@@ -63,13 +67,14 @@ def decode_attention(
         n_values: values that each head reads, at least 1 (more than are valid: all): an int, or int64 `[B]`, whose
             values are not checked. All of them by default.
         threshold: probability from 0 to 1, which needs planes; 0 reads high planes only, and without one both are read.
+        softcap: bound of the logits, positive; none by default.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         A `DecodedStep`, on the device of the query.
 
     Raises:
-        OptionError: `n_values`, `threshold` or `backend` is out of range.
+        OptionError: `n_values`, `threshold`, `softcap` or `backend` is out of range.
         InputError: a shape or dtype is wrong.
         BackendError: the explicit backend cannot run here.
     """
@@ -82,14 +87,16 @@ def decode_attention(
     if kept is not None:
         kept = kept.expand(batch, n_heads)
     _check_options(query, key, value, n_values, threshold)
+    check_softcap("decode_attention", softcap)
     kernel = find_kernel("decode_attention", "decode_attention", backend, query)
     step = _decode if kernel is None else kernel.launch
-    return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold))
+    cap = None if softcap is None else float(softcap)
+    return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold, cap))
 
 
 def _decode(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
-    heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None,
+    heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None, softcap: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The specification: everything at its full length, what is not read multiplied by 0."""
     batch, n_heads, _, width = query.shape
@@ -105,10 +112,10 @@ def _decode(
     logits = _logits(grouped, _read(key, low), mask)
     recomputed = torch.zeros_like(kept)
     if threshold is not None:
-        recomputed = kept & (_softmax(logits).amax(-1) < threshold) & mask.any(-1, keepdim=True)
+        recomputed = kept & (_softmax(_cap(logits, softcap)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
         if isinstance(key, Planes):
             logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
-    weight = _softmax(logits) * kept.unsqueeze(-1)
+    weight = _softmax(_cap(logits, softcap)) * kept.unsqueeze(-1)
 
     chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
     if n_values is not None:
@@ -141,6 +148,13 @@ def _read(x: Tensor | Planes, low: bool, mask: Tensor | None = None) -> Tensor:
 
 def _logits(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2)).masked_fill(~mask.unsqueeze(2), -torch.inf)
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under their soft cap; those of keys that are not valid stay -inf."""
+    if softcap is None:
+        return logits
+    return (logits / softcap).tanh_().mul_(softcap).masked_fill_(logits == -torch.inf, -torch.inf)
 
 
 def _softmax(logits: Tensor) -> Tensor:
