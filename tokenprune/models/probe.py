@@ -3,8 +3,8 @@
 One function is registered in transformers' table of attention functions. The attention modules that are probed see it
 as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
 the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
-and computes the scores beside it from the queries and keys. A soft cap on the logits (Gemma 2) is left out of the
-scores: it matters for logits near the cap alone.
+and computes the scores beside it from the queries and keys. A soft cap on the logits (Gemma 2) is left out of these
+scores: it matters for logits near the cap alone. The scores that :func:`attention.step` gives are of capped logits.
 """
 
 import copy
