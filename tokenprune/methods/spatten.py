@@ -154,9 +154,10 @@ class SpAtten(Method):
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
         """What leaves the KV cache while tokens are generated: text, if it may go."""
-        if self.text is None:
+        kept = self.fractions(n_layers)
+        if self.text is None or min(kept) == 1.0:
             return None
-        return CachePlan(self.fractions(n_layers), self.text, self.interval, self.kv == "persistent", SCORE)
+        return CachePlan(kept, self.text, self.interval, self.kv == "persistent", SCORE)
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
         """Those of the tokens of `signals.importance` `[R, N]` that have gathered most attention."""

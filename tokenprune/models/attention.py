@@ -91,10 +91,18 @@ def step(
         softcap=softcap,
     )  # fmt: skip
     note_magnitude(state, found.magnitude)
-    n_real = n_valid * 0 + call.past + 1 if state.padding is None else state.padding.sum(dim=1).to(n_valid.device)
-    state.traffic += _count(found, n_real=n_real, n_valid=n_valid)
+    state.traffic += _count(found, n_real=_n_real(state, call).to(n_valid.device), n_valid=n_valid)
     output = heads.take(found.output) if sliced and heads is not None else found.output
     return output.transpose(1, 2), found.scores
+
+
+def _n_real(state: Forward, call: Call) -> Tensor:
+    """Tokens of the sequence so far that are no padding, `[B]`; padding counts where a mask does not tell."""
+    mask, total = call.hiding, call.past + 1
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return (mask[:, :total] != 0).sum(dim=1)
+    known = mask is not None and state.scoring and state.padding is not None
+    return state.padding.sum(dim=1) if known and state.padding is not None else torch.full((call.n_rows,), total)
 
 
 def _count(found: ops.DecodedStep, *, n_real: Tensor, n_valid: Tensor) -> Traffic:

@@ -3,8 +3,9 @@
 One function is registered in transformers' table of attention functions. The attention modules that are probed see it
 as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
 the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
-and computes the scores beside it from the queries and keys. A soft cap on the logits (Gemma 2) is left out of these
-scores: it matters for logits near the cap alone. The scores that :func:`attention.step` gives are of capped logits.
+and computes the scores beside it from the queries and keys; decoding steps on a CPU get both from one computation. A
+soft cap on the logits (Gemma 2) is left out of these scores: it matters for logits near the cap alone. The scores that
+:func:`attention.step` gives are of capped logits.
 """
 
 import copy
@@ -26,6 +27,7 @@ from tokenprune.reduction import gather
 from tokenprune.signals import Probe
 
 NAME = "tokenprune"
+_OTHER = ("softcap", "position_bias", "cache", "s_aux")  # what may change an attention beside its mask
 
 
 class ProbedConfig:
@@ -101,8 +103,10 @@ def attend(
         output = attention.prompt(
             state, state.call, real, module, heads, query, key, value, attention_mask, *args, **kwargs
         )
-    else:
+    elif args or (known := _step(state, state.call, layer, config, query, key, value, attention_mask, kwargs)) is None:
         output = real(module, query, key, value, attention_mask, *args, **kwargs)
+    else:
+        return known, None
     if state.scoring or any(map(len, state.visual)):
         started = time.perf_counter()
         for probe in state.probes.get(layer, ()):
@@ -110,6 +114,45 @@ def attend(
             _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
     return output
+
+
+def _step(
+    state: Forward,
+    call: Call,
+    layer: int,
+    config: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The output `[B, 1, H, K]` of a decoding step, whose scores are noted; None where it has to come from elsewhere.
+
+    On a CPU the keys are too long for reading them twice, once for the output and once for the scores, so that what
+    sdpa would compute is computed here. It agrees to the rounding of fp32.
+    """
+    probes = state.probes.get(layer, ())
+    plain = all(one.reduction == "column_sum" and one.temperature == 1 for one in probes)
+    if not state.scoring or not plain or query.shape[2] > 1 or query.device.type != "cpu":
+        return None
+    other = any(kwargs.get(name) is not None for name in _OTHER) or kwargs.get("dropout")
+    if config.original._attn_implementation != "sdpa" or other or query.dtype != torch.float32:
+        return None
+    slots = state.segment_of(layer).slots
+    n_keys = call.past + 1 - (0 if slots is None else slots.dropped)
+    if key.shape[2] != (n_keys if mask is None else mask.shape[-1]):
+        return None
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
+    weights: Tensor = (grouped * scale) @ key.transpose(2, 3)
+    if mask is not None:
+        weights = weights.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
+    weights = weights.softmax(3)
+    scores = weights.sum((1, 2))[:, :n_keys]
+    for probe in probes:
+        _note(state, call, layer, probe, scores)
+    return (weights @ value).flatten(1, 2)[:, None]
 
 
 def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:
