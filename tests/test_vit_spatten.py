@@ -257,8 +257,6 @@ def refused(model: nn.Module, error: type[Exception], *parts: str, **options: An
 
 
 @pytest.mark.parametrize(("options", "parts"), [
-    ({"heads": 0.5}, ("heads=0.5", "vision encoders keep all their heads", "heads=1.0")),
-    ({"heads": (1.0, 1.0, 0.5, 0.5)}, ("heads=(1.0, 1.0, 0.5, 0.5)",)),
     ({"values": 0.5}, ("values=0.5", "no decoding steps")),
     ({"protect_text": False}, ("protect_text=False", "no text")),
     ({"protect_text": False, "kv": "per_step"}, ("protect_text=False",)),

@@ -30,7 +30,9 @@ class SpAtten(Method):
 
     A model that is a vision encoder loses patches between attention and MLP of its blocks. Class, distillation and
     register tokens stay, and so does one patch at least. Behind its last block, and wherever others look at what a
-    block returns, a patch that left has the value of the nearest one before it that is left.
+    block returns, a patch that left has the value of the nearest one before it that is left. Heads leave its blocks as
+    they leave a decoder's layers, here keys and values with them; tokens are then scored, and keys that another method
+    merges by are averaged, over the heads that are left. That needs an attention between projections alone.
 
     Args:
         tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
@@ -110,7 +112,7 @@ class SpAtten(Method):
         """The cascade over patches.
 
         Raises:
-            OptionError: heads, values or text are to go, which an encoder has no site for.
+            OptionError: values, bits or text are to go, which an encoder has no site for.
         """
         return EncoderSpAtten(**{one.name: getattr(self, one.name) for one in fields(self)})
 
@@ -165,7 +167,8 @@ class SpAtten(Method):
 
 
 class EncoderSpAtten(SpAtten):
-    """The cascade in a model that is a vision encoder: options are those of :class:`SpAtten`, of which `tokens` counts.
+    """The cascade in a model that is a vision encoder: options are those of :class:`SpAtten`, of which `tokens` and
+    `heads` count.
 
     Raises:
         OptionError: another option asks for what an encoder does not have.
@@ -175,10 +178,11 @@ class EncoderSpAtten(SpAtten):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, why in (("heads", "keep all their heads"), ("values", "have no decoding steps that read values")):
-            kept = getattr(self, name)
-            if min(kept) < 1.0 if isinstance(kept, Sequence) else kept < 1.0:
-                raise OptionError(f"{name}={kept!r} was asked for, but vision encoders {why}; {name}=1.0 works here")
+        if min(self.values) < 1.0 if isinstance(self.values, Sequence) else self.values < 1.0:
+            raise OptionError(
+                f"values={self.values!r} was asked for, but vision encoders have no decoding steps that read values; "
+                "values=1.0 works here"
+            )
         if not self.protect_text:
             raise OptionError("protect_text=False was asked for, but vision encoders have no text; leave it out")
         if self.quantize is not None:

@@ -15,32 +15,9 @@ from torch import Tensor, nn
 
 from tokenprune import ops
 from tokenprune.models.forward import Call, Forward
-from tokenprune.models.heads import Fewer, Heads
+from tokenprune.models.heads import Fewer, Heads, heads_of, note_magnitude
 from tokenprune.reduction import gather
 from tokenprune.signals import AttentionPlan, Traffic
-
-
-def count_heads(fraction: float, n_heads: int) -> int:
-    """How many of `n_heads` heads a layer keeps."""
-    return max(1, int(n_heads * fraction + 1e-6))
-
-
-def heads_of(state: Forward, plan: AttentionPlan, *, layer: int) -> Heads | None:
-    """Which heads `layer` keeps: those with the highest scores among those that the layer before kept; None for all.
-
-    Chosen when the layer asks for the first time, so that its own magnitudes have no say.
-    """
-    if state.head_scores is None:
-        return None
-    n_heads = state.head_scores.shape[1]
-    n_keep = count_heads(plan.heads[layer], n_heads)
-    if n_keep == n_heads:
-        return None
-    if state.heads is None or state.heads.layer != layer:
-        alive = None if state.heads is None else state.heads.mask.to(state.head_scores.device)
-        chosen = ops.top_k_select(state.head_scores, k=n_keep, valid=alive)
-        state.heads = Heads(layer, chosen, n_heads)
-    return state.heads
 
 
 def softcap_of(real: Any, options: dict[str, Any]) -> float | None:
@@ -122,12 +99,6 @@ def _count(found: ops.DecodedStep, *, n_real: Tensor, n_valid: Tensor) -> Traffi
         steps=len(found.output),
         recomputed=float(found.recomputed.float().mean()),
     )
-
-
-def note_magnitude(state: Forward, magnitude: Tensor) -> None:
-    """Add the magnitudes `[B, H]` of a layer's heads to their scores."""
-    earlier = state.head_scores
-    state.head_scores = magnitude if earlier is None else earlier.to(magnitude.device) + magnitude
 
 
 def prompt(

@@ -18,17 +18,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.errors import InputError, OptionError, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.block_logits import disagreement
+from tokenprune.models.encoder_heads import FewerHeads, plan_heads
 from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, still
 from tokenprune.models.passage import SITE, BlockReducer, Passage
-from tokenprune.models.tower import Keys, Logits, Tower, child, one_rope, shorten_rope
+from tokenprune.models.tower import Keys, Logits, Tower, child, shorten_rope
 from tokenprune.signals import Trace
 
 BETWEEN, END = "between attention and MLP", "at the end of the block"
-_TRIED = 6  # patches that a block is tried on
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ class EncoderAdapter:
             Hook(self.host, "pre", lambda module, args, kwargs: passage.open_forward(engine, direct=False)),
             Hook(self.host, "post", lambda module, args, kwargs, output: passage.close_forward(engine)),
         ]
+        fewer = plan_heads(engine, self.tower, self.host, [(block.module, block.logits) for block in blocks])
         for number, block in enumerate(blocks):
-            hooks += self._block_hooks(engine, number, block)
+            hooks += self._block_hooks(engine, number, block, fewer.get(number))
         return hooks
 
     def _block(self, number: int, module: nn.Module, proportional: bool, scored: bool = False) -> _Block:
@@ -136,8 +137,7 @@ class EncoderAdapter:
             raise UnsupportedModelError(
                 f"{what} in proportion to sizes: its forward takes no {self.tower.mask}; proportional=False works"
             )
-        x, kwargs = self._sample(module, number)
-        kwargs |= {self.tower.mask: None} if self.tower.mask in names else {}
+        x, kwargs = self.tower.sample(self.host, module, number)
         mask = {self.tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
         seen: list[Tensor] = []
         try:
@@ -152,29 +152,12 @@ class EncoderAdapter:
             raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
         parts = [child(module, path) for path in self.tower.parts]
         half = None if None in parts else HalfBlock(module, *cast(list[nn.Module], parts))
-        return _Block(module, half if half and fits(half, x, kwargs, self._brief) else None, keys, logits, names)
+        return _Block(module, half if half and fits(half, x, kwargs, self.tower.brief) else None, keys, logits, names)
 
-    def _sample(self, module: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
-        """Random hidden states for a block, and what else it takes."""
-        weight, n_tokens = next(module.parameters()), self.tower.prefix(self.host) + _TRIED
-        device = weight.device
-        if device.type == "meta":  # accelerate brings the weights in when the block runs
-            devices = (getattr(getattr(one, "_hf_hook", None), "execution_device", None) for one in module.modules())
-            device = torch.device(next((one for one in devices if one is not None), "cpu"))
-        generator = torch.Generator().manual_seed(number)
-        x = torch.randn(2, n_tokens, self.tower.width(self.host), generator=generator).to(device, weight.dtype)
-        rope = self.tower.sample_rope(self.host, x[0, -_TRIED:]) if self.tower.rope else None
-        return x, {} if rope is None else {self.tower.rope: rope}
-
-    def _brief(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for a call of a block whose attention is silenced."""
-        kwargs = {name: None if name == self.tower.mask else value for name, value in kwargs.items()}
-        if kwargs.get(self.tower.rope) is not None:
-            kwargs[self.tower.rope] = one_rope(kwargs[self.tower.rope])
-        return kwargs
-
-    def _block_hooks(self, engine: Engine, number: int, block: _Block) -> list[Hook]:
-        """The hooks of one block and of its parts."""
+    def _block_hooks(
+        self, engine: Engine, number: int, block: _Block, fewer: FewerHeads | None = None
+    ) -> list[Hook | Swap]:
+        """The hooks of one block and of its parts. One with `fewer` heads hands its keys and queries over itself."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if block.half is not None:
@@ -188,6 +171,7 @@ class EncoderAdapter:
                 return None
             run.keys, run.wants_keys = None, engine.forced or any(plan[number] for plan in run.plan)
             run.query, run.key, run.scoring = None, None, block.logits is not None and self._scores(engine, run, number)
+            run.attending = None if fewer is None else number
             run.halved = run.wants_keys and block.half is not None
             changed = (run.shortened(x, number),), self._shortened(engine, run, x, kwargs)
             if run.halved and block.half is not None:
@@ -204,7 +188,10 @@ class EncoderAdapter:
                 passage.end(engine)
                 return None
             try:
-                return self._after(engine, number, block, run, kwargs, output)
+                if run.attending is not None:
+                    raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
+                rope = None if fewer is not None else kwargs.get(self.tower.rope)  # its queries are turned already
+                return self._after(engine, number, block, run, kwargs, output, rope)
             except BaseException:
                 passage.end(engine)
                 raise
@@ -225,14 +212,13 @@ class EncoderAdapter:
         def keep(name: str, x: Tensor) -> None:
             setattr(passage.passage_of(engine), name, x)
 
-        hooks = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
+        hooks: list[Hook | Swap] = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
+        hooks += block.half.hooks() if block.half is not None else ()
+        if fewer is not None:
+            return [*hooks, fewer.swap()]
         if block.logits is not None:
             hooks += [getattr(block.logits, one).hook(scoring, partial(keep, one)) for one in ("query", "key")]
-        return [
-            *hooks,
-            block.keys.hook(wants_keys, keep_keys),
-            *(block.half.hooks() if block.half is not None else ()),
-        ]
+        return [*hooks, block.keys.hook(wants_keys, keep_keys)]
 
     def _begin(self, engine: Engine, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Open a pass, unless there is a reason not to, which then is left in the traces."""
@@ -276,13 +262,13 @@ class EncoderAdapter:
         return any(one.method.scored and (engine.forced or any(plan[number:])) for one, plan in pairs)
 
     def _after(
-        self, engine: Engine, number: int, block: _Block, run: Passage, kwargs: dict[str, Any], output: Any
+        self, engine: Engine, number: int, block: _Block, run: Passage, kwargs: dict[str, Any], output: Any, rope: Any
     ) -> Any:
         """What a block returns once its tokens are reduced; publishes the traces."""
         x, last = first_of(output), number == len(self.blocks) - 1
         reducers, place = _reducers(engine), END if block.half is None else BETWEEN
         if run.scoring and block.logits is not None:
-            run.score(block.logits, number=number, rope=kwargs.get(self.tower.rope), bias=self._bias(engine, run, x))
+            run.score(block.logits, number=number, rope=rope, bias=self._bias(engine, run, x))
         for reducer, plan in zip(reducers, run.plan, strict=True):
             left = run.n_left - run.n_prefix
             r = min(plan[number], left - 1 if reducer.method.scored else left // 2)
@@ -291,7 +277,7 @@ class EncoderAdapter:
                 continue
             run.skip(reducer, number=number, n_rows=x.shape[0])
         if run.halved and block.half is not None:
-            output = block.half.finish(x, self._brief(kwargs))
+            output = block.half.finish(x, self.tower.brief(kwargs))
             x = first_of(output)
         engine.publish(tuple(run.traces))
         watched = passage.is_direct(engine) or len(block.module._forward_hooks) > 1

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,10 @@ class HalfBlock:
         def spare_mlp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return ((args[0][:1, :0], *args[1:]), kwargs) if mlp in _SILENT.get() else None
 
-        def nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if output is None or module not in _SILENT.get():
+        def nothing(
+            branch: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            if output is None or branch not in _SILENT.get():  # another may stand in for the branch
                 return None
             states = first_of(output)
             zeros = states.new_zeros(1, 1, states.shape[-1])
@@ -70,9 +73,9 @@ class HalfBlock:
 
         return [
             Hook(self.attention_norm, "pre", spare_attention),
-            Hook(attention, "first", nothing),
+            Hook(attention, "first", partial(nothing, attention)),
             Hook(self.mlp_norm, "pre", spare_mlp),
-            Hook(mlp, "first", nothing),
+            Hook(mlp, "first", partial(nothing, mlp)),
         ]
 
     def finish(self, x: Tensor, kwargs: dict[str, Any]) -> Any:

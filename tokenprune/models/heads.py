@@ -1,12 +1,15 @@
-"""Which heads a layer keeps, and tensors with an axis of heads without the others."""
+"""Which heads a layer keeps and by which scores, and tensors with an axis of heads without the others."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from tokenprune import ops
+from tokenprune.signals import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,44 @@ class Fewer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class Scored(Protocol):
+    """What a forward knows of heads.
+
+    Attributes:
+        head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far; None while none was seen.
+        heads: the heads that the last layer kept, if not all.
+    """
+
+    head_scores: Tensor | None
+    heads: Heads | None
+
+
+def count_heads(fraction: float, n_heads: int) -> int:
+    """How many of `n_heads` heads a layer keeps."""
+    return max(1, int(n_heads * fraction + 1e-6))
+
+
+def heads_of(state: Scored, plan: AttentionPlan, *, layer: int) -> Heads | None:
+    """Which heads `layer` keeps: those with the highest scores among those that the layer before kept; None for all.
+
+    Chosen when the layer asks for the first time, so that its own magnitudes have no say.
+    """
+    if state.head_scores is None:
+        return None
+    n_heads = state.head_scores.shape[1]
+    n_keep = count_heads(plan.heads[layer], n_heads)
+    if n_keep == n_heads:
+        return None
+    if state.heads is None or state.heads.layer != layer:
+        alive = None if state.heads is None else state.heads.mask.to(state.head_scores.device)
+        chosen = ops.top_k_select(state.head_scores, k=n_keep, valid=alive)
+        state.heads = Heads(layer, chosen, n_heads)
+    return state.heads
+
+
+def note_magnitude(state: Scored, magnitude: Tensor) -> None:
+    """Add the magnitudes `[B, H]` of a layer's heads to their scores."""
+    earlier = state.head_scores
+    state.head_scores = magnitude if earlier is None else earlier.to(magnitude.device) + magnitude

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Keys, Logits, Tower, child, heads_averaged
+from tokenprune.models.tower import Attending, Keys, Logits, Tower, child, heads_averaged
 
 _KEYS = ("attention.k_proj", "self_attn.k_proj", "attention.attention.key")
 
@@ -35,6 +35,18 @@ def _logits(block: nn.Module) -> Logits | None:
         read = partial(_split, _n_heads(attention))
         return Logits(Keys(query, "post", read), Keys(key, "post", read), float(scale), _rotate)
     return None
+
+
+def _attending(attention: Any) -> Attending | str:
+    outward = next((name for name in ("o_proj", "out_proj") if child(attention, name) is not None), None)
+    if outward is None:
+        return "it has no attention with an output projection of its own"
+
+    def dropout(attention: Any) -> float:
+        return float(getattr(attention, "attention_dropout", None) or getattr(attention, "dropout", None) or 0)
+
+    names = ("q_proj", "k_proj", "v_proj")
+    return Attending(names, outward, _n_heads(attention), dropout=dropout, paired=True)
 
 
 def _split(n_heads: int, x: Tensor) -> Tensor:
@@ -88,7 +100,8 @@ def _tower(
 ) -> Tower:
     count = prefix if callable(prefix) else lambda host: prefix
     return Tower(
-        name, "transformers", hosts, path, parts, "attention_mask", _keys, _logits, _width, count,
+        name, "transformers", hosts, path, parts, "attention_mask", _keys, _logits, _attending, _width,
+        count,
         **{"patches": _patches, "refusal": _refuse, **further},
     )  # fmt: skip
 

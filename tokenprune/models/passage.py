@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenprune import ops
 from tokenprune.errors import InputError
 from tokenprune.models.base import Engine
+from tokenprune.models.heads import Heads
 from tokenprune.models.tower import Logits
 from tokenprune.reduction import Keep, Merge, Reduction, gather
 from tokenprune.signals import BlockSignals, Budget, Trace
@@ -69,6 +70,9 @@ class Passage:
         importance: attention gathered so far by the tokens that are left, `[B, n_left]` fp32; None while none was seen.
         query: queries of the block that runs, `[B, H, n_left, K]`, once they are seen; `key` likewise.
         scoring: whether they are looked for.
+        head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far; None while none was seen.
+        heads: the heads that the last block kept, if not all.
+        attending: the block whose attention is to run without the heads that left; None once it did.
         halved: whether the block that runs has its MLP silenced.
         traces: what happened so far.
     """
@@ -86,6 +90,9 @@ class Passage:
     query: Tensor | None = None
     key: Tensor | None = None
     scoring: bool = False
+    head_scores: Tensor | None = None
+    heads: Heads | None = None
+    attending: int | None = None
     halved: bool = False
     traces: list[Trace] = field(default_factory=list)
     holder: "weakref.ref[Tensor] | None" = None
@@ -178,7 +185,7 @@ class Passage:
     def skip(self, reducer: BlockReducer, *, number: int, n_rows: int) -> None:
         """Note that a method takes nothing away in a block."""
         count = (self.n_left - self.n_prefix,) * n_rows
-        reason = "the schedule removes nothing in this block"
+        reason = "the schedule removes no tokens in this block"
         self.traces.append(Trace(SITE, number, reducer.name, count, count, status="skipped", reason=reason))
 
     def _take(self, answer: Reduction, x: Tensor, backend: str) -> Tensor:
@@ -213,7 +220,8 @@ class Passage:
 
         def forget(ref: "weakref.ref[Tensor]") -> None:
             if self.holder is ref:
-                self.index = self.assign = self.sizes = self.keys = self.importance = None
+                self.index = self.assign = self.sizes = self.keys = self.importance = self.head_scores = None
+                self.heads = None
                 self.traces = []
 
         self.holder = weakref.ref(output, forget)

@@ -22,7 +22,7 @@ from tokenprune.errors import InputError
 from tokenprune.models import attention
 from tokenprune.models.base import Swap
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment
-from tokenprune.models.heads import Heads
+from tokenprune.models.heads import Heads, heads_of
 from tokenprune.reduction import gather
 from tokenprune.signals import Probe
 
@@ -99,7 +99,7 @@ def attend(
         return stepped, None
     heads = None
     if state.steering and state.attention is not None:
-        heads = attention.heads_of(state, state.attention, layer=layer)
+        heads = heads_of(state, state.attention, layer=layer)
         output = attention.prompt(
             state, state.call, real, module, heads, query, key, value, attention_mask, *args, **kwargs
         )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenprune.models import attention
 from tokenprune.models.base import Engine, Swap
 from tokenprune.models.forward import current
+from tokenprune.models.heads import heads_of
 
 NAMES = ("q_proj", "o_proj")
 FEW_TOKENS = 16  # in a row; below, cutting the weights costs about what it saves
@@ -45,7 +45,7 @@ class Pair:
         state = current(self.engine)
         if state is None or state.call is None or state.attention is None or not state.steering:
             return None
-        heads = attention.heads_of(state, state.attention, layer=self.layer)
+        heads = heads_of(state, state.attention, layer=self.layer)
         if heads is None or heads.common is None:
             return None
         known = state.patterns.get(self.layer) == heads.common
@@ -57,7 +57,7 @@ class Pair:
     def _in_place(self) -> bool:
         """Whether both stand where they were put, without hooks of anybody, which are to see everything."""
         there = all(getattr(self.module, name) is one for name, one in zip(NAMES, self.linears, strict=True))
-        return there and not any(_odd(one.original) for one in self.linears)
+        return there and not any(odd(one.original) for one in self.linears)
 
 
 class SlicedLinear(nn.Linear):
@@ -149,8 +149,8 @@ def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
     for name, linear in zip(NAMES, linears, strict=True):
         if linear is None:
             return f"{type(module).__name__} has no {name} of its own"
-        if (odd := _odd(linear)) is not None:
-            return f"{name} {odd}"
+        if (why := odd(linear)) is not None:
+            return f"{name} {why}"
     width = getattr(module, "head_dim", None)
     forward: Any = inspect.unwrap(type(module).forward)
     named = set(getattr(getattr(forward, "__code__", None), "co_names", ()))
@@ -161,7 +161,7 @@ def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
     return [Swap(module, name, one) for name, one in zip(NAMES, pair.linears, strict=True)]
 
 
-def _odd(linear: Any) -> str | None:
+def odd(linear: Any) -> str | None:
     """What keeps a layer from being cut, None for a plain linear layer."""
     if type(linear) is not nn.Linear:
         return f"is a {type(linear).__name__}"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Keys, Logits, Tower, child
+from tokenprune.models.tower import Attending, Keys, Logits, Tower, child
 
 
 def _keys(block: Any) -> Keys | None:
@@ -63,6 +63,26 @@ def _beit_logits(block: Any) -> Logits:
     return Logits(part(0), part(1), float(attention.scale))
 
 
+def _attending(attention: Any) -> Attending | str:
+    """A fused projection or three, with or without biases of their own, which is what timm's attentions have."""
+    if any(getattr(attention, name, None) is None for name in ("proj", "num_heads")):
+        return "it has no attention with an output projection of its own"
+    for name in ("norm", "gate"):
+        if not isinstance(getattr(attention, name, None), nn.Identity | None):
+            return f"its attention has a {name} of all heads before its output projection"
+    fused = getattr(attention, "qkv", None) is not None
+    names = ("q_bias", "k_bias", "v_bias")
+    return Attending(
+        ("qkv",) if fused else ("q_proj", "k_proj", "v_proj"),
+        "proj",
+        int(attention.num_heads),
+        biases=names if fused and getattr(attention, "q_bias", None) is not None else (),
+        norms=("q_norm", "k_norm") if child(attention, "k_norm") is not None else (),
+        last=("proj_drop",),
+        dropout=lambda attention: float(attention.attn_drop.p),
+    )
+
+
 def _patches(host: Any) -> int:
     if getattr(host, "dynamic_img_size", False):
         return 0
@@ -118,6 +138,7 @@ TOWERS: tuple[Tower, ...] = (
         "attn_mask",
         _keys,
         _logits,
+        _attending,
         _width,
         _prefix,
         _patches,
@@ -133,6 +154,7 @@ TOWERS: tuple[Tower, ...] = (
         "attn_mask",
         _keys,
         _logits,
+        _attending,
         _width,
         _prefix,
         _patches,
@@ -150,6 +172,7 @@ TOWERS: tuple[Tower, ...] = (
         "shared_rel_pos_bias",
         _beit_keys,
         _beit_logits,
+        _attending,
         _width,
         _prefix,
         _patches,

@@ -1,5 +1,6 @@
 """What has to be known of a kind of vision encoder: one declarative row each."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from tokenprune.models.base import Hook
 from tokenprune.reduction import gather
+
+_TRIED = 6  # patches that a block is tried on
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,31 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class Attending:
+    """What an attention is made of, beside the scale and the rotation of its logits. Modules and parameters are named.
+
+    Attributes:
+        inward: its projections: one for queries, keys and values in a row, or one for each.
+        outward: its output projection, which takes the heads side by side.
+        n_heads: how many heads it has.
+        biases: what is added to queries, keys and values behind a fused projection; () where nothing is.
+        norms: norms of the queries and of the keys `[B, H, N, K]`; () where there are none.
+        last: what follows the output projection.
+        dropout: how likely a probability is dropped in training.
+        paired: whether it gives its probabilities too where an implementation has them, and else None.
+    """
+
+    inward: tuple[str, ...]
+    outward: str
+    n_heads: int
+    biases: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    dropout: Callable[[Any], float] = lambda attention: 0.0
+    paired: bool = False
+
+
+@dataclass(frozen=True)
 class Tower:
     """Encoders of one kind.
 
@@ -75,6 +103,7 @@ class Tower:
         mask: argument of a block that is added to the attention logits.
         keys: finds a block's keys; None where it has none.
         logits: finds what a block's attention logits are made of; None where that is not known.
+        attending: finds what the attention among `parts` is made of, or why it cannot do with fewer heads.
         width: width D of the hidden states.
         prefix: tokens before the patches (class, distillation, registers).
         patches: patches of an image, 0 where that is open.
@@ -92,6 +121,7 @@ class Tower:
     mask: str
     keys: Callable[[nn.Module], Keys | None]
     logits: Callable[[nn.Module], Logits | None]
+    attending: Callable[[nn.Module], Attending | str]
     width: Callable[[Any], int]
     prefix: Callable[[Any], int]
     patches: Callable[[Any], int]
@@ -107,6 +137,26 @@ class Tower:
             if found is not None:
                 return list(found.children())
         return []
+
+    def sample(self, host: nn.Module, block: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
+        """Random hidden states for a block, and what else it takes, with no mask."""
+        weight, n_tokens = next(block.parameters()), self.prefix(host) + _TRIED
+        device = weight.device
+        if device.type == "meta":  # accelerate brings the weights in when the block runs
+            devices = (getattr(getattr(one, "_hf_hook", None), "execution_device", None) for one in block.modules())
+            device = torch.device(next((one for one in devices if one is not None), "cpu"))
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(2, n_tokens, self.width(host), generator=generator).to(device, weight.dtype)
+        rope = self.sample_rope(host, x[0, -_TRIED:]) if self.rope else None
+        kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
+        return x, kwargs if rope is None else {**kwargs, self.rope: rope}
+
+    def brief(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for a call of a block whose attention is silenced."""
+        kwargs = {name: None if name == self.mask else value for name, value in kwargs.items()}
+        if kwargs.get(self.rope) is not None:
+            kwargs[self.rope] = one_rope(kwargs[self.rope])
+        return kwargs
 
 
 def child(module: Any, path: str) -> nn.Module | None:
