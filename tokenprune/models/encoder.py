@@ -196,18 +196,14 @@ class EncoderAdapter:
                 passage.end(engine)
                 raise
 
-        def wants_keys() -> bool:
+        def wants(what: str) -> bool:
             run = passage.passage_of(engine)
-            return run is not None and run.wants_keys
+            return run is not None and bool(getattr(run, what))
 
         def keep_keys(keys: Tensor) -> None:
             run = passage.passage_of(engine)
             if run is not None:
                 run.keys, run.wants_keys = keys, False
-
-        def scoring() -> bool:
-            run = passage.passage_of(engine)
-            return run is not None and run.scoring
 
         def keep(name: str, x: Tensor) -> None:
             setattr(passage.passage_of(engine), name, x)
@@ -217,8 +213,9 @@ class EncoderAdapter:
         if fewer is not None:
             return [*hooks, fewer.swap()]
         if block.logits is not None:
+            scoring = partial(wants, "scoring")
             hooks += [getattr(block.logits, one).hook(scoring, partial(keep, one)) for one in ("query", "key")]
-        return [*hooks, block.keys.hook(wants_keys, keep_keys)]
+        return [*hooks, block.keys.hook(partial(wants, "wants_keys"), keep_keys)]
 
     def _begin(self, engine: Engine, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Open a pass, unless there is a reason not to, which then is left in the traces."""

@@ -10,6 +10,7 @@ import copy
 import inspect
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -108,7 +109,7 @@ class FewerHeads:
             query, key, value = map(heads.take, (query, key, value))
         if self.parts.norms:
             query, key = (
-                getattr(self.module, name)(one) for name, one in zip(self.parts.norms, (query, key), strict=True)
+                attrgetter(name)(self.module)(one) for name, one in zip(self.parts.norms, (query, key), strict=True)
             )
         rope, unturned = _by_head(given.get(self.tower.rope), heads, len(x)), key
         query, key = self.logits.turned(query, rope), self.logits.turned(key, rope)
@@ -123,16 +124,16 @@ class FewerHeads:
     def whole(self) -> str | None:
         """Why the projections are not cut, None where they are."""
         for name in (*self.parts.inward, self.parts.outward):
-            if (reason := odd(getattr(self.module, name))) is not None:
+            if (reason := odd(attrgetter(name)(self.module))) is not None:
                 return f"{name} {reason}"
         return None
 
     def _projected(self, x: Tensor, index: Tensor | None) -> list[Tensor]:
         """Queries, keys and values `[B, n, N, K]` of `x` `[B, N, D]`, of the heads at `index` `[n]` or of all."""
-        bias = torch.cat([getattr(self.module, name) for name in self.parts.biases]) if self.parts.biases else None
+        bias = torch.cat([attrgetter(name)(self.module) for name in self.parts.biases]) if self.parts.biases else None
         n_parts, found = 3 // len(self.parts.inward), list[Tensor]()
         for name in self.parts.inward:
-            linear = getattr(self.module, name)
+            linear = attrgetter(name)(self.module)
             if index is None:
                 product = linear(x) if bias is None else linear(x) + bias
             else:
@@ -161,7 +162,7 @@ class FewerHeads:
 
     def _put_out(self, states: Tensor, heads: Heads | None, index: Tensor | None) -> Tensor:
         """What the attention makes of its heads `[B, n, N, K]`."""
-        linear = getattr(self.module, self.parts.outward)
+        linear = attrgetter(self.parts.outward)(self.module)
         if index is None:
             states = states if heads is None else heads.widen(states)
             output = linear(states.transpose(1, 2).flatten(2))
@@ -169,7 +170,7 @@ class FewerHeads:
             weight = linear.weight.unflatten(1, (self.parts.n_heads, -1)).index_select(1, index).flatten(1)
             output = functional.linear(states.transpose(1, 2).flatten(2), weight, linear.bias)
         for name in self.parts.last:
-            output = getattr(self.module, name)(output)
+            output = attrgetter(name)(self.module)(output)
         return cast(Tensor, output)
 
 
@@ -240,16 +241,14 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
         kwargs[fewer.tower.mask] = x.new_ones(2, 1, 1, x.shape[1]).cumsum(3).log()
     seen: list[Any] = []
     watch = Hook(fewer.module, "post", lambda module, *call: seen.append(call))
-    with still(fewer.block), hooked([watch]):
-        fewer.block.forward(x, **kwargs)
-    if len(seen) != 1:
-        return f"one call of its attention was looked for, and there were {len(seen)}"
-    (args, kwargs, output), reason = (
-        seen[0],
-        "its attention is not made of the projections, norms and biases found in it",
-    )
+    reason = "its attention is not made of the projections, norms and biases found in it"
     try:
         with still(fewer.block):
+            with hooked([watch]):
+                fewer.block.forward(x, **kwargs)
+            if len(seen) != 1:
+                return f"one call of its attention was looked for, and there were {len(seen)}"
+            args, kwargs, output = seen[0]
             ours = first_of(fewer.compute(args, kwargs, None).output)
     except Exception as error:
         return f"{reason} ({error!r})"

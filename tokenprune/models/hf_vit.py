@@ -38,6 +38,14 @@ def _logits(block: nn.Module) -> Logits | None:
 
 
 def _attending(attention: Any) -> Attending | str:
+    if child(attention, "attention.query") is not None and child(attention, "output.dense") is not None:
+        return Attending(  # DINOv2 before transformers 5.20
+            ("attention.query", "attention.key", "attention.value"),
+            "output.dense",
+            _n_heads(attention.attention),
+            last=("output.dropout",),
+            dropout=lambda attention: float(attention.attention.dropout_prob),
+        )
     outward = next((name for name in ("o_proj", "out_proj") if child(attention, name) is not None), None)
     if outward is None:
         return "it has no attention with an output projection of its own"
