@@ -201,8 +201,7 @@ class EncoderAdapter:
             return run is not None and bool(getattr(run, what))
 
         def keep_keys(keys: Tensor) -> None:
-            run = passage.passage_of(engine)
-            if run is not None:
+            if (run := passage.passage_of(engine)) is not None:
                 run.keys, run.wants_keys = keys, False
 
         def keep(name: str, x: Tensor) -> None:

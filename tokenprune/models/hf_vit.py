@@ -39,7 +39,7 @@ def _logits(block: nn.Module) -> Logits | None:
 
 def _attending(attention: Any) -> Attending | str:
     if child(attention, "attention.query") is not None and child(attention, "output.dense") is not None:
-        return Attending(  # DINOv2 before transformers 5.20
+        return Attending(  # DINOv2 of older transformers
             ("attention.query", "attention.key", "attention.value"),
             "output.dense",
             _n_heads(attention.attention),
