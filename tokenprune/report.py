@@ -101,7 +101,7 @@ class Report:
         break_even: an estimate of the number of visual tokens from which on pruning pays here, and which stage takes
             the dense time; None if nothing was measured or there was no visual token.
         traffic: bytes of keys and values that the last generation read, where a method counts them.
-        remarks: what the methods could not do everywhere in this model.
+        remarks: what the methods could not do everywhere in this model, and how many heads its blocks keep.
     """
 
     model: str

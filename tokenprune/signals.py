@@ -92,7 +92,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What a method leaves out of every attention of a decoder.
+    """What a method leaves out of every attention of a decoder or, of heads alone, of a vision encoder.
 
     Attributes:
         heads: for each layer the fraction of the query heads that it keeps.

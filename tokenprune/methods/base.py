@@ -87,7 +87,7 @@ class Method:
         return None
 
     def attention_plan(self, n_layers: int) -> AttentionPlan | None:
-        """What the method leaves out of every attention of the decoder."""
+        """What the method leaves out of every attention of the decoder or, where it is in one, of the encoder."""
         return None
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
