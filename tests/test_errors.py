@@ -389,7 +389,7 @@ def test_a_prompt_without_an_image_is_left_alone_and_the_trace_says_so(family):
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), ids)
     assert {trace.status for trace in session.traces} == {"skipped"}
     assert "no image in this call" in str(session.report())
-    assert "Nothing was pruned" in str(session.report())
+    assert "No tokens were pruned" in str(session.report())
 
 
 def test_an_image_after_a_prompt_without_one_is_pruned():

@@ -80,7 +80,7 @@ def test_a_skipped_site_is_shown_with_its_reason() -> None:
     assert result.sites[0].status == "skipped"
     for text in (str(result), result.to_markdown(), result._repr_html_()):
         assert f"skipped, {result.sites[0].reason}" in text
-        assert "Nothing was pruned" in text
+        assert "No tokens were pruned" in text
 
 
 def test_tokens_and_kv_bytes_are_exact(measured: tuple[nn.Module, Any, Any]) -> None:

@@ -282,6 +282,7 @@ def test_the_report_measures_fewer_operations():
     session = tokenprune.patch(model, "spatten", tokens=1.0, heads=FRACTIONS)
     text = str(session.report(given["x"], repeats=1))
     assert "keep 3, 3, 2, 1 of 3 heads" in text
+    assert "No tokens were pruned" in text
     cost = next(one for one in session.report(given["x"], repeats=1).costs if one.name == "total_flops_g")
     assert cost.pruned < cost.dense
 

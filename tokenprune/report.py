@@ -191,7 +191,7 @@ class Report:
         reasons = dict.fromkeys((site.site, site.method, site.reason) for site in self.sites if site.reason)
         parts += [line(f"{site}, {method}: skipped, {reason}.") for site, method, reason in reasons]
         if all(site.status != "applied" for site in self.sites):
-            parts.append(line("Nothing was pruned."))
+            parts.append(line("No tokens were pruned."))
         if any(layer.dense_tokens is not None for layer in self.layers):
             parts.append(line("Layers of the decoder: visual tokens, length of the sequence at the prefill, KV cache."))
             parts.append(table(LAYER_HEADER, layer_rows(self.layers)[:SHOWN_LAYERS]))
