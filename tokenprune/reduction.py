@@ -26,8 +26,10 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
     """
     index = index.to(x.device)
     if dim == 1:  # rows of memory at a time: several times faster than an index for every element
-        first = torch.arange(index.shape[0], device=x.device)[:, None] * (x.shape[1] if x.shape[0] > 1 else 0)
-        return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *x.shape[2:])
+        flat = index
+        if index.shape[0] > 1 and x.shape[0] > 1:
+            flat = index + torch.arange(index.shape[0], device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
     shape = list(x.shape)
     shape[dim - 1] = index.shape[0]
     x = x.expand(shape)

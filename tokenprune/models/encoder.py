@@ -151,8 +151,10 @@ class EncoderAdapter:
         if scored and (reason := disagreement(logits, module, x, kwargs, kwargs.get(self.tower.rope))):
             raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
         parts = [child(module, path) for path in self.tower.parts]
-        half = None if None in parts else HalfBlock(module, *cast(list[nn.Module], parts))
-        return _Block(module, half if half and fits(half, x, kwargs, self.tower.brief) else None, keys, logits, names)
+        named = None if None in parts else cast(tuple[nn.Module, nn.Module, nn.Module, nn.Module], tuple(parts))
+        halves = (HalfBlock(module, *named, n) for n in (0, 1)) if named else ()
+        half = next((one for one in halves if fits(one, x, kwargs, self.tower.brief)), None)
+        return _Block(module, half, keys, logits, names)
 
     def _block_hooks(
         self, engine: Engine, number: int, block: _Block, fewer: FewerHeads | None = None

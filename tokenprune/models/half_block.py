@@ -38,6 +38,8 @@ class HalfBlock:
         attention: the attention.
         mlp_norm: the norm that the MLP branch begins with.
         mlp: the MLP.
+        spared: tokens that a silenced attention gets. It multiplies them with all its weights, so none is best; but
+            some reshape their heads with a -1 and need one.
     """
 
     block: nn.Module
@@ -45,6 +47,7 @@ class HalfBlock:
     attention: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
+    spared: int = 0
 
     def silence(self, branch: nn.Module | None) -> None:
         """Make `branch` (the attention or the MLP) add nothing to the residual stream from now on; None ends that."""
@@ -53,11 +56,10 @@ class HalfBlock:
 
     def hooks(self) -> list[Hook]:
         """The hooks that silence a branch where :meth:`silence` asked for it."""
-        attention, mlp = self.attention, self.mlp
+        attention, mlp, spared = self.attention, self.mlp, self.spared
 
         def spare_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # One token, not none: some reshape their heads with a -1.
-            return ((args[0][:1, :1], *args[1:]), kwargs) if attention in _SILENT.get() else None
+            return ((args[0][:1, :spared], *args[1:]), kwargs) if attention in _SILENT.get() else None
 
         def spare_mlp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return ((args[0][:1, :0], *args[1:]), kwargs) if mlp in _SILENT.get() else None
@@ -134,7 +136,7 @@ def fits(half: HalfBlock, x: Tensor, kwargs: dict[str, Any], brief: Callable[[di
                 half.silence(half.mlp)
                 middle = first_of(half.block.forward(x, **kwargs))
                 found = first_of(half.finish(middle, brief(kwargs)))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token or none is not ours
+        except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with as good as no tokens is not ours
             return False
         finally:
             half.silence(None)

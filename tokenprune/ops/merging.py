@@ -1,7 +1,9 @@
 """Bipartite matching of tokens, and merging by means of what it says."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,17 +84,15 @@ def bipartite_match(
     if kernel is not None:
         return BipartiteMatch(*kernel.launch(keys, free, valid, r))
     if valid is None:
-        target = _targets(keys, free, r)
+        source, target = _pairs(keys, free, r)
     else:  # Each row by itself and without its padding: products of the shape that the row has alone.
-        target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+        found = []
         for i, row in enumerate(valid):
             position = row.nonzero()[:, 0]
             some = None if free is None else free[i if len(free) > 1 else 0, position][None]
-            target[i, position] = position[_targets(keys[i, position][None], some, r)[0]]
-    place = torch.arange(keys.shape[1], device=keys.device).expand_as(target)
-    stays = target == place
-    assign = (stays.cumsum(1) - 1).gather(1, target)
-    return BipartiteMatch(place[stays].view(len(keys), keys.shape[1] - r), assign)
+            found.append([position[one] for one in _pairs(keys[i, position][None], some, r)])
+        source, target = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return BipartiteMatch(*_groups(source, target, keys.shape[1]))
 
 
 def merge_tokens(
@@ -143,14 +143,32 @@ def merge_tokens(
     return MergedTokens(tokens.view(len(x), n_out, x.shape[2]), size.view(len(x), n_out))
 
 
-def _targets(keys: Tensor, free: Tensor | None, r: int) -> Tensor:
-    """The position `[B, N]` that every token goes to: its own unless it is one of the `r` sources that merge."""
-    target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+def _pairs(keys: Tensor, free: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
+    """The positions `[B, r]` of the sources that merge, and of what they merge into."""
     if r == 0:
-        return target
+        return (none := torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)), none
     best, partner = _best_partners(keys, free)
-    top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
-    return target.scatter_(1, top * 2, partner.gather(1, top) * 2 + 1)
+    if keys.device.type == "cpu":  # NumPy's calls cost a fraction of torch's.
+        top = torch.from_numpy((-best.numpy()).argsort(axis=1, kind="stable")[:, :r])
+    else:
+        top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
+    return top * 2, partner.gather(1, top) * 2 + 1
+
+
+def _groups(source: Tensor, target: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Where the groups stand, and which one each of `n` tokens goes to, when `source` goes into `target` `[B, r]`."""
+    shape = len(source), n - source.shape[1]
+    if source.device.type == "cpu":
+        rows, gone, into = np.arange(shape[0])[:, None], source.numpy(), target.numpy()
+        left = np.ones((shape[0], n), np.bool_)
+        left[rows, gone] = False
+        number = left.cumsum(axis=1) - 1
+        number[rows, gone] = number[rows, into]
+        return torch.from_numpy(left.nonzero()[1].reshape(shape)), torch.from_numpy(number)
+    place = torch.arange(n, device=source.device).expand(shape[0], -1)
+    stays = torch.ones(place.shape, dtype=torch.bool, device=source.device).scatter_(1, source, False)
+    assign = (stays.cumsum(1) - 1).gather(1, place.scatter(1, source, target))
+    return place[stays].view(shape), assign
 
 
 def _best_partners(keys: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -160,23 +178,31 @@ def _best_partners(keys: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
         keys: `[B, N, D]`, all of them valid.
         free: `[1 or B, N]` bool, tokens that take part.
     """
-    with torch.autocast(keys.device.type, enabled=False):
+    casts = torch.is_autocast_enabled(keys.device.type)
+    with torch.autocast(keys.device.type, enabled=False) if casts else nullcontext():
         keys = keys.detach().float()
         length = torch.linalg.vector_norm(keys, dim=2, keepdim=True)
-        unit = (keys / length.clamp_min(1e-12)).masked_fill_(~length.isfinite(), 0)
-        left, right = unit[:, ::2], unit[:, 1::2]
-        step = max(1, _BLOCK // (4 * len(keys) * right.shape[1]))
+        unit = (keys / length.clamp_min_(1e-12)).nan_to_num_(0, 0, 0)
+        left, right = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
+        taken = None if free is None or _all(free, 1) else ~free[:, None, 1::2]
+        step = max(1, _BLOCK // (4 * len(keys) * right.shape[2]))
         parts = []
         for part in left.split(step, dim=1):
-            cosine = torch.bmm(part, right.transpose(1, 2)).clamp_(max=_SAME)
-            if free is not None:
-                cosine.masked_fill_(~free[:, None, 1::2], -torch.inf)
+            cosine = torch.bmm(part, right).clamp_(max=_SAME)
+            if taken is not None:
+                cosine.masked_fill_(taken, -torch.inf)
             parts.append(cosine.max(dim=2))
             del cosine  # Before the next one is made.
-    best = torch.cat([part.values for part in parts], 1)
-    if free is not None:
+    best = parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], 1)
+    if free is not None and not _all(free, 0):
         best.masked_fill_(~free[:, ::2], -torch.inf)
-    return best, torch.cat([part.indices for part in parts], 1)
+    return best, parts[0].indices if len(parts) == 1 else torch.cat([part.indices for part in parts], 1)
+
+
+def _all(free: Tensor, first: int) -> bool:
+    """Whether all of `free` `[1 or B, N]` from the position `first` on by twos are set; False where looking would
+    wait for a GPU."""
+    return free.device.type == "cpu" and bool(free.numpy()[:, first::2].all())
 
 
 def _merge_few(flat: Tensor, group: Tensor, share: Tensor, n_rows: int, n_out: int) -> Tensor:
@@ -184,25 +210,27 @@ def _merge_few(flat: Tensor, group: Tensor, share: Tensor, n_rows: int, n_out: i
 
     Every group takes its first token; only those that have more are summed.
     """
-    every = torch.arange(len(group))
-    first = torch.full((n_rows * n_out,), len(group)).scatter_reduce_(0, group, every, "amin")
-    if int(first.max()) == len(group):
-        empty = int((first == len(group)).to(torch.uint8).argmax())
+    groups, every = group.numpy(), np.arange(len(group))
+    first = np.full(n_rows * n_out, -1)
+    first[groups[::-1]] = every[::-1]  # The last one written is the first one that goes there.
+    if first.min() < 0:
+        empty = int(first.argmin())
         raise InputError(
             "merge_tokens needs at least one token in every group; "
             f"group {empty % n_out} of row {empty // n_out} has none."
         )
-    other = torch.ones_like(group, dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
-    out = flat.index_select(0, first)
+    out = flat.index_select(0, torch.from_numpy(first))
+    other = (first[groups] != every).nonzero()[0]
     if not len(other):
         return out
-    slot = torch.zeros_like(first).index_fill_(0, group[other], 1)
-    summed = slot.nonzero()[:, 0]
-    slot = slot.cumsum(0) - 1
-    base = first[summed]
+    several = np.zeros(len(first), np.bool_)
+    several[groups[other]] = True
+    summed = several.nonzero()[0]
+    slot = several.cumsum() - 1
+    base, further = torch.from_numpy(first[summed]), torch.from_numpy(other)
     total = _widen(flat[base]) * share[base, None]
-    total = total.index_add(0, slot[group[other]], _widen(flat[other]) * share[other, None])
-    return out.index_copy_(0, summed, total.to(flat.dtype))
+    total = total.index_add(0, torch.from_numpy(slot[groups[other]]), _widen(flat[further]) * share[further, None])
+    return out.index_copy_(0, torch.from_numpy(summed), total.to(flat.dtype))
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -250,6 +278,12 @@ def _check_possible(r: int, keys: Tensor, free: Tensor | None, valid: Tensor | N
     n = keys.shape[1]
     if free is None:
         possible = [(n + 1) // 2 if n > 1 else 0]
+    elif valid is None and free.device.type == "cpu":
+        known = free.numpy()
+        held = known.size - np.count_nonzero(known)
+        if r <= (n + 1) // 2 - held and held < n // 2:  # wherever they stand
+            return
+        possible = (known[:, ::2].sum(axis=1) * known[:, 1::2].any(axis=1)).tolist()
     else:
         odd = torch.arange(n, device=free.device)[None] if valid is None else valid.to(free.device).cumsum(1) - 1
         odd = odd % 2 == 1
@@ -280,8 +314,7 @@ def _check_groups(x: Tensor, assign: Tensor, n_out: int, weight: Tensor | None) 
             f"merge_tokens needs weight as floats {rows} on {x.device}, to go with x; "
             f"got {weight.dtype} {list(weight.shape)} on {weight.device}."
         )
-    if x.device.type == "cpu" and (int(assign.min()) < 0 or int(assign.max()) >= n_out):
-        raise InputError(
-            f"merge_tokens needs groups from 0 to n_out - 1 = {n_out - 1}; "
-            f"got {int(assign.min())} to {int(assign.max())}."
-        )
+    if x.device.type == "cpu":
+        low, high = int(assign.numpy().min()), int(assign.numpy().max())
+        if low < 0 or high >= n_out:
+            raise InputError(f"merge_tokens needs groups from 0 to n_out - 1 = {n_out - 1}; got {low} to {high}.")
