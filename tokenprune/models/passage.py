@@ -221,8 +221,8 @@ class Passage:
 
         def forget(ref: "weakref.ref[Tensor]") -> None:
             if self.holder is ref:
-                self.index = self.assign = self.sizes = self.keys = self.importance = self.head_scores = None
-                self.heads = None
+                self.index = self.assign = self.sizes = self.keys = self.importance = None
+                self.head_scores = self.heads = None
                 self.traces = []
 
         self.holder = weakref.ref(output, forget)
@@ -252,11 +252,9 @@ def _check(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_prefix:
             f"{who} positions {index[0].tolist()} for the first row; {due}: ascending, and the first {n_prefix} "
             "(class, distillation, registers) among them"
         )
-    if not isinstance(answer, Merge):
-        return
-    groups = answer.assign.numpy()
-    own = np.take_along_axis(groups, places, 1) == np.arange(n_out)
-    if not own.all() or (groups[:, n_prefix:] < n_prefix).any():
+    groups = answer.assign.numpy() if isinstance(answer, Merge) else places[:, :0]
+    own = not groups.size or (np.take_along_axis(groups, places, 1) == np.arange(n_out)).all()
+    if not own or (groups[:, n_prefix:] < n_prefix).any():
         raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")
 
 

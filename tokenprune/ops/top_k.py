@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.errors import InputError, OptionError
 from tokenprune.ops.backend import check_count, find_kernel
 
+_SHORT = 1024  # Rows of fewer scores are sorted as fast as they are parted.
 _LONG = 2048  # Rows of this many scores are worth a narrower search for their threshold, each by itself.
 
 _Row = npt.NDArray[np.float32] | npt.NDArray[np.int32]
@@ -57,7 +58,7 @@ def top_k_select(
     if kernel is not None:
         index: Tensor = kernel.launch(scores, valid, width, counts)
         return index
-    if scores.device.type == "cpu":
+    if scores.is_cpu:
         return _select(scores, width, counts, valid)
     return _select_elsewhere(scores, width, counts, valid)
 
@@ -107,11 +108,12 @@ def _choose_together(scores: Tensor, k: int) -> _Ints | None:
     """The choice for many short rows at once, or None where a row has a NaN or a tie that matters."""
     n_rows, n = scores.shape
     if 8 * k <= n:
-        values, index = scores.topk(k + 1, dim=1)
+        values, index = scores.topk(k + 1, dim=1, sorted=False)
         value = values.numpy()
-        if np.count_nonzero(value[:, -2] > value[:, -1]) < n_rows or np.count_nonzero(value[:, 0] != value[:, 0]):
+        chosen: _Ints = index.numpy()[value > value[:, -1:]]  # as it comes, the last one is the least
+        if len(chosen) != n_rows * k:
             return None
-        chosen: _Ints = index.numpy()[:, :-1].copy()
+        chosen.shape = n_rows, k
         chosen.sort(axis=1)
         return chosen
     threshold = np.minimum.reduce(scores.topk(k, dim=1, sorted=False)[0].numpy(), axis=1, keepdims=True)
@@ -156,9 +158,12 @@ def _threshold(row: _Row, k: int) -> Any:
         if 0 <= at < len(between):
             between.partition(at)
             return between[at]
-    parted = row.copy()
-    parted.partition(n - k)
-    return parted[n - k]
+    ordered = row.copy()
+    if n < _SHORT:
+        ordered.sort()
+    else:
+        ordered.partition(n - k)
+    return ordered[n - k]
 
 
 def _image(row: _Row) -> npt.NDArray[np.int32]:
