@@ -116,6 +116,16 @@ class Segment:
             self.known_layout = self._layout(call)
         return self.known_layout
 
+    def _is_plain_step(self, call: Call, layer: int) -> bool:
+        """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
+        whole = call.length == 1 and call.flat and call.hiding is None and self.keep is None and self.bias is None
+        if not whole or call.cache is None or call.config._attn_implementation != "sdpa":
+            return False
+        slots = self.slots
+        if slots is not None and (slots.has_fillers or slots.bias is not None):
+            return False
+        return sum(masks.cache_sizes(call.cache, 1, layer)) == call.past + 1 - (0 if slots is None else slots.dropped)
+
     def _layout(self, call: Call) -> masks.Layout:
         rows = call.all_rows if self.keep is None else self.keep.index
         after = grown(self.slots, self.keep, self.bias, past=call.past, rows=call.all_rows)
@@ -125,6 +135,8 @@ class Segment:
 
     def mask(self, call: Call, *, layer: int, like: Tensor) -> Any:
         """What `layer` is to get as `attention_mask`; `like` are its hidden states."""
+        if self._is_plain_step(call, layer):
+            return None
         kinds = getattr(call.config, "layer_types", None)
         key = (kinds[layer] if kinds else None, like.device)
         if key not in self.layer_masks:

@@ -149,7 +149,7 @@ def _step(
     if mask is not None:
         weights = weights.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
     weights = weights.softmax(3)
-    scores = weights.sum((1, 2))[:, :n_keys]
+    scores = weights.detach().sum((1, 2))[:, :n_keys]
     for probe in probes:
         _note(state, call, layer, probe, scores)
     return (weights @ value).flatten(1, 2)[:, None]
@@ -162,12 +162,19 @@ def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) 
     if segment.keep is None and segment.slots is None and scores.shape[1] == total:
         state.scores[probe] = scores if earlier is None else scores + earlier.to(scores.device)
         return
-    layout = segment.layout(call)
-    columns = layout.columns[:, -scores.shape[1] :].to(scores.device)
-    if layout.has_fillers:
-        scores, columns = scores.masked_fill(columns < 0, 0.0), columns.clamp(min=0)
     earlier = scores.new_zeros(call.n_rows, total) if earlier is None else earlier.to(scores.device)
-    state.scores[probe] = earlier.scatter_add(1, columns, scores)
+    slots = None if segment.keep is not None else segment.slots
+    n_tail = 0 if slots is None or slots.has_fillers else scores.shape[1] - slots.index.shape[1]
+    if slots is not None and n_tail > 0 and scores.shape[1] == total - slots.dropped:
+        columns = slots.index.to(scores.device)
+        earlier[:, -n_tail:] += scores[:, -n_tail:]  # these stand by themselves
+        scores = scores[:, :-n_tail]
+    else:
+        layout = segment.layout(call)
+        columns = layout.columns[:, -scores.shape[1] :].to(scores.device)
+        if layout.has_fillers:
+            scores, columns = scores.masked_fill(columns < 0, 0.0), columns.clamp(min=0)
+    state.scores[probe] = earlier.scatter_add_(1, columns, scores)
 
 
 def _scores(
