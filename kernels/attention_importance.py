@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from tokenprune.kernels.decode_logits import capped
 
 INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
 WIDEST = 256  # Head width up to which tiles fit into shared memory.
@@ -64,11 +65,13 @@ def _logits(
 @triton.jit
 def _masked(
     logits, i, j, position, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Logits in units of log 2, -inf where the query does not see the key."""
     visible = i_inside[:, None] & j_inside[None, :]
     logits = logits * scale
+    if CAP is not None:
+        logits = capped(logits, CAP) * bias_scale
     if SEEN != _OFF:
         pointer = seen + i.to(tl.int64)[:, None] * stride_sq + j.to(tl.int64)[None, :] * stride_sk
         if SEEN == _BOOL:
@@ -99,7 +102,7 @@ def _log_sum_exp_kernel(
     query, key, valid, seen, before, lse, n_queries, n_keys, width, n_heads, group,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sq, stride_sk, scale, bias_scale, low, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, HAS_VALID: tl.constexpr, CAP: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write `lse [B, H, Lq]`: log2 of the sum of powers of 2 over the keys that a query sees; +inf if it sees none."""
@@ -132,7 +135,7 @@ def _log_sum_exp_kernel(
         )  # fmt: skip
         logits = _masked(
             logits, i, j, position, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-            CAUSAL, WINDOW, SEEN,
+            CAUSAL, WINDOW, SEEN, CAP,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(logits, axis=1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -149,7 +152,7 @@ def _column_kernel(
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sq, stride_sk, scale, bias_scale, low, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, HAS_VALID: tl.constexpr, WEIGHTED: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write `out [B, H, Lk]`: probabilities summed over the queries, times `weight [B, H, Lq]` if `WEIGHTED`."""
     head, row = (tl.program_id(1) % n_heads).to(tl.int64), (tl.program_id(1) // n_heads).to(tl.int64)
@@ -181,7 +184,7 @@ def _column_kernel(
         )  # fmt: skip
         logits = _masked(
             logits, i, j, first + i, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-            CAUSAL, WINDOW, SEEN,
+            CAUSAL, WINDOW, SEEN, CAP,
         )  # fmt: skip
         probability = tl.exp2(logits - bound[:, None])
         if WEIGHTED:
@@ -193,7 +196,7 @@ def _column_kernel(
 
 def launch(
     query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None,
-    scale: float, temperature: float, causal: bool, window: int | None, reduction: str,
+    scale: float, temperature: float, causal: bool, window: int | None, softcap: float | None, reduction: str,
 ) -> torch.Tensor:  # fmt: skip
     """Score the keys.
 
@@ -206,6 +209,7 @@ def launch(
         temperature: divides the logits.
         causal: whether a query sees only the keys up to its own position.
         window: the distance behind the query from which on keys are hidden, or `None`.
+        softcap: c of logits that become c tanh(logits / c) before the temperature divides them, or `None`.
         reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
 
     Returns:
@@ -219,7 +223,7 @@ def launch(
     if reduction == "last_query":
         query, seen, before = _last(query, valid, seen, before)
     with torch.cuda.device_of(key):
-        sums = _column_sums(query, key, valid, seen, before, scale, temperature, causal, window)
+        sums = _column_sums(query, key, valid, seen, before, scale, temperature, causal, window, softcap)
         if reduction != "pagerank":
             scores = sums(None)
             return scores.sum(1) if reduction == "column_sum" else scores.mean(1)
@@ -255,7 +259,7 @@ def tiles(width: int, element_size: int) -> tuple[dict[str, int], dict[str, int]
 
 def _column_sums(
     query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None, before: torch.Tensor,
-    scale: float, temperature: float, causal: bool, window: int | None,
+    scale: float, temperature: float, causal: bool, window: int | None, softcap: float | None,
 ) -> Callable[[torch.Tensor | None], torch.Tensor]:  # fmt: skip
     """Run the first pass; the result runs the second: `weight [B, H, Lq]` or none to column sums `[B, H, Lk]`."""
     (n_rows, n_heads, n_queries, width), n_keys = query.shape, key.shape[2]
@@ -269,11 +273,11 @@ def _column_sums(
     unit = math.log2(math.e) / temperature
     numbers = (
         n_queries, n_keys, width, n_heads, n_heads // key.shape[1], *query.stride(), *key.stride(), *strides,
-        scale * unit, unit, low, window or 0,
+        scale * unit if softcap is None else scale, unit, low, window or 0,
     )  # fmt: skip
     kinds = {
         "CAUSAL": causal and kind == 0, "WINDOW": window is not None and kind == 0, "SEEN": kind,
-        "HAS_VALID": valid is not None,
+        "HAS_VALID": valid is not None, "CAP": softcap,
     }  # fmt: skip
     first, second = tiles(width, key.element_size())
     _log_sum_exp_kernel[(triton.cdiv(n_queries, first["BLOCK_M"]), n_rows * n_heads)](

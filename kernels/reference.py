@@ -137,8 +137,9 @@ def merge_tokens(
 
 
 def attention_importance(
-    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, reduction: str
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, reduction: str,
+    softcap: float | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention that keys get, in fp64, from the whole attention matrices of one row without padding.
 
     Args:
@@ -147,6 +148,7 @@ def attention_importance(
         seen: `[Lq, Lk]` bool, the keys that a query sees; each sees one at least.
         scale: factor of the logits.
         reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
+        softcap: c of logits that become c tanh(logits / c), None where they stay.
 
     Returns:
         `[Lk]` fp64.
@@ -154,6 +156,7 @@ def attention_importance(
     heads = []
     for h in range(len(query)):
         logits = query[h].double() @ key[h // (len(query) // len(key))].double().T * scale
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
         weight = (logits - logits.amax(1, keepdim=True)).exp() * seen
         matrix = weight / weight.sum(1, keepdim=True)
         score = torch.full((len(matrix),), 1 / len(matrix), dtype=torch.float64)

@@ -88,6 +88,7 @@ def attention_importance_cases(dtype: str, width: int) -> list[Case]:
     cases = []
     for seen, pointer, masked in ((0, f"*{dtype}", False), (1, "*i1", True), (2, "*fp32", True)):
         kinds = {"CAUSAL": seen == 0, "WINDOW": masked, "SEEN": seen, "HAS_VALID": masked}
+        kinds |= {"CAP": 50.0 if seen == 1 else None}
         fixed = kinds | {"stride_qd": 1, "stride_kd": 1, "stride_sk": 1}
         for name, chosen in zip(("_log_sum_exp_kernel", "_column_kernel"), tiles(width, ITEMSIZE[dtype]), strict=True):
             options = {option: chosen[option] for option in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}

@@ -131,6 +131,19 @@ def test_temperature_divides_the_logits(reduction: str) -> None:
     )
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("softcap", [0.3, 2, 50.0])
+@pytest.mark.parametrize("n_queries", [1, 63])
+def test_a_soft_cap_bounds_the_logits(n_queries: int, softcap: float, reduction: str, blocks: str) -> None:
+    query, key = heads(63, n_queries=63 if reduction == "pagerank" else n_queries)
+    seen = sees(query.shape[2], 63)
+    want = reference.attention_importance(query[0], 3 * key[0], seen, 24**-0.5, reduction, softcap)
+    assert_close(importance(query, 3 * key, reduction=reduction, softcap=softcap)[0], want)
+    warm = importance(query, 3 * key, reduction=reduction, softcap=softcap, temperature=0.5)
+    wider = importance(query, 3 * key, reduction=reduction, softcap=2 * softcap, scale=2 * 24**-0.5)
+    assert_close(warm, wider)  # c tanh(x / c) / T = (c / T) tanh((x / T) / (c / T))
+
+
 def test_large_logits_do_not_overflow() -> None:
     query, key = heads(63)
     total = {r: importance(query * 100, key * 100, reduction=r, temperature=0.1).sum().item() for r in REDUCTIONS}
@@ -292,7 +305,8 @@ def test_memory_for_many_heads_and_masks_is_bounded() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"scale": torch.nan}, {"scale": "1"}, {"temperature": 0}, {"temperature": -1.0}, {"temperature": True},
-     {"window": 0}, {"window": 2.0}, {"window": True}, {"reduction": "sum"}, {"backend": "cuda"}],
+     {"window": 0}, {"window": 2.0}, {"window": True}, {"reduction": "sum"},
+     {"softcap": 0}, {"softcap": torch.inf}, {"softcap": True}, {"backend": "cuda"}],
     ids=str,
 )  # fmt: skip
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
@@ -355,6 +369,7 @@ def triton_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any]
     for width, dtype in ((64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16), (256, torch.float16)):
         cases[f"{width}"] = *heads(150, width=width, dtype=dtype), {}
         cases[f"{width}-last"] = *heads(150, width=width, dtype=dtype), {"reduction": "last_query"}
+        cases[f"{width}-capped"] = *heads(150, width=width, dtype=dtype), {"softcap": 0.5, "temperature": 0.7}
     cases["fp64"] = *heads(63, width=80, dtype=torch.float64), {"temperature": 0.1}
     query, key = heads(63, rows=2, n_key_heads=1)
     cases["strided"] = query.transpose(1, 2).contiguous().transpose(1, 2), key.repeat_interleave(2, 3)[..., ::2], {}

@@ -104,9 +104,8 @@ def test_steps_on_planes_cap_their_logits(threshold):
     dense = capped()
     found, session = pruned(dense, quantize="4+4", threshold=threshold)
     rounding, cache = planes_layer(low_in_steps=threshold == 1.0), DynamicCache()
-    kinds = (
-        dense.get_decoder().config.layer_types
-    )  # Layers with a window, which is wider than all there is, do not round.
+    # Layers with a window do not round. It is wider than all there is.
+    kinds = dense.get_decoder().config.layer_types
     cache.layers = [rounding() if kind == "full_attention" else DynamicLayer() for kind in kinds]
     torch.testing.assert_close(found, run(dense, past_key_values=cache), atol=1e-4, rtol=1e-4)
     assert session.traffic.recomputed == threshold * kinds.count("full_attention") / len(kinds)
@@ -134,3 +133,23 @@ def test_steps_cap_nothing_where_the_attention_function_does_not(options, monkey
     torch.testing.assert_close(run(model), run(capped(None)), atol=1e-4, rtol=1e-4)
     found, wanted = pruned(model, **options)[0], pruned(capped(None), **options)[0]
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [tokenprune.FastV(layer=1, keep=0.5), tokenprune.SpAtten(tokens=(1.0, 0.5, 0.5, 0.5))]
+)
+def test_what_leaves_a_prompt_goes_by_capped_logits(method):
+    dense, inputs = capped(), batch("paligemma2").inputs
+    with torch.no_grad():
+        attention = dense(**inputs, output_attentions=True).attentions  # [B, H, L, L] each
+    model = copy.deepcopy(dense)
+    session = tokenprune.patch(model, method)
+    with torch.no_grad():
+        model(**inputs)
+    trace = next(one for one in session.traces if one.site == "llm_layer")
+    real = inputs["attention_mask"].bool()
+    for row, (before, kept) in enumerate(zip(trace.visual_indices, trace.kept_indices, strict=True)):
+        queries = [-1] if isinstance(method, tokenprune.FastV) else real[row].nonzero()[:, 0]
+        received = attention[trace.layer][row].double()[:, queries].sum((0, 1))[before]
+        assert kept.tolist() == before[received.topk(len(kept)).indices.sort().values].tolist()
+        assert 0 < len(kept) < len(before)

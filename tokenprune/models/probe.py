@@ -3,9 +3,7 @@
 One function is registered in transformers' table of attention functions. The attention modules that are probed see it
 as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
 the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
-and computes the scores beside it from the queries and keys; decoding steps on a CPU get both from one computation. A
-soft cap on the logits (Gemma 2) is left out of these scores: it matters for logits near the cap alone. The scores that
-:func:`attention.step` gives are of capped logits.
+and computes the scores beside it from the queries and keys; decoding steps on a CPU get both from one computation.
 """
 
 import copy
@@ -108,9 +106,11 @@ def attend(
     else:
         return known, None
     if state.scoring or any(map(len, state.visual)):
-        started = time.perf_counter()
+        started, softcap = time.perf_counter(), attention.softcap_of(real, kwargs)
         for probe in state.probes.get(layer, ()):
-            scores = _scores(state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"), heads)
+            scores = _scores(
+                state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"), softcap, heads
+            )
             _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
     return output
@@ -186,6 +186,7 @@ def _scores(
     key: Tensor,
     mask: Any,
     scale: float | None,
+    softcap: float | None,
     heads: Heads | None,
 ) -> Tensor:
     """Importance of the last keys that `layer` sees to its kept heads, `[B, n_keys]` fp32; those of this call are among
@@ -212,6 +213,7 @@ def _scores(
         seen=seen,
         reduction=probe.reduction,
         temperature=probe.temperature,
+        softcap=softcap,
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops import attention_rows
-from tokenprune.ops.backend import find_kernel
+from tokenprune.ops.backend import check_softcap, find_kernel
 
 REDUCTIONS = ("column_sum", "last_query", "pagerank")
 
@@ -24,6 +24,7 @@ def attention_importance(
     seen: Tensor | None = None,
     reduction: str = "column_sum",
     temperature: float = 1.0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Score every key by the attention it gets, without ever holding an attention matrix.
@@ -55,17 +56,20 @@ def attention_importance(
             is added to the logits before the temperature, where -inf and the lowest of its dtype hide a key.
         reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
         temperature: divides the logits, for all reductions.
+        softcap: c of products times `scale` that become `c tanh(product / c)` (Gemma 2), before `seen` is added and the
+            temperature divides; none by default.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         `[B, Lk]` fp32, on the device of the key.
 
     Raises:
-        OptionError: `scale`, `window`, `reduction`, `temperature` or `backend` is out of range.
+        OptionError: `scale`, `window`, `reduction`, `temperature`, `softcap` or `backend` is out of range.
         InputError: a shape, dtype or device is wrong, or `"pagerank"` is asked for fewer queries than keys.
         BackendError: the explicit backend cannot run here, or not with these arguments.
     """
     _check_options(scale, window, reduction, temperature)
+    check_softcap("attention_importance", softcap)
     _check_tensors(query, key, valid, seen)
     if reduction == "pagerank" and query.shape[2] != key.shape[2]:
         raise InputError(
@@ -73,7 +77,7 @@ def attention_importance(
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
     kernel = find_kernel("attention_importance", "attention_importance", backend, key)
-    rule = attention_rows.Rule(scale, temperature, causal, window)
+    rule = attention_rows.Rule(scale, temperature, causal, window, softcap)
     if kernel is not None and query.shape[3] <= kernel.WIDEST:
         result: Tensor = kernel.launch(query, key, valid, seen, *rule, reduction)
         return result

@@ -27,12 +27,23 @@ class Rule(NamedTuple):
         temperature: divides the logits.
         causal: whether keys after the query are hidden.
         window: the distance behind the query from which on keys are hidden, if there is one.
+        softcap: c where the products times the scale become c tanh(x / c) before the temperature divides them.
     """
 
     scale: float
     temperature: float
     causal: bool
     window: int | None
+    softcap: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """What products are multiplied by first."""
+        return self.scale / (self.temperature if self.softcap is None else self.softcap)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Products times the factor as logits over the temperature, in place."""
+        return logits if self.softcap is None else logits.tanh_().mul_(self.softcap / self.temperature)
 
 
 class _Block(NamedTuple):
@@ -78,8 +89,8 @@ def one_query(query: Tensor, key: Tensor, valid: Tensor | None, rule: Rule) -> T
         valid: `[B, Lk]` bool, or `None` for all.
         rule: what the query sees.
     """
-    rows = query.to(torch.float32).view(len(key), key.shape[1], -1, key.shape[3]) * (rule.scale / rule.temperature)
-    logits = rows @ key.to(torch.float32).transpose(2, 3)
+    rows = query.to(torch.float32).view(len(key), key.shape[1], -1, key.shape[3]) * rule.factor
+    logits = rule.cap(rows @ key.to(torch.float32).transpose(2, 3))
     hidden = None if valid is None else ~(valid & valid[:, -1:])
     if rule.window is not None and rule.window < key.shape[2]:
         far = torch.arange(key.shape[2], device=key.device) < key.shape[2] - rule.window
@@ -199,10 +210,11 @@ class Row:
     def _probabilities(self, query: Tensor, key: Tensor, block: _Block, out: Tensor) -> Tensor:
         """Softmax of a block, `[h * G, queries, keys]` fp32, written to the beginning of the flat `out`."""
         at, key = self.queries_at[block.queries] - self.before, key[:, :, block.keys]
-        rows = query.index_select(2, at).to(torch.float32).mul_(self.rule.scale / self.rule.temperature)
+        rows = query.index_select(2, at).to(torch.float32).mul_(self.rule.factor)
         shape = len(key) * self.group, len(at), key.shape[2]
         logits, result = (memory[: shape[0] * shape[1] * shape[2]].view(shape) for memory in (self.logits, out))
         torch.bmm(rows.flatten(1, 2), key, out=logits.view(len(key), -1, shape[2]))
+        self.rule.cap(logits)
         for columns, hidden in block.edges:
             logits[:, :, columns].masked_fill_(hidden, LOW)
         if self.seen is None:
