@@ -404,6 +404,8 @@ def test_what_a_decoder_cannot_do_is_told_before_anything_happens():
     windowed = tiny("gemma3")
     with pytest.raises(tokenprune.OptionError, match=r"sliding_attention.*protect_text=True"):
         tokenprune.patch(windowed, spatten())
+    with pytest.raises(tokenprune.OptionError, match=r"DynamicCache can keep its tokens in two planes.*quantize=None"):
+        tokenprune.patch(tiny("mistral3"), tokenprune.SpAtten(tokens=1.0, quantize="4+4"))
     both = [spatten(), tokenprune.FastV(keep=0.5)]
     with pytest.raises(tokenprune.OptionError, match="prunes text too"):
         tokenprune.patch(tiny("llava"), both)

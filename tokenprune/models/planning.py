@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.errors import OptionError
+from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models import layers as between
 from tokenprune.models import projections
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
 from tokenprune.models.forward import Forward
 from tokenprune.models.probe import attention_of, swap
+from tokenprune.models.quantized_cache import use_planes
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
 
 Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
@@ -73,6 +74,8 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
     if attention is not None:
         hooks += plan_projections(engine, attention, modules)
+        if attention.threshold is not None:
+            check_planes(decoder)
     return Inside(tuple(hooks), probes, guard, plan, attention)
 
 
@@ -103,6 +106,24 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 "values=1.0 and quantize=None"
             )
     return wanting[0][1]
+
+
+def check_planes(decoder: nn.Module) -> None:
+    """Check that the cache that ``generate`` makes for `decoder` can keep tokens in two planes of four bits.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    from transformers import DynamicCache
+
+    config: Any = decoder.config
+    try:
+        use_planes(DynamicCache(config=config))
+    except UnsupportedModelError as error:
+        raise OptionError(
+            f"quantize was asked for, and of the cache that generate makes for {type(decoder).__name__} {error}; give "
+            "quantize=None"
+        ) from error
 
 
 def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:
