@@ -1,6 +1,7 @@
 """Top-k selection against `torch.topk` and a sort of its indices, which gives the same order, timed in turns.
 
-That pair leaves open which of several equal scores is taken; the scores here are distinct, so both give the same.
+That pair leaves open which of several equal scores is taken; the scores here are distinct, so both give the same. Calls
+take turns among many tensors of scores: of one, a CPU learns by heart how its sorting branches.
 """
 
 import statistics
@@ -21,11 +22,12 @@ def pair(scores: Tensor, k: int) -> Tensor:
     return scores.topk(k, dim=1).indices.sort(dim=1).values
 
 
-def seconds(call: Callable[[], object], device: str, calls: int) -> float:
+def seconds(call: Callable[[Tensor], object], pool: list[Tensor], device: str) -> float:
     """Duration of one of several calls in a row, which the device has then finished."""
+    calls = max(1, 20_000 // pool[0].numel()) if device == "cpu" else 10
     start = time.perf_counter()
-    for _ in range(calls):
-        call()
+    for i in range(calls):
+        call(pool[i % len(pool)])
     if device == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
@@ -37,18 +39,24 @@ def seconds(call: Callable[[], object], device: str, calls: int) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 def test_top_k_select(device: str, rows: int, n: int, keep: float, record: Callable[..., None]) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = torch.stack([torch.randperm(n, generator=generator) for _ in range(rows)]).float().to(device)
+    n_tensors = max(2, min(64, 1_000_000 // (rows * n)))
+    pool = [
+        torch.stack([torch.randperm(n, generator=generator) for _ in range(rows)]).float().to(device)
+        for _ in range(n_tensors)
+    ]
     k = round(keep * n)
 
-    def select() -> Tensor:
+    def select(scores: Tensor) -> Tensor:
         return top_k_select(scores, k=k)
 
-    assert torch.equal(select(), pair(scores, k))  # No time counts before its result is right.
-    calls = {"op": select, "pair": lambda: pair(scores, k)}
+    for scores in pool:
+        assert torch.equal(select(scores), pair(scores, k))  # No time counts before its result is right.
+    calls = {"op": select, "pair": lambda scores: pair(scores, k)}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(20, min(200, 4_000_000 // (rows * n)))):
+    for turn in range(max(20, min(200, 4_000_000 // (rows * n)))):
+        turned = pool[turn % n_tensors :] + pool[: turn % n_tensors]
         for name, call in calls.items():
-            times[name].append(seconds(call, device, max(1, 20_000 // (rows * n)) if device == "cpu" else 10))
+            times[name].append(seconds(call, turned, device))
     op, other = (statistics.median(times[name][1:]) for name in calls)  # The first turn warms up.
     row = {
         "device": device,
@@ -59,4 +67,4 @@ def test_top_k_select(device: str, rows: int, n: int, keep: float, record: Calla
         "pair_us": round(1e6 * other, 1),
         "pair_over_op": round(other / op, 2),
     }
-    record(select, row)
+    record(lambda: select(pool[0]), row)
