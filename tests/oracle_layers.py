@@ -108,7 +108,8 @@ def layered(
     """Output of the unpatched model for a single unpadded row."""
     inputs = {**fresh(row.inputs), "use_cache": False, "output_attentions": attentions}
     if family not in MROPE:
-        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
+        first = int(family.startswith("paligemma"))  # what it counts positions from
+        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1 + first
     with hidden_by_layer(model, alive, **options), torch.no_grad():
         return model(**inputs)
 
