@@ -1,8 +1,8 @@
 """The adapter of vision transformers: tokens are merged or dropped inside the blocks, between attention and MLP.
 
-The class and register tokens come first and always go on. Blocks that do not fall into two halves (post-norm, parallel)
-reduce at their end instead; the trace says so. Attention counts a merged token by its size through the block's own mask
-argument, so that fused attention stays on.
+The class and register tokens come first and always go on. Blocks without that place (post-norm, parallel) reduce at
+their end instead; the trace says so. Attention counts a merged token by its size through the block's own mask argument,
+so that fused attention stays on.
 
 Whoever may look at what a block returns (a caller that goes around the host's forward, such as
 ``forward_intermediates``; hooks of others, such as those behind ``output_hidden_states``; the code behind the last
@@ -23,7 +23,7 @@ from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.block_logits import disagreement
 from tokenprune.models.encoder_heads import FewerHeads, plan_heads
-from tokenprune.models.half_block import HalfBlock, first_of, fits, hooked, still
+from tokenprune.models.half_block import become, first_of, has_halves, hooked, still
 from tokenprune.models.passage import SITE, BlockReducer, Passage
 from tokenprune.models.tower import Keys, Logits, Tower, child, shorten_rope
 from tokenprune.signals import Trace
@@ -33,11 +33,11 @@ BETWEEN, END = "between attention and MLP", "at the end of the block"
 
 @dataclass(frozen=True)
 class _Block:
-    """A block, its halves where it has such, where its keys are read, what its logits are made of where a method asks
-    for that, and what its forward's arguments are called."""
+    """A block, the norm behind which its second half begins where it has such, where its keys are read, what its logits
+    are made of where a method asks for that, and what its forward's arguments are called."""
 
     module: nn.Module
-    half: HalfBlock | None
+    middle: nn.Module | None
     keys: Keys
     logits: Logits | None
     names: tuple[str, ...]
@@ -55,6 +55,7 @@ class EncoderAdapter:
     def __init__(self, host: nn.Module, tower: Tower, *, n_used: int | None = None) -> None:
         self.host = host
         self.tower = tower
+        self.n_used = n_used
         self.blocks = tower.blocks(host)[:n_used]
 
     @property
@@ -150,11 +151,9 @@ class EncoderAdapter:
         logits = self.tower.logits(module) if scored else None
         if scored and (reason := disagreement(logits, module, x, kwargs, kwargs.get(self.tower.rope))):
             raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
-        parts = [child(module, path) for path in self.tower.parts]
-        named = None if None in parts else cast(tuple[nn.Module, nn.Module, nn.Module, nn.Module], tuple(parts))
-        halves = (HalfBlock(module, *named, n) for n in (0, 1)) if named else ()
-        half = next((one for one in halves if fits(one, x, kwargs, self.tower.brief)), None)
-        return _Block(module, half, keys, logits, names)
+        norm, mlp = (child(module, path) for path in self.tower.parts[2:])
+        halves = norm is not None and mlp is not None and has_halves(module, norm, mlp, x, kwargs)
+        return _Block(module, norm if halves else None, keys, logits, names)
 
     def _block_hooks(
         self, engine: Engine, number: int, block: _Block, fewer: FewerHeads | None = None
@@ -162,27 +161,28 @@ class EncoderAdapter:
         """The hooks of one block and of its parts. One with `fewer` heads hands its keys and queries over itself."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if block.half is not None:
-                block.half.silence(None)  # what an interrupt may have left
             kwargs = {**dict(zip(block.names, args, strict=False)), **kwargs}
             x = kwargs.pop(block.names[0])
             if number == 0:
                 self._begin(engine, x, kwargs)
-            run = passage.passage_of(engine)
+            run = passage.entered(engine, number)
             if run is None:
                 return None
             run.keys, run.wants_keys = None, engine.forced or any(plan[number] for plan in run.plan)
             run.query, run.key, run.scoring = None, None, block.logits is not None and self._scores(engine, run, number)
-            run.attending = None if fewer is None else number
-            run.halved = run.wants_keys and block.half is not None
+            run.attending, run.due = None if fewer is None else number, True
             changed = (run.shortened(x, number),), self._shortened(engine, run, x, kwargs)
-            if run.halved and block.half is not None:
-                block.half.silence(block.half.mlp)
+            run.rope = None if fewer is not None else changed[1].get(self.tower.rope)  # its queries are turned already
             return changed
 
+        def between(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            run = passage.passage_of(engine)
+            if run is not None and run.due:
+                x = self._reduced(engine, number, block, run, args[0])
+                if x is not args[0]:
+                    become(args[0], x)
+
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if block.half is not None:
-                block.half.silence(None)
             run = passage.passage_of(engine)
             if run is None:
                 return None
@@ -190,10 +190,7 @@ class EncoderAdapter:
                 passage.end(engine)
                 return None
             try:
-                if run.attending is not None:
-                    raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
-                rope = None if fewer is not None else kwargs.get(self.tower.rope)  # its queries are turned already
-                return self._after(engine, number, block, run, kwargs, output, rope)
+                return self._after(engine, number, block, run, output)
             except BaseException:
                 passage.end(engine)
                 raise
@@ -210,7 +207,7 @@ class EncoderAdapter:
             setattr(passage.passage_of(engine), name, x)
 
         hooks: list[Hook | Swap] = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
-        hooks += block.half.hooks() if block.half is not None else ()
+        hooks += [Hook(block.middle, "pre", between)] if block.middle is not None else ()
         if fewer is not None:
             return [*hooks, fewer.swap()]
         if block.logits is not None:
@@ -219,10 +216,21 @@ class EncoderAdapter:
         return [*hooks, block.keys.hook(partial(wants, "wants_keys"), keep_keys)]
 
     def _begin(self, engine: Engine, x: Tensor, kwargs: dict[str, Any]) -> None:
-        """Open a pass, unless there is a reason not to, which then is left in the traces."""
+        """Open a pass, unless there is a reason not to, which then is left in the traces.
+
+        Raises:
+            InputError: the encoder is no longer what was patched.
+        """
         if not engine.active:
             passage.begin(engine, None)
             return
+        if self.tower.blocks(self.host)[: self.n_used] != self.blocks:
+            raise InputError(
+                f"the blocks of {type(self.host).__name__} are not those that were patched ({len(self.blocks)}); after "
+                "a change of them call tokenprune.patch again"
+            )
+        if torch.is_grad_enabled() and (reason := self.tower.refusal(self.host)):
+            raise InputError(f"the encoder was patched, and since then it changed: {reason}")
         reducers, n_prefix, length = _reducers(engine), self.tower.prefix(self.host), x.shape[1]
         reason = ""
         if _hides(kwargs.get(self.tower.mask)):
@@ -240,13 +248,13 @@ class EncoderAdapter:
 
     def _shortened(self, engine: Engine, run: Passage, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a block beside its hidden states, for the tokens that are left."""
-        if (patches := run.patches()) is None:
+        if run.index is None:
             return kwargs
         kwargs = dict(kwargs)
         if self.tower.mask in kwargs or passage.is_proportional(_reducers(engine)):
             kwargs[self.tower.mask] = self._bias(engine, run, x)
         if kwargs.get(self.tower.rope) is not None:
-            kwargs[self.tower.rope] = shorten_rope(kwargs[self.tower.rope], patches)
+            kwargs[self.tower.rope] = shorten_rope(kwargs[self.tower.rope], run.index[:, run.n_prefix :] - run.n_prefix)
         return kwargs
 
     def _bias(self, engine: Engine, run: Passage, x: Tensor) -> Tensor | None:
@@ -259,32 +267,40 @@ class EncoderAdapter:
         pairs = zip(_reducers(engine), run.plan, strict=True)
         return any(one.method.scored and (engine.forced or any(plan[number:])) for one, plan in pairs)
 
-    def _after(
-        self, engine: Engine, number: int, block: _Block, run: Passage, kwargs: dict[str, Any], output: Any, rope: Any
-    ) -> Any:
-        """What a block returns once its tokens are reduced; publishes the traces."""
-        x, last = first_of(output), number == len(self.blocks) - 1
-        reducers, place = _reducers(engine), END if block.half is None else BETWEEN
+    def _reduced(self, engine: Engine, number: int, block: _Block, run: Passage, x: Tensor) -> Tensor:
+        """What is left of a block's tokens `x` `[B, n_left, D]`.
+
+        Raises:
+            InputError: a method's answer does not fit, or what it goes by was not seen.
+        """
+        run.due = False
+        if run.attending is not None:
+            raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
         if run.scoring and block.logits is not None:
-            run.score(block.logits, number=number, rope=rope, bias=self._bias(engine, run, x))
-        for reducer, plan in zip(reducers, run.plan, strict=True):
+            run.score(block.logits, number=number, bias=self._bias(engine, run, x))
+        for reducer, plan in zip(_reducers(engine), run.plan, strict=True):
             left = run.n_left - run.n_prefix
             r = min(plan[number], left - 1 if reducer.method.scored else left // 2)
             if r or engine.forced:
-                x = run.reduce(reducer, x, number=number, r=r, place=place)
+                x = run.reduce(reducer, x, number=number, r=r, place=END if block.middle is None else BETWEEN)
                 continue
             run.skip(reducer, number=number, n_rows=x.shape[0])
-        if run.halved and block.half is not None:
-            output = block.half.finish(x, self.tower.brief(kwargs))
-            x = first_of(output)
+        run.keys = run.rope = None
+        return x
+
+    def _after(self, engine: Engine, number: int, block: _Block, run: Passage, output: Any) -> Any:
+        """What a block returns, its tokens reduced if they are not yet; publishes the traces."""
+        x, last = first_of(output), number == len(self.blocks) - 1
+        if run.due and block.middle is not None:
+            raise InputError(f"the norm before the MLP of block {number} was not called, so no token can leave there")
+        if run.due:
+            x = self._reduced(engine, number, block, run, x)
         engine.publish(tuple(run.traces))
         watched = passage.is_direct(engine) or len(block.module._forward_hooks) > 1
-        if (watched or (last and not self.tower.pooled(self.host))) and passage.restores(reducers):
+        if (watched or (last and not self.tower.pooled(self.host))) and passage.restores(_reducers(engine)):
             x = run.restored(x)
         if last:
             passage.end(engine)
-        else:
-            run.hold(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 

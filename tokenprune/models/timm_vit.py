@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Attending, Keys, Logits, Tower, child
+from tokenprune.models.tower import Attending, Keys, Logits, Tower, averaged, child
 
 
 def _keys(block: Any) -> Keys | None:
     """Keys behind their norm, which is called also where it does nothing; before any rotation."""
     if (norm := child(block, "attn.k_norm")) is not None:  # [B, H, N, K]
-        return Keys(norm, "post", lambda keys: keys.mean(1, dtype=torch.float32))
+        return Keys(norm, "post", lambda keys: averaged(keys, 1))
     if (norm := child(block, "k_norm")) is not None and child(block, "sub_norm") is None:  # parallel: [B, N, H, K]
-        return Keys(norm, "post", lambda keys: keys.mean(2, dtype=torch.float32))
+        return Keys(norm, "post", lambda keys: averaged(keys, 2))
     return None
 
 

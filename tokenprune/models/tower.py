@@ -151,13 +151,6 @@ class Tower:
         kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
         return x, kwargs if rope is None else {**kwargs, self.rope: rope}
 
-    def brief(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for a call of a block whose attention is silenced."""
-        kwargs = {name: None if name == self.mask else value for name, value in kwargs.items()}
-        if kwargs.get(self.rope) is not None:
-            kwargs[self.rope] = one_rope(kwargs[self.rope])
-        return kwargs
-
 
 def child(module: Any, path: str) -> nn.Module | None:
     """The submodule at a dotted path, None where there is none."""
@@ -170,7 +163,12 @@ def child(module: Any, path: str) -> nn.Module | None:
 
 def heads_averaged(n_heads: int) -> Callable[[Tensor], Tensor]:
     """Reader of the output of a key projection: `[B, N, H * K]` to `[B, N, K]`."""
-    return lambda keys: keys.view(*keys.shape[:2], n_heads, -1).mean(2, dtype=torch.float32)
+    return lambda keys: averaged(keys.view(*keys.shape[:2], n_heads, -1), 2)
+
+
+def averaged(keys: Tensor, heads: int) -> Tensor:
+    """The mean of keys over the axis of the heads, in fp32."""
+    return keys.sum(heads, dtype=torch.float32).mul_(1 / keys.shape[heads])
 
 
 def shorten_rope(rope: Any, index: Tensor) -> Any:
@@ -188,11 +186,3 @@ def shorten_rope(rope: Any, index: Tensor) -> Any:
     if rope.ndim == 3:
         return rope[:, index].transpose(0, 1)
     return gather(rope.transpose(1, 2), index).transpose(1, 2)
-
-
-def one_rope(rope: Any) -> Any:
-    """Rotary embeddings of a single patch of a single row."""
-    if isinstance(rope, tuple):
-        return tuple(map(one_rope, rope))
-    rope = rope.narrow(-2, 0, 1)
-    return rope[:1] if rope.ndim == 4 else rope

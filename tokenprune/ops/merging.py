@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,20 +75,20 @@ def bipartite_match(
     _check_tokens("bipartite_match", "keys", keys)
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise OptionError(f"bipartite_match needs an int of at least 0 as r; got {r!r}.")
-    free = _free_tokens(keys, protected, valid)
-    _check_possible(r, keys, free, valid)
-    free = None if free is None else free.to(keys.device, non_blocking=True)
+    held = _held_tokens(keys, protected, valid)
+    _check_possible(r, keys, held, valid)
+    held = None if held is None else held.to(keys.device, non_blocking=True)
     valid = None if valid is None else valid.to(keys.device, non_blocking=True)
     kernel = find_kernel("bipartite_match", "bipartite_match", backend, keys)
     if kernel is not None:
-        return BipartiteMatch(*kernel.launch(keys, free, valid, r))
+        return BipartiteMatch(*kernel.launch(keys, None if held is None else ~held, valid, r))
     if valid is None:
-        source, target = _pairs(keys, free, r)
+        source, target = _pairs(keys, held, r)
     else:  # Each row by itself and without its padding: products of the shape that the row has alone.
         found = []
         for i, row in enumerate(valid):
             position = row.nonzero()[:, 0]
-            some = None if free is None else free[i if len(free) > 1 else 0, position][None]
+            some = None if held is None else held[i if len(held) > 1 else 0, position][None]
             found.append([position[one] for one in _pairs(keys[i, position][None], some, r)])
         source, target = (torch.cat(parts) for parts in zip(*found, strict=True))
     return BipartiteMatch(*_groups(source, target, keys.shape[1]))
@@ -135,106 +134,57 @@ def merge_tokens(
         one = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float().flatten()
         size = _add(one.new_zeros(len(x) * n_out), group, one)
         share = one / size[group]
-    if x.device.type == "cpu":
-        tokens = _merge_few(flat, group, share, len(x), n_out)
-    else:
-        parts = _widen(flat) * share[:, None]
-        tokens = _add(parts.new_zeros(len(x) * n_out, x.shape[2]), group, parts).to(x.dtype)
+    if x.device.type == "cpu" and not size.all():
+        empty = int(size.argmin())
+        raise InputError(
+            f"merge_tokens needs at least one token in every group; group {empty % n_out} of row {empty // n_out} has "
+            "none."
+        )
+    parts = flat.to(torch.promote_types(x.dtype, torch.float32)) * share[:, None]
+    nothing = parts.new_full((len(size), x.shape[2]), -0.0)  # which changes no number that it is added to
+    tokens = _add(nothing, group, parts).to(x.dtype)
     return MergedTokens(tokens.view(len(x), n_out, x.shape[2]), size.view(len(x), n_out))
 
 
-def _pairs(keys: Tensor, free: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
+def _pairs(keys: Tensor, held: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
     """The positions `[B, r]` of the sources that merge, and of what they merge into."""
     if r == 0:
         return (none := torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)), none
-    best, partner = _best_partners(keys, free)
-    if keys.device.type == "cpu":  # NumPy's calls cost a fraction of torch's.
-        top = torch.from_numpy((-best.numpy()).argsort(axis=1, kind="stable")[:, :r])
-    else:
-        top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
-    return top * 2, partner.gather(1, top) * 2 + 1
+    best, partner = _best_partners(keys, held)
+    top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
+    return top * 2, partner.gather(1, top).mul_(2).add_(1)
 
 
 def _groups(source: Tensor, target: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Where the groups stand, and which one each of `n` tokens goes to, when `source` goes into `target` `[B, r]`."""
-    shape = len(source), n - source.shape[1]
-    if source.device.type == "cpu":
-        rows, gone, into = np.arange(shape[0])[:, None], source.numpy(), target.numpy()
-        left = np.ones((shape[0], n), np.bool_)
-        left[rows, gone] = False
-        number = left.cumsum(axis=1) - 1
-        number[rows, gone] = number[rows, into]
-        return torch.from_numpy(left.nonzero()[1].reshape(shape)), torch.from_numpy(number)
-    place = torch.arange(n, device=source.device).expand(shape[0], -1)
-    stays = torch.ones(place.shape, dtype=torch.bool, device=source.device).scatter_(1, source, False)
-    assign = (stays.cumsum(1) - 1).gather(1, place.scatter(1, source, target))
-    return place[stays].view(shape), assign
+    stays = torch.ones(len(source), n, dtype=torch.bool, device=source.device).scatter_(1, source, False)
+    assign = stays.cumsum(1).sub_(1)
+    assign.scatter_(1, source, assign.gather(1, target))
+    return stays.nonzero()[:, 1].view(len(source), n - source.shape[1]), assign
 
 
-def _best_partners(keys: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
+def _best_partners(keys: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The highest cosine `[B, S]` of every source, `-inf` for those that may not merge, and the destination it is of.
 
     Args:
         keys: `[B, N, D]`, all of them valid.
-        free: `[1 or B, N]` bool, tokens that take part.
+        held: `[1 or B, N]` bool, tokens that take no part.
     """
     casts = torch.is_autocast_enabled(keys.device.type)
     with torch.autocast(keys.device.type, enabled=False) if casts else nullcontext():
         keys = keys.detach().float()
-        length = torch.linalg.vector_norm(keys, dim=2, keepdim=True)
-        unit = (keys / length.clamp_min_(1e-12)).nan_to_num_(0, 0, 0)
+        unit = (keys * keys.square().sum(2, keepdim=True).clamp_min_(1e-24).rsqrt_()).nan_to_num_(0, 0, 0)
         left, right = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
-        taken = None if free is None or _all(free, 1) else ~free[:, None, 1::2]
         step = max(1, _BLOCK // (4 * len(keys) * right.shape[2]))
         parts = []
-        for part in left.split(step, dim=1):
+        for part in torch.split(left, step, dim=1):
             cosine = torch.bmm(part, right).clamp_(max=_SAME)
-            if taken is not None:
-                cosine.masked_fill_(taken, -torch.inf)
+            if held is not None:
+                cosine.masked_fill_(held[:, None, 1::2], -torch.inf)
             parts.append(cosine.max(dim=2))
             del cosine  # Before the next one is made.
-    best = parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], 1)
-    if free is not None and not _all(free, 0):
-        best.masked_fill_(~free[:, ::2], -torch.inf)
-    return best, parts[0].indices if len(parts) == 1 else torch.cat([part.indices for part in parts], 1)
-
-
-def _all(free: Tensor, first: int) -> bool:
-    """Whether all of `free` `[1 or B, N]` from the position `first` on by twos are set; False where looking would
-    wait for a GPU."""
-    return free.device.type == "cpu" and bool(free.numpy()[:, first::2].all())
-
-
-def _merge_few(flat: Tensor, group: Tensor, share: Tensor, n_rows: int, n_out: int) -> Tensor:
-    """Means `[B * M, D]` of the groups on the CPU, where to copy tokens is cheaper than to add them.
-
-    Every group takes its first token; only those that have more are summed.
-    """
-    groups, every = group.numpy(), np.arange(len(group))
-    first = np.full(n_rows * n_out, -1)
-    first[groups[::-1]] = every[::-1]  # The last one written is the first one that goes there.
-    if first.min() < 0:
-        empty = int(first.argmin())
-        raise InputError(
-            "merge_tokens needs at least one token in every group; "
-            f"group {empty % n_out} of row {empty // n_out} has none."
-        )
-    out = flat.index_select(0, torch.from_numpy(first))
-    other = (first[groups] != every).nonzero()[0]
-    if not len(other):
-        return out
-    several = np.zeros(len(first), np.bool_)
-    several[groups[other]] = True
-    summed = several.nonzero()[0]
-    slot = several.cumsum() - 1
-    base, further = torch.from_numpy(first[summed]), torch.from_numpy(other)
-    total = _widen(flat[base]) * share[base, None]
-    total = total.index_add(0, torch.from_numpy(slot[groups[other]]), _widen(flat[further]) * share[further, None])
-    return out.index_copy_(0, torch.from_numpy(summed), total.to(flat.dtype))
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    best, partner = parts[0] if len(parts) == 1 else (torch.cat(some, 1) for some in zip(*parts, strict=True))
+    return best if held is None else best.masked_fill_(held[:, ::2], -torch.inf), partner
 
 
 def _add(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
@@ -260,34 +210,30 @@ def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], de
         )
 
 
-def _free_tokens(keys: Tensor, protected: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """The tokens that may merge or be merged into, `[1 or B, N]` bool; None where all may."""
+def _held_tokens(keys: Tensor, protected: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The tokens that neither merge nor are merged into, `[1 or B, N]` bool; None where there are none."""
     rows = (keys.shape[0], keys.shape[1])
     if protected is not None:
         _check_mask("protected", protected, ((rows[1],), rows), keys.device)
-    if valid is not None:
-        _check_mask("valid", valid, (rows,), keys.device)
-    if protected is None:
-        return valid
-    free = ~(protected if protected.ndim == 2 else protected[None])
-    return free if valid is None else free.to(valid.device) & valid
+        protected = protected if protected.ndim == 2 else protected[None]
+    if valid is None:
+        return protected
+    _check_mask("valid", valid, (rows,), keys.device)
+    return ~valid if protected is None else protected.to(valid.device) | ~valid
 
 
-def _check_possible(r: int, keys: Tensor, free: Tensor | None, valid: Tensor | None) -> None:
+def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | None) -> None:
     """Raise unless every row has `r` sources, and a destination to take them."""
     n = keys.shape[1]
-    if free is None:
+    if held is None:
         possible = [(n + 1) // 2 if n > 1 else 0]
-    elif valid is None and free.device.type == "cpu":
-        known = free.numpy()
-        held = known.size - np.count_nonzero(known)
-        if r <= (n + 1) // 2 - held and held < n // 2:  # wherever they stand
-            return
-        possible = (known[:, ::2].sum(axis=1) * known[:, 1::2].any(axis=1)).tolist()
     else:
-        odd = torch.arange(n, device=free.device)[None] if valid is None else valid.to(free.device).cumsum(1) - 1
+        most = int(held.sum())
+        if valid is None and r <= (n + 1) // 2 - most and most < n // 2:  # wherever they stand
+            return
+        odd = torch.arange(n, device=held.device)[None] if valid is None else valid.to(held.device).cumsum(1) - 1
         odd = odd % 2 == 1
-        possible = ((free & ~odd).sum(1) * (free & odd).any(1)).tolist()
+        possible = ((~held & ~odd).sum(1) * (~held & odd).any(1)).tolist()
     least = min(possible)
     if least < r:
         where = f"row {possible.index(least)}" if len(possible) > 1 else "a row"
@@ -315,6 +261,6 @@ def _check_groups(x: Tensor, assign: Tensor, n_out: int, weight: Tensor | None) 
             f"got {weight.dtype} {list(weight.shape)} on {weight.device}."
         )
     if x.device.type == "cpu":
-        low, high = int(assign.numpy().min()), int(assign.numpy().max())
+        low, high = (int(bound) for bound in assign.aminmax())
         if low < 0 or high >= n_out:
             raise InputError(f"merge_tokens needs groups from 0 to n_out - 1 = {n_out - 1}; got {low} to {high}.")
