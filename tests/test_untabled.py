@@ -70,7 +70,18 @@ def test_a_decoder_that_mixes_neighbours_is_refused_by_the_self_check():
 
 
 @pytest.mark.parametrize(
-    "method", [tokenprune.DivPrune(keep=0.3), tokenprune.Random(keep=5), tokenprune.Uniform(keep=0.5)]
+    "method",
+    [
+        tokenprune.DivPrune(keep=0.3),
+        tokenprune.Random(keep=5),
+        tokenprune.Uniform(keep=0.5),
+        tokenprune.AIM(),
+        tokenprune.FastV(),
+        tokenprune.PyramidDrop(),
+        tokenprune.SpAtten(tokens=0.6),
+        tokenprune.ToMe(r=4),
+    ],
+    ids=lambda method: method.name,
 )
 def test_the_shipped_methods_pass_the_check_for_methods(method):
     check_method(method)
@@ -79,10 +90,41 @@ def test_the_shipped_methods_pass_the_check_for_methods(method):
 def test_the_check_for_methods_finds_one_that_looks_at_its_neighbours():
     class Peeking(tokenprune.Method):
         def before_llm(self, signals, budget):
-            start = signals.features.shape[0] % 2
-            return tokenprune.reduction.Keep(
-                torch.arange(start, start + budget.high).expand(signals.features.shape[0], -1)
-            )
+            return self.choose(signals.features, budget)
 
-    with pytest.raises(CheckError, match="alone"):
-        check_method(Peeking(keep=4), features=torch.randn(2, 10, 8))
+        def choose(self, rows, budget):
+            start = rows.shape[0] % 2
+            return tokenprune.reduction.Keep(torch.arange(start, start + budget.high).expand(rows.shape[0], -1))
+
+    class PeekingLater(Peeking):
+        before_llm = None
+
+        def schedule(self, n_layers):
+            return (tokenprune.signals.Stage(2, 0.5),)
+
+        def llm_layer(self, signals, budget):
+            return self.choose(signals.importance, budget)
+
+    for method in (Peeking(keep=4), PeekingLater()):
+        with pytest.raises(CheckError, match="alone"):
+            check_method(method, features=torch.randn(2, 10, 8))
+
+
+def test_a_method_after_layers_says_where_and_gets_scores():
+    class Late(tokenprune.Method):
+        def llm_layer(self, signals, budget):
+            assert signals.importance.min() > 0
+            return tokenprune.reduction.Keep(signals.importance.topk(budget.high).indices.sort(dim=1).values)
+
+    class Planned(Late):
+        def schedule(self, n_layers):
+            return (tokenprune.signals.Stage(0, 0.5),)
+
+    model = build("cohere2_vision", model_type="cohere2", sliding_window=64)
+    with pytest.raises(tokenprune.OptionError, match=r"Late.*schedule"):
+        tokenprune.patch(model, Late())
+    session = tokenprune.patch(model, Planned())
+    ids = torch.tensor([[5, 6, *[IMAGE] * 4, 9, 10]])
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), attention_mask=torch.ones_like(ids))
+    assert session.traces[-1].n_out == (2,)

@@ -151,7 +151,8 @@ class LayerSignals:
 
     Attributes:
         layer: index of the layer.
-        importance: scores of the visual tokens that are left, `[R, N]` fp32, as the method's :class:`Probe` asked.
+        importance: scores of the visual tokens that are left, `[R, N]` fp32, as the method's :class:`Probe` asked;
+            zeros where it has none.
     """
 
     layer: int

@@ -5,9 +5,10 @@ The dense side of every comparison runs the decoder without a cache on the full 
 hides the dropped tokens from all others; nothing of the pruning code takes part in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
 from tokenprune.models.decoder import DecoderAdapter
-from tokenprune.reduction import Keep
-from tokenprune.signals import Signals, Trace, Traffic
+from tokenprune.reduction import Keep, Merge
+from tokenprune.schedule import share
+from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic
 
 
 class CheckError(TokenPruneError, AssertionError):
@@ -139,37 +141,77 @@ def compare(what: str, found: Tensor, wanted: Tensor) -> None:
 
 
 def check_method(method: Method, *, features: Tensor | None = None) -> None:
-    """Check that a method keeps what its budget says, the same each time, whatever the batch.
+    """Check that a method keeps what its budget says, the same each time, whatever the batch, at all its sites.
 
     Args:
-        method: the method; its function `before_llm` is called.
-        features: images to try it on, `[B, N, D]`; random ones by default.
+        method: the method; its functions `before_llm`, `llm_layer` and `encoder_block` are called, those that it has.
+        features: images to try it on, `[B, N, D]`; random ones by default. In an encoder they are the keys, and after
+            decoder layers the scores are their first channel.
 
     Raises:
         CheckError: it does not.
-        InputError: the method does not take part before the decoder.
+        InputError: it takes part at no site.
+        OptionError: its options do not fit a decoder of 8 layers, or an encoder of 4 blocks.
     """
-    site: Callable[..., Keep] | None = getattr(method, "before_llm", None)
-    if site is None:
-        raise InputError(f"{type(method).__name__} has no function before_llm to check")
+    if not method.sites():
+        raise InputError(f"{type(method).__name__} has no function named after a site ({', '.join(SITES)}) to check")
     if features is None:
         features = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
-    n_images, n_tokens = features.shape[:2]
-    budget = method.budget(n_tokens)
+    for site, budget, call in _calls(method, features):
+        _check_site(site, budget, call, n_rows=len(features), n_tokens=features.shape[1])
+
+
+def _calls(method: Any, features: Tensor) -> Iterator[tuple[str, Budget, Callable[[list[int]], Keep | Merge]]]:
+    """Each site at which a method takes part, what is due there, and the call that has it answer for some rows."""
+    n_tokens, sites = features.shape[1], method.sites()
+    scores, protected = features[..., 0].float(), torch.zeros(n_tokens, dtype=torch.bool)
+
+    def before(due: Budget, rows: list[int]) -> Keep | Merge:
+        return cast(Keep | Merge, method.before_llm(Signals(features[rows], None, tuple(rows)), due))
+
+    def after(layer: int, due: Budget, rows: list[int]) -> Keep | Merge:
+        return cast(Keep | Merge, method.llm_layer(LayerSignals(layer, scores[rows]), due))
+
+    def inside(due: Budget, rows: list[int]) -> Keep | Merge:
+        signals = BlockSignals(0, features[rows].float(), None, protected, scores[rows])
+        return cast(Keep | Merge, method.encoder_block(signals, due))
+
+    if "before_llm" in sites:
+        due = method.budget(n_tokens)
+        yield "before_llm", due, partial(before, due)
+    for stage in method.schedule(8) if "llm_layer" in sites else ():
+        n_keep = share(stage.keep, n_tokens, down=stage.down)
+        if 0 < n_keep < n_tokens:
+            due = Budget(n_keep, n_keep)
+            yield f"llm_layer after layer {stage.layer}", due, partial(after, stage.layer, due)
+    if "encoder_block" in sites:
+        n_left = n_tokens - max(method.removals(n_layers=4, n_tokens=n_tokens))
+        due = Budget(n_left, n_left)
+        yield "encoder_block", due, partial(inside, due)
+
+
+def _check_site(
+    site: str, budget: Budget, call: Callable[[list[int]], Keep | Merge], *, n_rows: int, n_tokens: int
+) -> None:
+    """Check the answers at one site.
+
+    Raises:
+        CheckError: they are not within the budget, change from call to call, or depend on the batch.
+    """
 
     def kept(rows: list[int]) -> list[list[int]]:
-        keep = site(Signals(features[rows], None, tuple(rows)), budget)
+        keep = call(rows)
         valid = torch.ones_like(keep.index, dtype=torch.bool) if keep.valid is None else keep.valid
         return [index[ok].tolist() for index, ok in zip(keep.index, valid, strict=True)]
 
-    together = kept(list(range(n_images)))
+    together = kept(list(range(n_rows)))
     for row, index in enumerate(together):
         if not budget.low <= len(index) <= budget.high or sorted(set(index)) != index or index[-1] >= n_tokens:
             raise CheckError(
-                f"image {row}: {budget.low} to {budget.high} distinct ascending positions below {n_tokens} were due, "
-                f"found {index}"
+                f"{site}, row {row}: {budget.low} to {budget.high} distinct ascending positions below {n_tokens} were "
+                f"due, found {index}"
             )
-    if together != kept(list(range(n_images))):
-        raise CheckError("the same images gave another choice the second time")
-    if together != [kept([row])[0] for row in range(n_images)]:
-        raise CheckError("an image alone gave another choice than in a batch")
+    if together != kept(list(range(n_rows))):
+        raise CheckError(f"{site}: the same rows gave another choice the second time")
+    if together != [kept([row])[0] for row in range(n_rows)]:
+        raise CheckError(f"{site}: a row alone gave another choice than in a batch")

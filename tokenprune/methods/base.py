@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokenprune.errors import OptionError
 from tokenprune.schedule import check_keep, count, removals_for
 from tokenprune.signals import SITES, AttentionPlan, Budget, CachePlan, Probe, Stage, TextGuard
 
@@ -69,17 +70,23 @@ class Method:
         return removals_for(self.keep, n_layers=n_layers, n_tokens=n_tokens)
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
-        """After which of the decoder's `n_layers` layers the method drops tokens, in order.
+        """After which of the decoder's `n_layers` layers the method drops tokens, in order. One with `llm_layer` has to
+        say it.
 
         Raises:
             OptionError: the options do not fit a decoder of this depth.
         """
+        if "llm_layer" in self.sites():
+            raise OptionError(
+                f"method {type(self).__name__} has llm_layer but does not say after which layers it is asked; define "
+                "schedule(self, n_layers), which returns a Stage(layer, keep) for each"
+            )
         return ()
 
     @property
     def probe(self) -> Probe | None:
-        """The importance scores that `llm_layer` looks at."""
-        return None
+        """The importance scores that `llm_layer` looks at: by default those of the last query, the cheapest ones."""
+        return Probe("last_query") if "llm_layer" in self.sites() else None
 
     @property
     def text(self) -> TextGuard | None:

@@ -149,7 +149,7 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
             kept = [_NONE if row in rows else visual for row, visual in enumerate(kept)]
             continue
         visual = torch.stack([before[row] for row in rows])
-        scores = torch.zeros(visual.shape)
+        scores = torch.zeros(visual.shape)  # of a method that asks for none
         if reducer.probe is not None:
             found = state.scores[reducer.probe]
             scores = found[torch.tensor(rows, device=found.device)[:, None], call.past + visual.to(found.device)]
