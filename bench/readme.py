@@ -1,4 +1,4 @@
-"""Write README's tables from the rows under `bench/results/` and from the table of families.
+"""Write the tables of the READMEs from the rows under `bench/results/` and from the table of families.
 
 python bench/readme.py            # rewrite the sections between the markers
 python bench/readme.py --check    # exit status 1 where README is stale
@@ -6,15 +6,17 @@ python bench/readme.py --check    # exit status 1 where README is stale
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenprune.models.families import FAMILIES
+from tokenprune.models.towers import TOWERS
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (ROOT / "README.md", ROOT / "demos" / "model" / "README.md")
+FILES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "demos" / "model" / "README.md")
 RESULTS = ROOT / "bench" / "results"
 MATCHED = "Tokens: visual tokens in a layer, mean over the layers. Decoder: its arithmetic in the prefill, of dense."
 
@@ -33,6 +35,64 @@ def source(name: str, command: str) -> tuple[dict[str, Any], str]:
     versions = ", ".join(f"{key} {machine[key]}" for key in ("torch", "transformers") if machine.get(key))
     line = f"[`{name}.json`](bench/results/{name}.json), `{command}`: {where}; {versions}; {content['date'][:10]}."
     return content, line
+
+
+def rows_of(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of a results file whose fields are as wanted."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def summary() -> str:
+    """What the main methods save of the time, one line each, beside what could be had."""
+    cells = [
+        [
+            f"`divprune`: prefill, {row['visual_tokens']} -> {row['kept_tokens']} visual tokens",
+            times(row["dense_over_pruned"]),
+            f"{row['pruned_over_ideal'][1]:.2f} of the time of as many tokens",
+        ]
+        for row in rows_of("prefill", what="prefill")
+    ]
+    cells += [
+        [
+            f"`aim` ({row['preset']}, page-rank): prefill, {row['rows']} x {row['visual_tokens']} visual tokens",
+            times(row["dense_over_pruned"]),
+            f"{row['of_flops_ratio']:.2f} of the FLOPs ratio",
+        ]
+        for preset in ("image", "video")
+        for row in rows_of("aim", preset=preset, importance="pagerank")
+    ]
+    cells += [
+        [
+            f"`tome`: {row['model']}, r = {row['r']}, batch {row['batch']}",
+            times(row["dense_over_tome"]),
+            f"{row['of_flops_ratio']:.2f} of the FLOPs ratio",
+        ]
+        for row in rows_of("vit", what="throughput")
+    ]
+    cells += [
+        [
+            f"`spatten` ({_options(row)}): a token, {row['prompt_tokens']} in the prompt",
+            times([1 / value for value in reversed(row["pruned_over_dense"])]),
+            f"KV cache {row['dense_kv_mib']:.0f} -> {row['pruned_kv_mib']:.0f} MiB",
+        ]
+        for row in rows_of("spatten", options={"tokens": 0.5})
+    ]
+    return table(["what", "dense / pruned", "of what can be had"], cells)
+
+
+def overall() -> str:
+    """Accuracy over all questions, a method a line."""
+    rows = rows_of("quality")
+    keeps = sorted({row["keep"] for row in rows if row["method"] != "dense"}, reverse=True)
+    cells: dict[str, dict[float, str]] = {}
+    for row in rows:
+        found = row["accuracy"]["overall"]
+        shown = f"{found['mean']:.1f} ±{(found['high'] - found['low']) / 2:.1f}"
+        cells.setdefault(row["method"], {})[row["keep"]] = shown
+    (dense,) = cells.pop("dense").values()
+    head = [f"dense: {dense}", *(f"keep {keep:g}" for keep in keeps)]
+    return table(head, [[f"`{name}`", *(found.get(keep, "-") for keep in keeps)] for name, found in cells.items()])
 
 
 def times(value: list[float]) -> str:
@@ -157,6 +217,12 @@ def families() -> str:
     return table(["family", "takes", '`positions="packed"`', "note"], rows)
 
 
+def encoders() -> str:
+    """The table of vision encoders."""
+    rows = [[f"`{tower.name}`", tower.library, ", ".join(f"`{host}`" for host in tower.hosts)] for tower in TOWERS]
+    return table(["encoder", "library", "classes that hold the blocks"], rows)
+
+
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
 
@@ -248,6 +314,8 @@ def _bytes_read(row: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "overall": overall,
     "importance": importance,
     "topk": topk,
     "vit": vit,
@@ -259,16 +327,18 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality_spatten": lambda: quality("quality_spatten"),
     "quality_vit": quality_vit,
     "families": families,
+    "encoders": encoders,
 }
 
 
-def rendered(text: str) -> str:
-    """A file with each of its sections filled in."""
+def rendered(path: Path) -> str:
+    """A file with each of its sections filled in; links to rows go out from where it lies."""
+    text, rows = path.read_text(), Path(os.path.relpath(RESULTS, path.parent)).as_posix()
     for name, section in SECTIONS.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if opening in text:
             start, end = text.index(opening) + len(opening), text.index(closing)
-            text = text[:start] + section() + "\n" + text[end:]
+            text = text[:start] + section().replace("](bench/results/", f"]({rows}/") + "\n" + text[end:]
     return text
 
 
@@ -277,7 +347,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a file is stale")
     options = parser.parse_args()
-    stale = {path: new for path in FILES if (new := rendered(path.read_text())) != path.read_text()}
+    stale = {path: new for path in FILES if (new := rendered(path)) != path.read_text()}
     for path, new in stale.items():
         if options.check:
             print(f"{path.relative_to(ROOT)} is stale: run python bench/readme.py", file=sys.stderr)

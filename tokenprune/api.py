@@ -75,7 +75,8 @@ def patch(
 
     Args:
         model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
-            :func:`list_families`. Its class, parameters and configuration stay as they are; only hooks are added.
+            :func:`list_families`. Its class and parameters stay as they are. Hooks are added; where attention is
+            looked at, or heads leave, a stand-in takes the place of a config or a projection until :func:`unpatch`.
         method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
         positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
             dropped tokens had never been there.

@@ -76,8 +76,9 @@ class EncoderAdapter:
         """
         if SITE not in sites:
             raise OptionError(
-                f"{type(self.host).__name__} is a vision encoder ({self.family}): it has the site {SITE!r} only, where "
-                f'"tome" takes part, and {list(sites)} were asked for'
+                f"{type(self.host).__name__} is a vision encoder ({self.family}), and what was asked for acts on a "
+                'language model\'s visual tokens; a vision encoder takes "tome" (r=13 or keep=0.5) or "spatten" '
+                "(tokens=0.6)"
             )
         if positions != "original":
             raise OptionError(
