@@ -282,7 +282,7 @@ def test_any_other_module_is_refused_by_name():
 
 def test_the_decoder_of_a_supported_model_by_itself_is_refused(llava):
     refused(llava.get_decoder(), UnsupportedModelError, "LlamaModel", "no text decoder apart from itself")
-    refused(llava.model.vision_tower, OptionError, "CLIPVisionModel", "vision encoder", "'encoder_block' only", "tome")
+    refused(llava.model.vision_tower, OptionError, "CLIPVisionModel", "vision encoder", "tome", "spatten")
 
 
 @pytest.mark.parametrize("model", ["llava-hf/llava-1.5-7b-hf", None, dict], ids=repr)

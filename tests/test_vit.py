@@ -665,7 +665,7 @@ def test_options_that_make_no_sense_are_refused(options, parts):
 
 
 def test_methods_for_decoders_are_refused_by_name():
-    refused(tiny("timm vit"), OptionError, "vision encoder", "encoder_block", "before_llm", method="divprune")
+    refused(tiny("timm vit"), OptionError, "vision encoder", "before_llm", "tome", "spatten", method="divprune")
     refused(tiny("hf vit"), OptionError, "vision encoder", "divprune", method=[ToMe(r=1), DivPrune(keep=0.5)])
 
 

@@ -76,9 +76,9 @@ class EncoderAdapter:
         """
         if SITE not in sites:
             raise OptionError(
-                f"{type(self.host).__name__} is a vision encoder ({self.family}), and what was asked for acts on a "
-                'language model\'s visual tokens; a vision encoder takes "tome" (r=13 or keep=0.5) or "spatten" '
-                "(tokens=0.6)"
+                f"{type(self.host).__name__} is a vision encoder ({self.family}), and what was asked for acts on "
+                f"the visual tokens of a language model (at {', '.join(sites)}); a vision encoder takes "
+                '"tome" (r=13 or keep=0.5) or "spatten" (tokens=0.6)'
             )
         if positions != "original":
             raise OptionError(
