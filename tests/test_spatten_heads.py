@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import batch, fresh, generate, implementations, tiny
 from test_spatten import HeadSimulation, ragged_text, spatten, text_model
-from test_state import in_threads
+from test_state import in_threads, logits
 from torch import nn
 from torch.nn import functional
 
@@ -223,6 +223,54 @@ def test_patching_again_does_not_pile_up():
     assert attentions(model)[1].q_proj.original is original
     tokenprune.unpatch(model)
     assert attentions(model)[1].q_proj is original
+
+
+class Adapter(nn.Module):
+    """What is put around a projection to train beside it; a hidden one is not found among the submodules."""
+
+    def __init__(self, base, *, hidden=False):
+        super().__init__()
+        self.base = [base] if hidden else base
+        self.added = nn.Linear(32, 32)
+
+    def forward(self, x):
+        base = self.base[0] if isinstance(self.base, list) else self.base
+        return base(x) + self.added(x)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_others_put_around_a_projection_stays_when_the_patch_goes(hidden):
+    model = text_model("llama")
+    patched(model)
+    attention = attentions(model)[3]
+    original = attention.q_proj.original
+    attention.q_proj = adapter = Adapter(attention.q_proj, hidden=hidden)
+    wrapped = text_model("llama")
+    attentions(wrapped)[3].q_proj = Adapter(attentions(wrapped)[3].q_proj)
+    attentions(wrapped)[3].q_proj.load_state_dict(adapter.state_dict(), strict=not hidden)
+    wanted = logits(wrapped, PROMPT)
+    assert not torch.equal(logits(model, PROMPT), wanted)
+    tokenprune.unpatch(model)
+    assert attention.q_proj is adapter
+    assert hidden or adapter.base is original
+    assert torch.equal(logits(model, PROMPT), wanted)
+    for _ in range(2):
+        session = patched(model)
+        assert (attention.q_proj, type(attention.o_proj)) == (adapter, nn.Linear)
+        assert session.remarks[0].startswith("Layers 3 project all heads, because q_proj is a Adapter")
+        torch.testing.assert_close(logits(model, PROMPT), zeroed_prompt(wrapped, PROMPT, HEADS), atol=1e-4, rtol=1e-4)
+    tokenprune.unpatch(model)
+    assert attention.q_proj is adapter
+    assert torch.equal(logits(model, PROMPT), wanted)
+
+
+def test_what_others_put_in_the_place_of_a_projection_stays_when_the_patch_goes():
+    model, other = text_model("llama"), nn.Linear(32, 32)
+    patched(model)
+    attentions(model)[3].q_proj = other
+    tokenprune.unpatch(model)
+    assert attentions(model)[3].q_proj is other
+    assert type(attentions(model)[3].o_proj) is nn.Linear
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])

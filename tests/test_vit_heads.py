@@ -219,6 +219,55 @@ def test_unpatching_restores_the_very_modules_and_copies_are_unpatched(name):
     assert torch.equal(answer(run(model, given)), wanted)
 
 
+class Wrapped(nn.Module):
+    """What is put around an attention; it has the attention's attributes."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        return self.base(x, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm beit"])
+def test_what_others_put_around_an_attention_stays_when_the_patch_goes(name):
+    model, given = tiny(name), inputs(name)
+    block, original = blocks_of(model)[2], attention_of(blocks_of(model)[2])
+    dense = answer(run(model, given))
+    tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
+    pruned = answer(run(model, given))
+    wrapped = Wrapped(attention_of(block))
+    setattr(block, place(block), wrapped)
+    assert torch.equal(answer(run(model, given)), pruned)
+    tokenprune.unpatch(model)
+    assert attention_of(block) is wrapped
+    assert wrapped.base is original
+    assert torch.equal(answer(run(model, given)), dense)
+    for _ in range(2):
+        tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
+        assert near(answer(run(model, given)), pruned)
+    tokenprune.unpatch(model)
+    assert (attention_of(block), wrapped.base) == (wrapped, original)
+    assert torch.equal(answer(run(model, given)), dense)
+
+
+def test_an_attention_without_its_session_is_itself():
+    model, given = tiny("timm vit"), inputs("timm vit")
+    dense = run(model, given)
+    tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
+    left = model.blocks[2].attn
+    tokenprune.unpatch(model)
+    model.blocks[2].attn = left
+    assert torch.equal(run(model, given), dense)
+
+
 def test_an_exception_leaves_nothing_behind():
     model, given = tiny("timm vit"), inputs("timm vit", n_rows=1)
     tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)

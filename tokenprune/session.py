@@ -66,7 +66,7 @@ class Session:
         self.forced = False
         self._adapter = adapter
         self._handles: list[RemovableHandle] = []
-        self._swapped: list[Swap] = []
+        self._swapped: list[tuple[Swap, Any]] = []
         self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
         self._traffic: Traffic | None = None
@@ -152,7 +152,7 @@ class Session:
         try:
             for hook in self._planned or ():
                 if isinstance(hook, Swap):
-                    self._swapped.append(Swap(hook.module, hook.name, getattr(hook.module, hook.name)))
+                    self._swapped.append((hook, getattr(hook.module, hook.name)))
                     setattr(hook.module, hook.name, hook.value)
                     continue
                 ours = _Hook(self, self._guarded(hook.function))
@@ -175,12 +175,14 @@ class Session:
         return guarded
 
     def remove(self) -> None:
-        """Take the hooks out. The model is as it was before; calling it again does nothing."""
+        """Take the hooks out. The model is as it was before, but for what others have put in since; calling it again
+        does nothing."""
         while self._handles:
             self._handles.pop().remove()
         while self._swapped:
-            swap = self._swapped.pop()
-            setattr(swap.module, swap.name, swap.value)
+            swap, original = self._swapped.pop()
+            for module, name in _places(swap):
+                setattr(module, name, original)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -220,6 +222,19 @@ class Session:
     def __repr__(self) -> str:
         methods = ", ".join(map(repr, self.methods))
         return f"Session({self.family}, [{methods}], positions={self.positions!r}, installed={self.installed})"
+
+
+def _places(swap: Swap) -> list[tuple[nn.Module, str]]:
+    """Where the value of a swap stands now: where it was put, or inside of what was wrapped around it since; nowhere
+    when somebody has replaced it."""
+    if not isinstance(swap.value, nn.Module):
+        return [(swap.module, swap.name)] if getattr(swap.module, swap.name, None) is swap.value else []
+    return [
+        (module, name)
+        for module in swap.module.modules()
+        for name, child in module._modules.items()
+        if child is swap.value
+    ]
 
 
 def _registries(module: nn.Module) -> tuple[tuple[dict[int, Any], ...], ...]:
