@@ -2,9 +2,11 @@
 projection."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -256,6 +258,26 @@ def test_what_others_put_around_an_attention_stays_when_the_patch_goes(name):
     tokenprune.unpatch(model)
     assert (attention_of(block), wrapped.base) == (wrapped, original)
     assert torch.equal(answer(run(model, given)), dense)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm beit", "hf vit"])
+def test_patching_again_lets_go_of_earlier_patches(name):
+    model, given, sessions = tiny(name), inputs(name), []
+    for _ in range(3):
+        sessions.append(weakref.ref(tokenprune.patch(model, "spatten", tokens=0.7, heads=FRACTIONS)))
+        run(model, given)
+    gc.collect()
+    assert [ref() is None for ref in sessions] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["timm vit", "hf vit"])
+def test_a_patch_that_is_refused_leaves_the_one_before_it_in_force(name):
+    model, given = tiny(name), inputs(name)
+    session = tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
+    pruned = answer(run(model, given))
+    refused(model, OptionError, "heads gives 2 layers", heads=(1.0, 0.5))
+    assert session.installed
+    assert torch.equal(answer(run(model, given)), pruned)
 
 
 def test_an_attention_without_its_session_is_itself():

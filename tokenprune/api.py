@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -113,7 +114,10 @@ def patch(
     _refuse_split(model, sites)
     adapter.preflight(sites=sites, positions=positions)
     session = Session(model, methods, adapter, positions=positions)
-    session.plan()
+    with ExitStack() as stack:
+        for earlier in {one for module in model.modules() if (one := session_of(module)) is not None}:
+            stack.enter_context(earlier.lifted())  # else the plan would hold on to what stands in for them
+        session.plan()
     unpatch(model)
     session.install()
     return session

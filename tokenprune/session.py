@@ -185,6 +185,18 @@ class Session:
                 setattr(module, name, original)
 
     @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within the block the model has its own modules and attributes again; the hooks stay."""
+        places = [(place, swap.value, original) for swap, original in self._swapped for place in _places(swap)]
+        try:
+            for (module, name), _, original in places:
+                setattr(module, name, original)
+            yield
+        finally:
+            for (module, name), value, _ in places:
+                setattr(module, name, value)
+
+    @contextmanager
     def pause(self) -> Iterator[None]:
         """Run without new pruning, in this thread, until the block is left. Caches that are pruned already go on."""
         token = _PAUSED.set(_PAUSED.get() | {id(self)})

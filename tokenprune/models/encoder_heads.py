@@ -65,7 +65,7 @@ class FewerHeads:
     @cached_property
     def module(self) -> Any:
         """The attention."""
-        return unwrapped(child(self.block, self.tower.parts[1]))
+        return child(self.block, self.tower.parts[1])
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ def plan_heads(
         )
     found, whole = dict[int, FewerHeads](), dict[str, list[str]]()
     for number, (block, logits) in enumerate(blocks):
-        attention = unwrapped(child(block, tower.parts[1]))
+        attention = child(block, tower.parts[1])
         parts = "it has no attention of its own" if attention is None else tower.attending(attention)
         reason = parts if isinstance(parts, str) else ""
         if isinstance(parts, Attending):
@@ -292,8 +292,3 @@ def _standing_in(attention: nn.Module, fewer: FewerHeads) -> Any:
 
 def _itself(attention: Any) -> Any:
     return attention
-
-
-def unwrapped(attention: Any) -> Any:
-    """The attention itself, where an earlier patch has something standing in its place."""
-    return getattr(attention, "standing_for", attention)

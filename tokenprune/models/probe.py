@@ -70,8 +70,7 @@ def swap(module: nn.Module) -> Swap:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _outside_graphs())
-    config: Any = module.config
-    return Swap(module, "config", ProbedConfig(getattr(config, "original", config)))
+    return Swap(module, "config", ProbedConfig(module.config))
 
 
 def attend(

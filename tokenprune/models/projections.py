@@ -34,7 +34,7 @@ class Pair:
     def __init__(self, engine: Engine, module: nn.Module, layer: int) -> None:
         self.engine, self.module, self.layer = engine, module, layer
         self.width: int = module.head_dim  # type: ignore[assignment]
-        self.linears = tuple(SlicedLinear(_unwrapped(getattr(module, name)), self) for name in NAMES)
+        self.linears = tuple(SlicedLinear(getattr(module, name), self) for name in NAMES)
 
     def pattern(self, x: Tensor) -> tuple[int, ...] | None:
         """The heads that are to be computed for the hidden states `x` `[B, L, D]`, None for all.
@@ -138,14 +138,9 @@ def _itself(original: Any) -> Any:
     return original
 
 
-def _unwrapped(linear: Any) -> Any:
-    """The layer itself, where an earlier patch still stands in its place."""
-    return linear.original if isinstance(linear, SlicedLinear) else linear
-
-
 def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
     """What makes the attention `module` of a layer project kept heads only, or why its projections are left whole."""
-    linears = [_unwrapped(getattr(module, name, None)) for name in NAMES]
+    linears: list[Any] = [getattr(module, name, None) for name in NAMES]
     for name, linear in zip(NAMES, linears, strict=True):
         if linear is None:
             return f"{type(module).__name__} has no {name} of its own"
