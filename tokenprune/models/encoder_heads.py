@@ -48,6 +48,7 @@ class FewerHeads:
         engine: the session.
         number: index of the block.
         block: the block.
+        module: its attention.
         tower: its kind.
         parts: what the attention is made of.
         logits: scale and rotation of its logits.
@@ -57,15 +58,11 @@ class FewerHeads:
     engine: Engine
     number: int
     block: nn.Module
+    module: Any
     tower: Tower
     parts: Attending
     logits: Logits
     plan: AttentionPlan
-
-    @cached_property
-    def module(self) -> Any:
-        """The attention."""
-        return child(self.block, self.tower.parts[1])
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -213,7 +210,7 @@ def plan_heads(
         parts = "it has no attention of its own" if attention is None else tower.attending(attention)
         reason = parts if isinstance(parts, str) else ""
         if isinstance(parts, Attending):
-            fewer = FewerHeads(engine, number, block, tower, parts, cast(Logits, logits), plans[0][1])
+            fewer = FewerHeads(engine, number, block, attention, tower, parts, cast(Logits, logits), plans[0][1])
             reason = _refusal(found.setdefault(number, fewer), host, total=found[0].parts.n_heads)
         if reason:
             raise UnsupportedModelError(
