@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import batch, fresh, generate, implementations, tiny
 from test_spatten import HeadSimulation, ragged_text, spatten, text_model
-from test_state import in_threads, logits
+from test_state import in_threads, logits, replica_of
 from torch import nn
 from torch.nn import functional
 
@@ -302,6 +302,16 @@ def test_two_threads_and_repeated_runs_give_the_same_bits():
     found = in_threads(*(lambda x=x: generate(model, x, 6, suppress_tokens=None) for x in (PROMPT, other)))
     for one, two in zip(wanted, found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.logits, two.logits, strict=True))
+
+
+def test_replicas_of_data_parallel_prune_as_the_model_does():
+    model = text_model("llama")
+    patched(model)
+    wanted = logits(model, PROMPT)
+    (found,) = in_threads(lambda: logits(replica_of(model), PROMPT))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert type(attentions(replica_of(model))[1].q_proj) is nn.Linear
+    assert type(attentions(model)[1].q_proj) is SlicedLinear
 
 
 def test_weights_that_change_while_patched_are_used():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import pickle
 import sys
 import threading
@@ -687,6 +688,19 @@ def test_an_image_that_comes_while_paused_is_kept_whole_on_a_pruned_cache():
 
 
 # --- threads --------------------------------------------------------------------------------------
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What ``DataParallel`` makes of `model` for one of its threads, on the same device."""
+    copying = importlib.import_module("torch.nn.parallel.replicate")
+
+    def spread(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[one.clone() for one in tensors] for _ in devices]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "_broadcast_coalesced_reshape", spread)
+        (found,) = copying.replicate(model, [0])
+    return found
 
 
 def in_threads(*jobs: Callable[[], Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import hook_counts, in_threads, snapshot
+from test_state import hook_counts, in_threads, replica_of, snapshot
 from test_vit_spatten import Broken, Watch, filled, refused
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention
@@ -389,6 +389,21 @@ def test_two_threads_do_not_mix():
     found = in_threads(*[lambda given=given: [run(model, given) for _ in range(5)] for given in many])
     for one, runs in zip(wanted, found, strict=True):
         assert all(torch.equal(one, other) for other in runs)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm dinov3", "timm beit", "hf vit"])
+def test_replicas_of_data_parallel_prune_as_the_model_does(name):
+    model, given = tiny(name), inputs(name)
+    dense = answer(run(model, given))
+    tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
+    pruned = answer(run(model, given))
+    (found,) = in_threads(lambda: answer(run(replica_of(model), given)))
+    assert near(found, pruned)
+    assert not near(found, dense)
+    attention_of(blocks_of(replica_of(model))[2]).register_buffer("own", None)
+    assert not hasattr(attention_of(blocks_of(model)[2]), "own")
+    tokenprune.unpatch(model)
+    assert torch.equal(answer(run(replica_of(model), given)), dense)
 
 
 @pytest.mark.parametrize("name", ["hf vit", "hf dinov3"])

@@ -8,7 +8,7 @@ and the projections are plain linear layers, these are cut to the kept heads too
 
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from operator import attrgetter
 from typing import Any, cast
@@ -259,19 +259,25 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
 
 @cache
 def _kind(kind: type[nn.Module]) -> Any:
-    """The class of what stands in for an attention of class `kind`. Copies and pickles are the attention itself."""
+    """The class of what stands in for an attention of class `kind`. Copies and pickles are the attention itself,
+    replicas of ``DataParallel`` stand in for one."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = self.ask(args, kwargs)
         return kind.forward(self, *args, **kwargs) if found is None else found
 
+    def replicate(self: Any) -> Any:
+        attention = self.standing_for._replicate_for_data_parallel()
+        return _standing_in(attention, replace(self.fewer, module=attention))
+
     members = {
-        "__slots__": ("ask", "standing_for"),
+        "__slots__": ("ask", "fewer", "standing_for"),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__deepcopy__": lambda self, memo: copy.deepcopy(self.standing_for, memo),
         "__reduce_ex__": lambda self, protocol: (_itself, (self.standing_for,)),
+        "_replicate_for_data_parallel": replicate,
         "forward": forward,
     }
     return type(kind.__name__, (kind,), members)
@@ -281,8 +287,8 @@ def _standing_in(attention: nn.Module, fewer: FewerHeads) -> Any:
     """A module with the whole state of `attention` (parameters, hooks, flags), which asks `fewer` first."""
     found = object.__new__(_kind(cast(Any, type(attention))))
     disable: Any = torch.compiler.disable  # here, for it imports torch's compiler
-    state = (("__dict__", attention.__dict__), ("standing_for", attention), ("ask", disable(fewer.attend)))
-    for name, value in state:
+    own = {"standing_for": attention, "fewer": fewer, "ask": disable(fewer.attend)}
+    for name, value in {"__dict__": attention.__dict__, **own}.items():
         object.__setattr__(found, name, value)
     return found
 

@@ -122,6 +122,10 @@ class SlicedLinear(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _itself, (self.original,)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        original: Any = self.original
+        return original._replicate_for_data_parallel()  # it projects all heads; those that left are zeros
+
 
 def _cut(
     weight: Tensor, bias: Tensor | None, pattern: tuple[int, ...], *, width: int, inward: bool
