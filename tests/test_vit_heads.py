@@ -460,6 +460,15 @@ class Doubled(Attention):
         return self.proj(states.transpose(1, 2).flatten(2))
 
 
+class Gated(Attention):
+    """An attention whose output projection looks at its input, too."""
+
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        states = functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
+        return self.proj(states.transpose(1, 2).flatten(2), x)
+
+
 def test_attention_that_cannot_do_with_fewer_heads_is_refused():
     works, asked = "heads=1.0 works", {"heads": FRACTIONS, "tokens": 1.0}
     refused(
@@ -481,6 +490,13 @@ def test_attention_that_cannot_do_with_fewer_heads_is_refused():
         **asked,
     )
     assert tokenprune.patch(model, "spatten").installed
+    model = tiny("timm vit")
+    model.blocks[3].attn.__class__ = Gated
+    model.blocks[3].attn.proj = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+    cause = refused(
+        model, UnsupportedModelError, "block 3", "not made of the projections", "missing 1 required", works, **asked
+    ).__cause__
+    assert isinstance(cause, TypeError)
     model = tiny("timm vit")
     model.blocks[2].attn.forward = model.blocks[2].attn.forward
     refused(model, UnsupportedModelError, "block 2", "a forward of its own", works, **asked)

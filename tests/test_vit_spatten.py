@@ -247,13 +247,14 @@ def test_an_exception_leaves_nothing_behind():
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def refused(model: nn.Module, error: type[Exception], *parts: str, **options: Any) -> None:
-    """`patch` raises `error` with all of `parts` and leaves `model` as it was."""
+def refused(model: nn.Module, error: type[Exception], *parts: str, **options: Any) -> Exception:
+    """What `patch` raises: an `error` with all of `parts`, which leaves `model` as it was."""
     before = snapshot(model)
     with pytest.raises(error) as caught:
         tokenprune.patch(model, "spatten", **options)
     assert [part for part in parts if part not in str(caught.value)] == []
     assert snapshot(model) == before
+    return caught.value
 
 
 @pytest.mark.parametrize(("options", "parts"), [

@@ -27,6 +27,8 @@ from tokenprune.models.projections import odd
 from tokenprune.models.tower import Attending, Logits, Tower, child
 from tokenprune.signals import AttentionPlan
 
+_OTHER = "its attention is not made of the projections, norms and biases found in it"
+
 
 @dataclass(frozen=True)
 class _Attended:
@@ -206,17 +208,18 @@ def plan_heads(
         )
     found, whole = dict[int, FewerHeads](), dict[str, list[str]]()
     for number, (block, logits) in enumerate(blocks):
+        what = f"block {number} ({type(block).__name__}) of {type(host).__name__} cannot leave heads out"
         attention = child(block, tower.parts[1])
         parts = "it has no attention of its own" if attention is None else tower.attending(attention)
         reason = parts if isinstance(parts, str) else ""
         if isinstance(parts, Attending):
             fewer = FewerHeads(engine, number, block, attention, tower, parts, cast(Logits, logits), plans[0][1])
-            reason = _refusal(found.setdefault(number, fewer), host, total=found[0].parts.n_heads)
+            try:
+                reason = _refusal(found.setdefault(number, fewer), host, total=found[0].parts.n_heads)
+            except Exception as error:  # what others' code raises on parts that are not what they seem is open
+                raise UnsupportedModelError(f"{what}: {_OTHER} ({error!r}); heads=1.0 works") from error
         if reason:
-            raise UnsupportedModelError(
-                f"block {number} ({type(block).__name__}) of {type(host).__name__} cannot leave heads out: {reason}; "
-                "heads=1.0 works"
-            )
+            raise UnsupportedModelError(f"{what}: {reason}; heads=1.0 works")
         if fewer.counts[number] < fewer.parts.n_heads and (kept := fewer.whole()) is not None:
             whole.setdefault(kept, []).append(str(number))
     counts = ", ".join(map(str, found[0].counts))
@@ -238,22 +241,18 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
         kwargs[fewer.tower.mask] = x.new_ones(2, 1, 1, x.shape[1]).cumsum(3).log()
     seen: list[Any] = []
     watch = Hook(fewer.module, "post", lambda module, *call: seen.append(call))
-    reason = "its attention is not made of the projections, norms and biases found in it"
-    try:
-        with still(fewer.block):
-            with hooked([watch]):
-                fewer.block.forward(x, **kwargs)
-            if len(seen) != 1:
-                return f"one call of its attention was looked for, and there were {len(seen)}"
-            args, kwargs, output = seen[0]
-            ours = first_of(fewer.compute(args, kwargs, None).output)
-    except Exception as error:
-        return f"{reason} ({error!r})"
+    with still(fewer.block):
+        with hooked([watch]):
+            fewer.block.forward(x, **kwargs)
+        if len(seen) != 1:
+            return f"one call of its attention was looked for, and there were {len(seen)}"
+        args, kwargs, output = seen[0]
+        ours = first_of(fewer.compute(args, kwargs, None).output)
     theirs = first_of(output)
     close = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
     same = ours.shape == theirs.shape and isinstance(output, tuple) == fewer.parts.paired
     if not same or float((ours - theirs).abs().max()) > close * max(1e-6, float(theirs.abs().max())):
-        return reason
+        return _OTHER
     return ""
 
 
