@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_state import hook_counts, in_threads, replica_of, snapshot
-from test_vit_spatten import Broken, Watch, filled, refused
+from test_vit_spatten import Watch, check_exceptions, filled, refused
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -293,18 +293,7 @@ def test_an_attention_without_its_session_is_itself():
 def test_an_exception_leaves_nothing_behind():
     model, given = tiny("timm vit"), inputs("timm vit", n_rows=1)
     tokenprune.patch(model, "spatten", tokens=0.6, heads=FRACTIONS)
-    wanted = run(model, given)
-
-    def raise_it(*args: Any) -> None:
-        raise Broken
-
-    for module in (model.blocks[2].attn, model.blocks[2].attn.proj, model.blocks[3].mlp):
-        handle = module.register_forward_hook(raise_it)
-        with pytest.raises(Broken):
-            run(model, given)
-        handle.remove()
-        assert passage._CURRENT.get() is None
-        assert torch.equal(run(model, given), wanted)
+    check_exceptions(model, given, (model.blocks[2].attn, model.blocks[2].attn.proj, model.blocks[3].mlp))
     model.blocks[1].attn = tiny("timm vit").blocks[1].attn
     with pytest.raises(InputError, match="attention of block 1 was not called"):
         run(model, given)

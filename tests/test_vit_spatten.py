@@ -227,21 +227,26 @@ class Broken(RuntimeError):
     """Raised by a hook of a test."""
 
 
-def test_an_exception_leaves_nothing_behind():
-    model, given = tiny("timm vit"), inputs("timm vit")
-    tokenprune.patch(model, "spatten", tokens=0.6)
+def check_exceptions(model: nn.Module, given: dict[str, Any], modules: tuple[nn.Module, ...]) -> None:
+    """An exception behind any of `modules` leaves nothing behind."""
     wanted = run(model, given)
 
     def raise_it(*args: Any) -> None:
         raise Broken
 
-    for module in (model.blocks[1].attn.proj, model.blocks[2].mlp):
+    for module in modules:
         handle = module.register_forward_hook(raise_it)
         with pytest.raises(Broken):
             run(model, given)
         handle.remove()
         assert passage._CURRENT.get() is None
         assert torch.equal(run(model, given), wanted)
+
+
+def test_an_exception_leaves_nothing_behind():
+    model = tiny("timm vit")
+    tokenprune.patch(model, "spatten", tokens=0.6)
+    check_exceptions(model, inputs("timm vit"), (model.blocks[1].attn.proj, model.blocks[2].mlp))
 
 
 # --- refusals -------------------------------------------------------------------------------------
