@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, batch, generate, implementations, tiny
 from test_layers import check_layers
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
 import tokenprune
@@ -274,6 +274,37 @@ def test_decoding_reads_only_the_values_with_the_largest_probabilities():
             torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
     traffic = session.traffic
     assert traffic.dense == traffic.tokens == traffic.heads > traffic.values == traffic.read
+
+
+@pytest.mark.parametrize("window", [None, 8, 40])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_traffic_counts_what_the_unpruned_model_would_see(implementation, window):
+    model = text_model("llama", implementation)
+    if window is not None:
+        sizes = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+        config = MistralConfig(**{**sizes, "sliding_window": window})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    rows, inputs = ragged_text()
+    seen = [min(window or 99, length + step) for length in map(len, rows) for step in range(1, 6)]
+    bytes_of_a_key = 2 * 2 * 8 * 4  # and its value: two heads of eight numbers of four bytes
+    for options in ({}, {"cache_implementation": "static"}):
+        session = tokenprune.patch(model, spatten(tokens=1.0, heads=0.7))
+        generate(model, inputs, 6, suppress_tokens=None, **options)
+        traffic = session.traffic
+        assert traffic.dense == traffic.tokens == N_LAYERS * bytes_of_a_key * sum(seen)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_traffic_counts_tokens_that_left_as_seen_by_the_unpruned_model(static):
+    model = text_model("llama")
+    session = tokenprune.patch(model, spatten())
+    rows, inputs = ragged_text()
+    generate(model, inputs, 4, suppress_tokens=None, **({"cache_implementation": "static"} if static else {}))
+    tokens = sum(len(row) + step for row in rows for step in range(1, 4))
+    assert session.traffic is None
+    session = tokenprune.patch(model, spatten(values=0.5))
+    generate(model, inputs, 4, suppress_tokens=None, **({"cache_implementation": "static"} if static else {}))
+    assert session.traffic.tokens < session.traffic.dense == N_LAYERS * 128 * tokens
 
 
 def test_keeping_everything_is_bit_identical():

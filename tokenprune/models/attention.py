@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune import ops
+from tokenprune.models.cache import window_of
 from tokenprune.models.forward import Call, Forward
 from tokenprune.models.heads import Fewer, Heads, heads_of, note_magnitude
 from tokenprune.reduction import gather
@@ -68,24 +69,29 @@ def step(
         softcap=softcap,
     )  # fmt: skip
     note_magnitude(state, found.magnitude)
-    state.traffic += _count(found, n_real=_n_real(state, call).to(n_valid.device), n_valid=n_valid)
+    state.traffic += _count(found, n_dense=_n_dense(call, layer).to(n_valid.device), n_valid=n_valid)
     output = heads.take(found.output) if sliced and heads is not None else found.output
     return output.transpose(1, 2), found.scores
 
 
-def _n_real(state: Forward, call: Call) -> Tensor:
-    """Tokens of the sequence so far that are no padding, `[B]`; padding counts where a mask does not tell."""
+def _n_dense(call: Call, layer: int) -> Tensor:
+    """Keys that `layer` of the unpruned model would see in a decoding step, `[B]`."""
     mask, total = call.hiding, call.past + 1
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return (mask[:, :total] != 0).sum(dim=1)
-    known = mask is not None and state.scoring and state.padding is not None
-    return state.padding.sum(dim=1) if known and state.padding is not None else torch.full((call.n_rows,), total)
+    window = None if call.cache is None else window_of(call.cache.layers[layer])
+    if isinstance(mask, dict):
+        kinds = getattr(call.config, "layer_types", None)
+        mask = mask.get(kinds[layer] if kinds else None, next(iter(mask.values())))
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _seen(mask, call.n_rows).sum(dim=1)
+    if isinstance(mask, Tensor):
+        return (mask[:, :total] != 0)[:, -(window or total) :].sum(dim=1)
+    return torch.full((call.n_rows,), min(total, window or total))
 
 
-def _count(found: ops.DecodedStep, *, n_real: Tensor, n_valid: Tensor) -> Traffic:
-    """Bytes of one step of one layer; `n_real` and `n_valid` `[B]`: the row's tokens and those that its cache holds."""
+def _count(found: ops.DecodedStep, *, n_dense: Tensor, n_valid: Tensor) -> Traffic:
+    """Bytes of one step of one layer; `n_dense` and `n_valid` `[B]`: keys that the unpruned model and that it sees."""
     after_tokens = found.dense_bytes.double()
-    dense = after_tokens * (n_real / n_valid.clamp(min=1))[:, None]
+    dense = after_tokens / n_valid.clamp(min=1)[:, None] * n_dense[:, None]
     after_heads = after_tokens * (found.key_bytes > 0)
     bits = found.key_bytes.double() / (after_heads / 2).clamp(min=1)
     after_values = after_heads / 2 + found.value_bytes / bits.where(bits > 0, torch.ones_like(bits))
@@ -140,10 +146,15 @@ def prompt(
 def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:
     """Which keys a decoding step sees, `[B, n_keys]` bool, None for all."""
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        seen = mask[:, 0, 0, :n_keys]
-        return (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).expand(call.n_rows, -1)
+        return _seen(mask, call.n_rows)[:, :n_keys]
     columns = state.segment_of(layer).layout(call).columns
     valid = columns >= 0
     if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
         valid = valid & gather(call.mask.to(valid.device, torch.bool), columns.clamp(min=0))
     return None if bool(valid.all()) else valid
+
+
+def _seen(mask: Tensor, n_rows: int) -> Tensor:
+    """Which keys the mask `[1 or B, 1, 1, L]` of a decoding step shows, `[B, L]` bool."""
+    seen = mask[:, 0, 0]
+    return (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).expand(n_rows, -1)
