@@ -511,6 +511,13 @@ def test_without_a_cache_there_is_nothing_to_quantize():
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
 
 
+def test_heads_that_left_have_no_share_in_how_many_read_the_low_bits():
+    model = text_model("llama")
+    session = tokenprune.patch(model, spatten(tokens=1.0, heads=(1.0, 0.5, 0.5, 0.5), quantize="4+4", threshold=1.0))
+    generate(model, ragged_text()[1], 3, suppress_tokens=None)
+    assert session.traffic.recomputed == 1.0
+
+
 def test_a_static_cache_cannot_be_quantized():
     model = text_model("llama")
     tokenprune.patch(model, spatten(quantize="4+4"))

@@ -117,10 +117,12 @@ class Traffic:
         dense: by the unpruned model.
         tokens: without the tokens that have left.
         heads: without the heads that have left, too.
-        values: without the values that are not looked at, too.
+        values: without the values that are not looked at, too; estimated where some heads of a group read the low bits
+            and others do not.
         read: with the bits that are not looked at, too: what was read.
         steps: attentions of one row that were counted.
-        recomputed: share of the heads' rows that read the low bits because their distribution was flat.
+        recomputed: share of the kept heads that read the low bits because their distribution was flat, on average over
+            these attentions.
     """
 
     dense: float = 0.0

@@ -69,7 +69,7 @@ def step(
         softcap=softcap,
     )  # fmt: skip
     note_magnitude(state, found.magnitude)
-    state.traffic += _count(found, n_dense=_n_dense(call, layer).to(n_valid.device), n_valid=n_valid)
+    state.traffic += _count(found, heads, n_dense=_n_dense(call, layer).to(n_valid.device), n_valid=n_valid)
     output = heads.take(found.output) if sliced and heads is not None else found.output
     return output.transpose(1, 2), found.scores
 
@@ -88,7 +88,7 @@ def _n_dense(call: Call, layer: int) -> Tensor:
     return torch.full((call.n_rows,), min(total, window or total))
 
 
-def _count(found: ops.DecodedStep, *, n_dense: Tensor, n_valid: Tensor) -> Traffic:
+def _count(found: ops.DecodedStep, heads: Heads | None, *, n_dense: Tensor, n_valid: Tensor) -> Traffic:
     """Bytes of one step of one layer; `n_dense` and `n_valid` `[B]`: keys that the unpruned model and that it sees."""
     after_tokens = found.dense_bytes.double()
     dense = after_tokens / n_valid.clamp(min=1)[:, None] * n_dense[:, None]
@@ -96,6 +96,7 @@ def _count(found: ops.DecodedStep, *, n_dense: Tensor, n_valid: Tensor) -> Traff
     bits = found.key_bytes.double() / (after_heads / 2).clamp(min=1)
     after_values = after_heads / 2 + found.value_bytes / bits.where(bits > 0, torch.ones_like(bits))
     read = found.key_bytes + found.value_bytes
+    n_heads = found.recomputed.shape[1] if heads is None else heads.index.shape[1]
     return Traffic(
         dense=float(dense.sum()),
         tokens=float(after_tokens.sum()),
@@ -103,7 +104,7 @@ def _count(found: ops.DecodedStep, *, n_dense: Tensor, n_valid: Tensor) -> Traff
         values=float(after_values.sum()),
         read=float(read.sum()),
         steps=len(found.output),
-        recomputed=float(found.recomputed.float().mean()),
+        recomputed=float(found.recomputed.float().sum(dim=1).mean()) / n_heads,
     )
 
 
