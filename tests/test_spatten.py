@@ -307,6 +307,19 @@ def test_traffic_counts_tokens_that_left_as_seen_by_the_unpruned_model(static):
     assert session.traffic.tokens < session.traffic.dense == N_LAYERS * 128 * tokens
 
 
+def test_traffic_is_that_of_the_last_prompt_also_without_a_cache():
+    model = text_model("llama")
+    session = tokenprune.patch(model, spatten(tokens=1.0, heads=0.7))
+    _, inputs = ragged_text()
+    generate(model, inputs, 4, suppress_tokens=None)
+    assert session.traffic.steps == 3 * 3 * N_LAYERS
+    with session.pause():
+        generate(model, inputs, 2, suppress_tokens=None, use_cache=False)
+    assert session.traffic.steps == 3 * 3 * N_LAYERS
+    generate(model, inputs, 2, suppress_tokens=None, use_cache=False)
+    assert (session.traffic.steps, session.traffic.dense) == (0, 0.0)
+
+
 def test_keeping_everything_is_bit_identical():
     dense = text_model("llama")
     model = copy.deepcopy(dense)

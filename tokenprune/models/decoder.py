@@ -277,8 +277,7 @@ class DecoderAdapter:
     def _lengthen(self, state: Forward | None, kwargs: dict[str, Any], output: Any) -> Any:
         """Give the decoder's output its unpruned length back and write the pruning down on the cache."""
         cache = kwargs.get("past_key_values")
-        ledger = ledger_of(cache)
-        if ledger is not None:
+        if (ledger := ledger_of(cache)) is not None:
             ledger.inside = False
         if state is None or state.call is None:
             return None
@@ -294,7 +293,8 @@ class DecoderAdapter:
         if ledger is not None and state.steering:
             ledger.head_scores, ledger.patterns = state.head_scores, state.patterns
             ledger.traffic += state.traffic
-            state.owner.publish_traffic(ledger.traffic)
+        if state.steering:
+            state.owner.publish_traffic(state.traffic if ledger is None else ledger.traffic)
         if ledger is not None and state.scoring:
             eviction.end(state, cache, ledger, total=call.past + call.length)
         if kept_all:
