@@ -115,9 +115,8 @@ def settings_of(method: tokenprune.Method) -> list[str]:
     found = []
     for entry in dataclasses.fields(method):
         value = getattr(method, entry.name)
-        everything = entry.name == "keep" and value == 1.0 == entry.default
-        told = entry.name in AMOUNTS and value is not None and not everything
-        if told or (entry.repr and value != entry.default):
+        told = entry.name in AMOUNTS and value is not None
+        if entry.repr and (told or value != entry.default):
             found.append(f"{entry.name} {_short(value)}")
     return found
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import tokenprune
 from tokenprune import DivPrune, InputError, Method, OptionError, Random, Uniform
+from tokenprune.api import build_method
+from tokenprune.methods.base import options_of
 from tokenprune.reduction import Keep
 from tokenprune.schedule import count
 from tokenprune.signals import Budget, Signals
@@ -252,6 +254,16 @@ def test_a_method_is_frozen_and_compares_by_its_options():
         DivPrune(keep=0.5).keep = 0.4
     with pytest.raises(TypeError):
         DivPrune(0.5)
+
+
+@pytest.mark.parametrize("method", [tokenprune.AIM, tokenprune.SpAtten])
+def test_a_keep_that_cannot_be_set_is_shown_nowhere(method):
+    assert "keep=" not in repr(method())
+    assert "keep" not in options_of(method)
+    with pytest.raises(OptionError, match=r"no option 'kep'; it has (merge|tokens)"):
+        build_method(method.name, kep=1)
+    with pytest.raises(OptionError, match="no keep; got"):
+        build_method(method.name, keep=0.5)
 
 
 @pytest.mark.parametrize("order", ["random first", "divprune first"])

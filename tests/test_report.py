@@ -72,6 +72,12 @@ def test_the_last_forward_is_reported_row_by_row() -> None:
     assert [line[4:8] for line in lines] == [["0", "2", "16", "8"], ["1", "1", "12", "6"], ["2", "2", "8", "4"]]
 
 
+def test_methods_are_told_with_what_can_be_set() -> None:
+    methods = (tokenprune.AIM(), tokenprune.SpAtten(tokens=0.5), tokenprune.DivPrune())
+    told = report.build(Fake(nn.Identity(), methods=methods)).methods
+    assert told == ("AIM()", "SpAtten(tokens=0.5)", "DivPrune(keep=0.25)")
+
+
 def test_a_skipped_site_is_shown_with_its_reason() -> None:
     model = tiny("llava")
     with tokenprune.patch(model, "divprune", keep=0.5) as session, torch.no_grad():

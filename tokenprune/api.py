@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, UnsupportedModelError
 from tokenprune.methods import METHODS, Method
+from tokenprune.methods.base import options_of
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.encoder import EncoderAdapter
@@ -59,9 +60,9 @@ def build_method(method: str | Method, **options: Any) -> Method:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UnknownMethodError(f"unknown method {method!r}; known methods are {', '.join(list_methods())}{hint}")
     cls = METHODS[method]
-    known = [f.name for f in dataclasses.fields(cls)]
-    if unknown := sorted(set(options) - set(known)):
-        raise OptionError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    if unknown := sorted(set(options) - {entry.name for entry in dataclasses.fields(cls)}):
+        has = ", ".join(options_of(cls))
+        raise OptionError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; it has {has}")
     return cls(**options)
 
 

@@ -1,7 +1,6 @@
 """The command line: ``tokenprune report``, ``compare``, ``methods``, ``families``. The only place that prints."""
 
 import argparse
-import dataclasses
 import inspect
 import json
 import logging
@@ -16,6 +15,7 @@ import torch
 from tokenprune import api, figures, loading
 from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
+from tokenprune.methods.base import options_of
 from tokenprune.models.families import FAMILIES, REFUSED
 from tokenprune.specs import parse_methods
 
@@ -154,9 +154,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     found: list[dict[str, Any]] = []
     for name, method in sorted(METHODS.items()):
-        fields = {entry.name: entry.default for entry in dataclasses.fields(method) if entry.init}
         summary = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
-        found.append({"name": name, "class": method.__name__, "options": fields, "summary": summary})
+        found.append({"name": name, "class": method.__name__, "options": options_of(method), "summary": summary})
     if options.json:
         print(json.dumps(found, indent=2, default=repr))
         return

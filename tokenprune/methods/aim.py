@@ -2,7 +2,7 @@
 2412.03248)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class AIM(Method):
 
     name: ClassVar[str] = "aim"
 
-    keep: float | int | str = 1.0
+    keep: float | int | str = field(default=1.0, repr=False)
     merge: float | int | None = 0.125
     prune: tuple[float, float] | None = (13 / 32, 21 / 32)
     importance: str = "pagerank"

@@ -1,7 +1,7 @@
 """What every method has in common."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from tokenprune.errors import OptionError
 from tokenprune.schedule import check_keep, count, removals_for
@@ -100,3 +100,8 @@ class Method:
     def cache_plan(self, n_layers: int) -> CachePlan | None:
         """What the method takes out of the KV cache while tokens are generated."""
         return None
+
+
+def options_of(method: type[Method]) -> dict[str, Any]:
+    """The options of a method with their defaults; those that its fields hide (`repr=False`) are none of it."""
+    return {entry.name: entry.default for entry in fields(method) if entry.repr}

@@ -2,7 +2,7 @@
 2012.09852)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import ClassVar
 
@@ -69,7 +69,7 @@ class SpAtten(Method):
 
     name: ClassVar[str] = "spatten"
 
-    keep: float | int | str = 1.0
+    keep: float | int | str = field(default=1.0, repr=False)
     tokens: float | Sequence[float] = 0.8
     heads: float | Sequence[float] = 1.0
     values: float | Sequence[float] = 1.0
