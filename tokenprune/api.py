@@ -56,14 +56,25 @@ def build_method(method: str | Method, **options: Any) -> Method:
             f"{method!r}"
         )
     if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UnknownMethodError(f"unknown method {method!r}; known methods are {', '.join(list_methods())}{hint}")
+        raise UnknownMethodError(
+            f"unknown method {method!r}; known methods are {', '.join(list_methods())}{_meant(method)}"
+        )
     cls = METHODS[method]
     if unknown := sorted(set(options) - {entry.name for entry in dataclasses.fields(cls)}):
         has = ", ".join(options_of(cls))
         raise OptionError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; it has {has}")
     return cls(**options)
+
+
+def _meant(name: str) -> str:
+    """What whoever asked for a method of this name may have meant."""
+    if ":" in name:
+        return f"; what command lines take is read so: patch(model, list(tokenprune.specs.parse_methods({name!r})))"
+    if "+" in name:
+        several = ", ".join(f'"{part.strip()}"' for part in name.split("+"))
+        return f"; for several in a row give a list: [{several}]"
+    close = difflib.get_close_matches(name, METHODS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def patch(
