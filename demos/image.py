@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="an image file; without it, two built-in pictures")
     parser.add_argument(
         "--method",
-        help="divprune (with --vit: tome:keep=0.25) unless another is named; options and several go as in "
+        help="divprune (with --vit: tome with keep 0.25) unless another is named; options and several go as in "
         f"uniform:keep=0.5+divprune; known are {', '.join(tokenprune.list_methods())}",
     )
     parser.add_argument("--keep", type=keep, help="0.25 = a quarter, 64 = 64 tokens, auto (with --radius)")
@@ -77,7 +77,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vit", nargs="?", const=EMBEDDED_VIT, help="a name that timm knows; alone: the embedded one")
     parser.add_argument("--output", type=Path, help="the overlay, a .png file (default: out/NAME.png)")
     asked = read(parser, argv)
-    asked.method = asked.method or ("tome:keep=0.25" if asked.vit else "divprune")
+    if asked.vit and not asked.method and asked.keep is None:
+        asked.keep = 0.25
+    asked.method = asked.method or ("tome" if asked.vit else "divprune")
     if asked.output and not asked.image:
         raise DemoError("argument --output: goes with --image; the two built-in pictures are written to out/")
     return asked

@@ -11,7 +11,7 @@ from asking import EMBEDDED
 from pictures import DemoError
 
 import tokenprune
-from tokenprune.specs import parse_methods
+from tokenprune.specs import methods_with
 
 AMOUNTS = ("keep", "merge", "prune", "r", "radius", "layer", "tokens", "heads")  # options that are always told
 
@@ -96,13 +96,9 @@ def methods_of(text: str, **options: Any) -> tuple[tokenprune.Method, ...]:
     """The methods of `--method`, with what other options say for those methods that do not say it themselves.
 
     Raises:
-        OptionError: the text cannot be read, or no method has an option that was given.
+        OptionError: the text cannot be read, or no method takes an option that was given.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if not any(hasattr(method, name) for method in parse_methods(text)):
-            raise tokenprune.OptionError(f"no method of {text!r} has the option {name}")
-    return parse_methods(text, **given)
+    return methods_with(text, **{name: value for name, value in options.items() if value is not None})
 
 
 def title_of(methods: Sequence[tokenprune.Method]) -> str:

@@ -63,6 +63,13 @@ def test_several_methods_follow_each_other(run: Run) -> None:
     assert [site["n_out"] for site in json.loads(out)["sites"]] == [[72], [9]]
 
 
+def test_a_keep_goes_to_the_methods_that_have_one(run: Run) -> None:
+    for beside in ("tome:r=2", "aim"):
+        status, out, _ = run("report", *ASKED, *QUESTION, "--method", f"divprune+{beside}", "--keep", "0.5", "--json")
+        assert status == 0
+        assert "DivPrune(keep=0.5)" in json.loads(out)["methods"]
+
+
 def test_compare_puts_methods_side_by_side(run: Run) -> None:
     methods = ("--methods", "uniform,random,resize", "--keep", "0.5,16", "--plot", "plot.png")
     status, out, err = run("compare", *ASKED, *QUESTION, "--answer", "0", *methods, "--json")
@@ -163,6 +170,7 @@ def fails(run: Run, *argv: object, saying: str) -> None:
         (("report", "--model", MODEL, "--image", "nowhere.png"), "there is no file nowhere.png"),
         (("report", "--model", MODEL, "--image", MODEL), "is a folder, not an image"),
         (("report", *ASKED, "--device", "tpu"), "invalid choice: 'tpu'"),
+        (("report", *ASKED, "--method", "aim", "--keep", "0.5"), "keep=0.5 was given beside 'aim'"),
         (("compare", *ASKED, "--methods", "random,nothing"), "unknown method 'nothing'"),
         (("compare", *ASKED, "--methods", ""), "a method is written as name"),
         (("compare", *ASKED, "--keep", "0.5,"), "got ''"),

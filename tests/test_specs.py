@@ -1,10 +1,12 @@
 """Methods written as text."""
 
+import re
+
 import pytest
 
 import tokenprune
-from tokenprune import DivPrune, Random, SpAtten, Uniform
-from tokenprune.specs import parse_methods, split_methods
+from tokenprune import AIM, DivPrune, Random, SpAtten, ToMe, Uniform
+from tokenprune.specs import methods_with, parse_methods, split_methods, takes
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,25 @@ def test_text_becomes_methods(text: str, methods: tuple[tokenprune.Method, ...])
 
 def test_a_default_goes_to_those_that_have_it() -> None:
     assert parse_methods("uniform+random", keep=0.5, seed=9) == (Uniform(keep=0.5), Random(keep=0.5, seed=9))
+
+
+def test_a_default_keep_goes_to_no_method_that_sets_how_much_is_left_itself() -> None:
+    assert parse_methods("divprune+aim", keep=0.5) == (DivPrune(keep=0.5), AIM())
+    assert parse_methods("spatten+uniform", keep=0.5) == (SpAtten(), Uniform(keep=0.5))
+    assert parse_methods("divprune+tome:r=2", keep=0.5) == (DivPrune(keep=0.5), ToMe(r=2))
+    assert parse_methods("tome:r=None", keep=0.5) == (ToMe(keep=0.5),)
+    texts = ("divprune+aim", "divprune+tome:r=2", "tome", "aim", "tome:r=2", "divprune:keep=0.3", "aim+spatten")
+    assert [text for text in texts if takes(text, "keep")] == ["divprune+aim", "divprune+tome:r=2", "tome"]
+
+
+@pytest.mark.parametrize("text", ["aim", "aim+spatten", "tome:r=2", "divprune:keep=0.3"])
+def test_an_option_that_no_method_takes_is_refused(text: str) -> None:
+    assert methods_with(text) == parse_methods(text)
+    with pytest.raises(tokenprune.OptionError, match=rf"keep=0.5 was given beside '{re.escape(text)}'.*has "):
+        methods_with(text, keep=0.5)
+    with pytest.raises(tokenprune.UnknownMethodError):
+        methods_with(f"{text}+unifrom", keep=0.5)
+    assert methods_with(f"{text}+uniform", keep=0.5)[-1] == Uniform(keep=0.5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
 from tokenprune.models.families import FAMILIES, REFUSED
-from tokenprune.specs import parse_methods
+from tokenprune.specs import methods_with
 
 QUESTION = "What is shown in this image?"
 EXAMPLES = """\
@@ -121,7 +121,7 @@ def _load(options: argparse.Namespace, questions: Sequence[str]) -> tuple[loadin
 
 
 def _report(options: argparse.Namespace) -> None:
-    methods = parse_methods(options.method, **({} if options.keep is None else {"keep": options.keep}))
+    methods = methods_with(options.method, **({} if options.keep is None else {"keep": options.keep}))
     loaded, image, (question,) = _load(options, [options.question])
     inputs = loading.prepare(loaded, image, question)
     with api.patch(loaded.model, list(methods), positions=options.positions) as session:

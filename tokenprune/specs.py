@@ -1,13 +1,13 @@
 """Methods written as text, for command lines: ``fastv:layer=2,keep=0.25``, or several in a row with ``+`` between."""
 
 import ast
-import dataclasses
 import re
 from typing import Any
 
 from tokenprune.api import build_method
 from tokenprune.errors import OptionError
 from tokenprune.methods import METHODS, Method
+from tokenprune.methods.base import options_of
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -18,16 +18,54 @@ def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
     Args:
         text: `name` or `name:option=value,option=value`, several joined by `+` (applied one after the other). Values
             are Python literals (`prune=(0.4,0.65)`, `merge=None`); anything else is taken as a word.
-        **defaults: options for the methods that have them and do not set them themselves.
+        **defaults: options for the methods that take them, see :func:`takes`.
 
     Raises:
         OptionError: the text cannot be read, or an option is unknown or out of range.
         UnknownMethodError: no method has this name.
     """
-    return tuple(_one(part, defaults) for part in _split(text, "+"))
+    return tuple(
+        build_method(name, **({key: value for key, value in defaults.items() if _open(name, own, key)} | own))
+        for name, own in map(_read, _split(text, "+"))
+    )
 
 
-def _one(text: str, defaults: dict[str, Any]) -> Method:
+def methods_with(text: str, **options: Any) -> tuple[Method, ...]:
+    """:func:`parse_methods` where each of the options counts for one of the methods at least.
+
+    Raises:
+        OptionError: as there, or no method takes one of `options`.
+        UnknownMethodError: as there.
+    """
+    names = [name for name, _ in map(_read, _split(text, "+"))]
+    unused = [key for key in options if not takes(text, key)]
+    if unused and METHODS.keys() >= set(names):
+        key, has = unused[0], "; ".join(f"{name} has {', '.join(options_of(METHODS[name]))}" for name in names)
+        raise OptionError(
+            f"{key}={options[key]!r} was given beside {text!r}, and no method there takes it: each sets it itself or "
+            f"has no such option ({has}); leave {key} out, and write options as name:option=value"
+        )
+    return parse_methods(text, **options)
+
+
+def takes(text: str, option: str) -> bool:
+    """Whether a method of `text` goes by an `option` that is given beside it: it has one and does not set it itself.
+
+    A `keep` is not taken by a method whose `r` says how much it removes.
+
+    Raises:
+        OptionError: the text cannot be read.
+    """
+    return any(_open(name, own, option) for name, own in map(_read, _split(text, "+")))
+
+
+def _open(name: str, own: dict[str, Any], option: str) -> bool:
+    known = name in METHODS and option in options_of(METHODS[name])
+    return known and option not in own and not (option == "keep" and own.get("r") is not None)
+
+
+def _read(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of one method."""
     name, colon, rest = text.partition(":")
     name = name.strip()
     if not _NAME.fullmatch(name) or (colon and not rest.strip()):
@@ -41,8 +79,7 @@ def _one(text: str, defaults: dict[str, Any]) -> Method:
         if key in options:
             raise OptionError(f"option {key} stands twice in {text!r}")
         options[key] = _value(value.strip())
-    known = {field.name for field in dataclasses.fields(METHODS[name])} if name in METHODS else set()
-    return build_method(name, **({key: value for key, value in defaults.items() if key in known} | options))
+    return name, options
 
 
 def _value(text: str) -> Any:

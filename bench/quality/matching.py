@@ -88,7 +88,7 @@ def matched(text: str, keep: float, probe: Probe) -> Methods:
     Raises:
         OutOfReach: they cannot be.
     """
-    methods = _parsed(text, keep)
+    methods = parse_methods(text, keep=keep)
     wanted = count(keep, probe.n_visual)
     target = probe.cost(parse_methods("uniform", keep=wanted)).decoder_flops_g
     inside = any({"llm_layer", "kv_cache"} & set(method.sites()) for method in methods)
@@ -103,14 +103,6 @@ def matched(text: str, keep: float, probe: Probe) -> Methods:
     if best is None:
         raise OutOfReach(f"{text} cannot bring the decoder down to what keep={keep:g} costs")
     return best
-
-
-def _parsed(text: str, keep: float) -> Methods:
-    """The methods at `keep`, or as they are where they have other options instead."""
-    try:
-        return parse_methods(text, keep=keep)
-    except tokenprune.OptionError:
-        return parse_methods(text)
 
 
 def _climb(ladder: Sequence[Methods], limit: float, probe: Probe) -> Methods | None:
