@@ -79,6 +79,8 @@ def test_lists_of_methods() -> None:
         "random+uniform:keep=3",
         "fake:pair=(1,2),x=1",
     ]
+    text = "fastv:layer=2,keep=0.5+random:seed=1,tome:r=[9,9,9,9]"
+    assert split_methods(text) == ["fastv:layer=2,keep=0.5+random:seed=1", "tome:r=[9,9,9,9]"]
     for wrong in ("", "uniform,,random", "uniform,"):
         with pytest.raises(tokenprune.OptionError, match="single commas"):
             split_methods(wrong)

@@ -17,7 +17,7 @@ from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
 from tokenprune.models.families import FAMILIES, REFUSED
-from tokenprune.specs import methods_with
+from tokenprune.specs import methods_with, split_methods
 
 QUESTION = "What is shown in this image?"
 EXAMPLES = """\
@@ -56,15 +56,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _names(text: str) -> list[str]:
-    """Methods between commas; a part with `=` in it that names no method goes on with the options before it."""
-    found: list[str] = []
-    for part in text.split(","):
-        going_on = found and (found[-1].count("(") > found[-1].count(")") or ("=" in part and ":" not in part))
-        found[-1:] = [f"{found[-1]},{part}"] if going_on else [*found[-1:], part.strip()]
-    return found
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser("tokenprune", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
@@ -78,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report, repeats=5)
     compare = commands.add_parser("compare", help="several methods and keeps on one image: agreement, latency, memory")
     _add_model(compare)
-    compare.add_argument("--methods", type=_names, default=["divprune", "random", "uniform", "resize"])
+    compare.add_argument("--methods", default="divprune,random,uniform,resize")
     compare.add_argument("--keep", type=_keeps, default=[0.5, 0.25, 0.1], help="default: 0.5,0.25,0.1")
     compare.add_argument("--question", action="append", help="may be given several times")
     compare.add_argument("--answer", action="append", default=[], help="the right one, for each question")
@@ -134,13 +125,14 @@ def _report(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from tokenprune.sweep import check_methods, compare
 
-    check_methods(options.methods, options.keep)
+    methods = split_methods(options.methods)
+    check_methods(methods, options.keep)
     loaded, image, questions = _load(options, options.question or [QUESTION])
     result = compare(
         loaded,
         image,
         questions,
-        methods=options.methods,
+        methods=methods,
         keeps=options.keep,
         expected=options.answer,
         max_new_tokens=options.max_new_tokens,
