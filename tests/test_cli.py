@@ -88,18 +88,20 @@ def test_compare_puts_methods_side_by_side(run: Run) -> None:
     assert Path("plot.png").stat().st_size > 10_000
 
 
-def test_compare_shows_a_method_without_keep_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fixed(tokenprune.Uniform):
-        def __post_init__(self) -> None:
-            if self.keep != 0.25:
-                raise tokenprune.OptionError("fixed takes no keep")
-
-    monkeypatch.setitem(tokenprune.api.METHODS, "fixed", Fixed)
-    status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", "fixed", "--keep", "0.5,0.1")
+def test_compare_shows_a_method_that_sets_how_much_is_left_once(run: Run) -> None:
+    methods = "divprune:keep=0.25,aim:merge=0.5,prune=None,divprune+aim:merge=36,prune=None,tome:r=[9,9,9,9]"
+    status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", methods, "--keep", "0.5,0.375", "--json")
     assert status == 0
-    assert [line.split()[1:3] for line in out.splitlines() if line.startswith("fixed ")] == [["-", "36"]]
-    assert "fixed: how much is left follows from its own options" in out
-    fails(run, "compare", *ASKED, "--methods", "fixed", "--keep", "1.5", saying="must lie in (0, 1]")
+    found = json.loads(out)
+    assert [(row["method"], row["keep"], row["visual_tokens"]) for row in found["rows"][1:]] == [
+        ("divprune:keep=0.25", None, 36),
+        ("aim:merge=0.5,prune=None", None, 72),
+        ("divprune+aim:merge=36,prune=None", 0.5, 36),
+        ("divprune+aim:merge=36,prune=None", 0.375, 36),
+        ("tome:r=[9,9,9,9]", None, 108),
+    ]
+    assert "divprune:keep=0.25: how much is left follows from its own options, so it stands here once" in found["notes"]
+    fails(run, "compare", *ASKED, "--methods", "aim", "--keep", "1.5", saying="must lie in (0, 1]")
 
 
 def test_a_comparison_is_as_wide_as_a_terminal_and_has_a_line_for_each_candidate(run: Run) -> None:
@@ -172,7 +174,7 @@ def fails(run: Run, *argv: object, saying: str) -> None:
         (("report", *ASKED, "--device", "tpu"), "invalid choice: 'tpu'"),
         (("report", *ASKED, "--method", "aim", "--keep", "0.5"), "keep=0.5 was given beside 'aim'"),
         (("compare", *ASKED, "--methods", "random,nothing"), "unknown method 'nothing'"),
-        (("compare", *ASKED, "--methods", ""), "a method is written as name"),
+        (("compare", *ASKED, "--methods", ""), "methods are written with single commas between"),
         (("compare", *ASKED, "--keep", "0.5,"), "got ''"),
         (("compare", *ASKED, "--methods", "random", "--keep", "0.5,2.5"), "must lie in (0, 1], got 2.5"),
         (("compare", *ASKED, *QUESTION, *QUESTION, "--answer", "0"), "2 questions and 1 answers"),

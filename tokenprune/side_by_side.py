@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         method: its name, or "dense" or "resize".
-        keep: what was asked for; 1 for the dense model; None for methods that take none.
+        keep: what was asked for; 1 for the dense model; None for methods that set themselves how much is left.
         visual_tokens: visual tokens in the decoder at the prefill of the first question, mean over its layers: what
             makes methods that prune at different depths comparable.
         agreement: part of the dense answers' tokens that came before the first difference, mean over the questions.

@@ -20,7 +20,7 @@ from tokenprune.progress import progress
 from tokenprune.resizing import interpolating, resized_inputs
 from tokenprune.schedule import check_keep
 from tokenprune.side_by_side import Comparison, Row
-from tokenprune.specs import parse_methods
+from tokenprune.specs import parse_methods, takes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,8 @@ class Candidate:
 def candidates(
     loaded: Loaded, image: "Image.Image", questions: Sequence[str], methods: Sequence[str], keeps: Sequence[float]
 ) -> tuple[list[Candidate], list[str]]:
-    """The dense model, then every method at every `keep`; and notes on those that this model cannot do.
+    """The dense model, then every method at every `keep`, or once where it sets itself how much is left; and notes on
+    those that this model cannot do.
 
     Args:
         loaded: the model; it is patched and unpatched for each method once, so that what it refuses is known at once.
@@ -59,22 +60,18 @@ def candidates(
     found, notes = [Candidate(DENSE, 1.0, inputs)], list[str]()
     refused: list[TokenPruneError] = []
     for text in methods:
-        for keep in keeps:
-            if text != RESIZE:
-                candidate = _built(text, keep, inputs)
-                try:
-                    patch(loaded.model, list(candidate.methods)).remove()
-                except (OptionError, UnsupportedModelError) as error:
-                    refused.append(error)
-                    notes.append(f"{text}: {error}")
-                    continue
-                found += [candidate] * (candidate not in found)
-                continue
+        if text == RESIZE:
+            smaller, reasons = _resized(loaded, image, questions, keeps)
+            found, notes = found + smaller, notes + reasons
+            continue
+        for candidate in _built(text, keeps, inputs):
             try:
-                smaller = tuple(resized_inputs(loaded, image, question, keep=keep) for question in questions)
-                found.append(Candidate(RESIZE, keep, smaller))
-            except OptionError as error:
-                notes.append(str(error))
+                patch(loaded.model, list(candidate.methods)).remove()
+            except (OptionError, UnsupportedModelError) as error:
+                refused.append(error)
+                notes.append(f"{text}: {error}")
+            else:
+                found += [candidate] * (candidate not in found)
     if refused and len(found) == 1:  # what every method but resize runs into is no remark
         raise refused[0]
     own = dict.fromkeys(one.name for one in found if one.keep is None)
@@ -93,20 +90,30 @@ def check_methods(methods: Sequence[str], keeps: Sequence[float]) -> None:
         raise OptionError(f"at least one method and one keep are needed, got {list(methods)} and {list(keeps)}")
     for keep in keeps:
         check_keep(keep)
-        for text in methods:
-            if text != RESIZE:
-                _built(text, keep, ())
+    for text in methods:
+        if text != RESIZE:
+            _built(text, keeps, ())
 
 
-def _built(text: str, keep: float, inputs: tuple[Inputs, ...]) -> Candidate:
-    """The candidate at `keep`, or with the options it has where its methods do not take a `keep` at all."""
-    try:
-        return Candidate(text, keep, inputs, parse_methods(text, keep=keep))
-    except OptionError as error:
+def _built(text: str, keeps: Sequence[float], inputs: tuple[Inputs, ...]) -> list[Candidate]:
+    """A candidate at each `keep`, or one alone where the text's own options say how much is left."""
+    if not takes(text, "keep"):
+        return [Candidate(text, None, inputs, parse_methods(text))]
+    return [Candidate(text, keep, inputs, parse_methods(text, keep=keep)) for keep in keeps]
+
+
+def _resized(
+    loaded: Loaded, image: "Image.Image", questions: Sequence[str], keeps: Sequence[float]
+) -> tuple[list[Candidate], list[str]]:
+    """The image made smaller, and why not."""
+    found, notes = [], []
+    for keep in keeps:
         try:
-            return Candidate(text, None, inputs, parse_methods(text))
-        except OptionError:
-            raise error from None
+            smaller = tuple(resized_inputs(loaded, image, question, keep=keep) for question in questions)
+            found.append(Candidate(RESIZE, keep, smaller))
+        except OptionError as error:
+            notes.append(str(error))
+    return found, notes
 
 
 def compare(
