@@ -80,6 +80,8 @@ def test_compare_puts_methods_side_by_side(run: Run) -> None:
     tokens = {key: row["visual_tokens"] for key, row in rows.items()}
     assert [tokens["uniform", 0.5], tokens["uniform", 16], tokens["random", 16]] == [72, 16, 16]
     assert [tokens["dense", 1.0], tokens["resize", 0.5], tokens["resize", 16]] == [144, 64, 16]
+    cost = {key: row["prefill_share"] for key, row in rows.items()}
+    assert cost["dense", 1.0] == 1 > cost["uniform", 0.5] > cost["uniform", 16] == cost["resize", 16] > 16 / 144
     dense = rows["dense", 1.0]
     assert (dense["agreement"], dense["same_answers"], dense["accuracy"], dense["first_token_kl"]) == (1, 1, 1, 0)
     assert dense["answers"] == ["0"]
@@ -100,7 +102,10 @@ def test_compare_shows_a_method_that_sets_how_much_is_left_once(run: Run) -> Non
         ("divprune+aim:merge=36,prune=None", 0.375, 36),
         ("tome:r=[9,9,9,9]", None, 108),
     ]
-    assert "divprune:keep=0.25: how much is left follows from its own options, so it stands here once" in found["notes"]
+    assert (
+        "divprune:keep=0.25: how much is left follows from its own options, so it stands once, at that cost"
+        in found["notes"]
+    )
     fails(run, "compare", *ASKED, "--methods", "aim", "--keep", "1.5", saying="must lie in (0, 1]")
 
 

@@ -15,6 +15,7 @@ HEADER = [
     "method",
     "keep",
     "tokens",
+    "cost",
     "agree",
     "same",
     "right",
@@ -26,9 +27,11 @@ HEADER = [
     "peak",
 ]
 LEGEND = (
-    "agree: greedy tokens equal to the dense answer's before the first difference; same: answers that are the same; "
-    "right: answers as expected; KL: of the first token, in nats; first ms: to the first token; token ms: each further "
-    "token; peak: MiB beyond weights and inputs. Latencies are medians of runs in turn."
+    "tokens: visual ones, mean over the decoder's layers; cost: arithmetic of the decoder over the prompt, choosing "
+    "included, against the dense model's (compare rows that cost alike); agree: greedy tokens equal to the dense "
+    "answer's before the first difference; same: answers that are the same; right: answers as expected; KL: of the "
+    "first token, in nats; first ms: to the first token; token ms: each further token; peak: MiB beyond weights and "
+    "inputs. Latencies are medians of runs in turn."
 )
 
 
@@ -41,6 +44,8 @@ class Row:
         keep: what was asked for; 1 for the dense model; None for methods that set themselves how much is left.
         visual_tokens: visual tokens in the decoder at the prefill of the first question, mean over its layers: what
             makes methods that prune at different depths comparable.
+        prefill_share: arithmetic of the decoder over the prompt of the first question, with choosing, as a share of the
+            dense model's; None if the model shows no decoder.
         agreement: part of the dense answers' tokens that came before the first difference, mean over the questions.
         same_answers: part of the answers that are the same as text.
         accuracy: part of the answers that are as expected; None if nothing was expected.
@@ -57,6 +62,7 @@ class Row:
     method: str
     keep: float | None
     visual_tokens: float
+    prefill_share: float | None
     agreement: float
     same_answers: float
     accuracy: float | None
@@ -81,7 +87,7 @@ class Row:
         return [name, keep, tokens, *shares, number(self.first_token_kl), *latencies, *memory]
 
     def _shares(self) -> tuple[float | None, ...]:
-        return self.agreement, self.same_answers, self.accuracy
+        return self.prefill_share, self.agreement, self.same_answers, self.accuracy
 
 
 @dataclass(frozen=True)

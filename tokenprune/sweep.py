@@ -75,7 +75,7 @@ def candidates(
     if refused and len(found) == 1:  # what every method but resize runs into is no remark
         raise refused[0]
     own = dict.fromkeys(one.name for one in found if one.keep is None)
-    notes += [f"{name}: how much is left follows from its own options, so it stands here once" for name in own]
+    notes += [f"{name}: how much is left follows from its own options, so it stands once, at that cost" for name in own]
     return found, list(dict.fromkeys(notes))
 
 
@@ -190,6 +190,7 @@ def _row(
         method=candidate.name,
         keep=candidate.keep,
         visual_tokens=statistics.fmean(seen[0].layer_tokens) - n_text if seen[0].layer_tokens else visual,
+        prefill_share=_prefill_share(seen[0], dense[0]),
         agreement=statistics.fmean(one.equal_tokens[0] / one.compared_tokens[0] for one in drifts),
         same_answers=statistics.fmean(map(str.__eq__, answers, wanted)),
         accuracy=statistics.fmean(map(_same, answers, expected)) if expected else None,
@@ -202,6 +203,14 @@ def _row(
         total_flops_g=sum(seen[0].flops_g.values()),
         answers=answers,
     )
+
+
+def _prefill_share(seen: Inspection, dense: Inspection) -> float | None:
+    """Arithmetic of the decoder over the prompt, choosing included, as a share of that of the dense model."""
+    spent, everything = (
+        sum(one.flops_g.get(stage, 0.0) for stage in ("selection", "prefill")) for one in (seen, dense)
+    )
+    return spent / everything if everything else None
 
 
 def _same(answer: str, expected: str) -> bool:
