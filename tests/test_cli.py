@@ -110,12 +110,16 @@ def test_compare_shows_a_method_that_sets_how_much_is_left_once(run: Run) -> Non
 
 
 def test_a_comparison_is_as_wide_as_a_terminal_and_has_a_line_for_each_candidate(run: Run) -> None:
-    status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", "random:seed=1,uniform", "--keep", "0.25")
+    methods = "random:seed=1,aim:merge=0.5,importance=last_query,aim:merge=0.5,importance=column_sum"
+    status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", methods, "--keep", "0.25")
     assert status == 0
     lines = out.splitlines()
     assert max(map(len, lines)) <= 110
     start = next(place for place, line in enumerate(lines) if line.startswith("method"))
-    assert [line.split()[0] for line in lines[start : start + 4]] == ["method", "dense", "random:seed=1", "uniform"]
+    assert [line.split()[0] for line in lines[start : start + 7]] == [
+        *("method", "dense", "random:seed=1"),
+        *("aim:merge=0.5,", "importance=last_query", "aim:merge=0.5,", "importance=column_sum"),
+    ]
 
 
 def test_resize_that_cannot_be_done_is_told_and_the_rest_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,18 +20,19 @@ HEADER = [
     "same",
     "right",
     "KL",
-    "first ms",
-    "token ms",
-    "total ms",
+    "1st ms",
+    "next ms",
+    "all ms",
     "KV MiB",
     "peak",
 ]
+NAME_WIDTH = 24
 LEGEND = (
     "tokens: visual ones, mean over the decoder's layers; cost: arithmetic of the decoder over the prompt, choosing "
     "included, against the dense model's (compare rows that cost alike); agree: greedy tokens equal to the dense "
     "answer's before the first difference; same: answers that are the same; right: answers as expected; KL: of the "
-    "first token, in nats; first ms: to the first token; token ms: each further token; peak: MiB beyond weights and "
-    "inputs. Latencies are medians of runs in turn."
+    "first token, in nats; 1st ms: to the first token; next ms: each further token; all ms: end to end; peak: MiB "
+    "beyond weights and inputs. Latencies are medians of runs in turn."
 )
 
 
@@ -80,14 +81,22 @@ class Row:
         shares = ["-" if part is None else f"{100 * part:.0f} %" for part in self._shares()]
         times = [self.first_token_latency_ms, self.decode_latency_ms, self.total_latency_ms]
         latencies = ["-" if time is None else number(time[0]) for time in times]
-        name = self.method if len(self.method) <= 24 else f"{self.method[:21]}..."
         memory = [number(self.kv_mib), number(self.peak_mib)]
         keep = "-" if self.keep is None else f"{self.keep:g}"
         tokens = f"{self.visual_tokens:,.5g}"
-        return [name, keep, tokens, *shares, number(self.first_token_kl), *latencies, *memory]
+        return [self.method, keep, tokens, *shares, number(self.first_token_kl), *latencies, *memory]
 
     def _shares(self) -> tuple[float | None, ...]:
         return self.prefill_share, self.agreement, self.same_answers, self.accuracy
+
+
+def _narrow(header: list[str], rows: list[list[str]]) -> str:
+    """A table as text in which long names go on in the lines below."""
+    lines: list[list[str]] = []
+    for name, *cells in rows:
+        first, *others = textwrap.wrap(name.replace(",", ", "), NAME_WIDTH, subsequent_indent="  ")
+        lines += [[first, *cells], *([other, *[""] * len(cells)] for other in others)]
+    return as_text(header, lines)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """The comparison as text."""
-        return "\n\n".join(self._parts(as_text, lambda line: textwrap.fill(line, 100, subsequent_indent="  ")))
+        return "\n\n".join(self._parts(_narrow, lambda line: textwrap.fill(line, 100, subsequent_indent="  ")))
 
     def _repr_html_(self) -> str:
         return "\n".join(self._parts(as_html, lambda line: f"<p>{html.escape(line)}</p>"))
@@ -133,7 +142,10 @@ class Comparison:
     def _parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
         setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.setting.items())
         parts = [line(f"{self.model}: {len(self.questions)} question(s), {setting}")]
-        parts.append(table(HEADER, [row.cells() for row in self.rows]))
+        lines = [HEADER, *(row.cells() for row in self.rows)]
+        if not self.expected:
+            lines = [[cell for cell, name in zip(cells, HEADER, strict=True) if name != "right"] for cells in lines]
+        parts.append(table(lines[0], lines[1:]))
         return parts + [line(LEGEND)] + [line(f"{note}.") for note in self.notes]
 
     def plot(self, path: str | Path) -> None:
