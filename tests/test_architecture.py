@@ -49,7 +49,7 @@ ARROWS = {
         *("schedule", "side_by_side", "specs"),
     ),
     "side_by_side": ("tables",),
-    "cli": ("errors", "api", "figures", "loading", "methods", "models.families", "specs", "sweep"),
+    "cli": ("", "errors", "api", "figures", "loading", "methods", "models.families", "specs", "sweep"),
     "__main__": ("cli",),
     "": ("*",),  # tokenprune/__init__.py
     "kernels": ("kernels",),

@@ -165,6 +165,7 @@ def fails(run: Run, *argv: object, saying: str) -> None:
         (("prune",), "invalid choice: 'prune'"),
         (("report", "--model", MODEL), "--image"),
         (("report", *ASKED, "--keep", "much"), "0.25 or a number of tokens such as 64, got 'much'"),
+        (("report", *ASKED, "--keep", "auto"), "divprune:keep=auto,radius=0.05"),
         (("report", *ASKED, "--keep", "1.5"), "must lie in (0, 1]"),
         (("report", *ASKED, "--keep", "0"), "at least 1"),
         (("report", *ASKED, "--method", "divprun"), "did you mean 'divprune'?"),
@@ -209,6 +210,25 @@ def test_memory_that_does_not_suffice_gets_one_line(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr("tokenprune.loading.load_model", fail)
     fails(run, "report", *ASKED, saying="does not fit")
+
+
+def test_help_says_what_there_is_and_what_holds_if_nothing_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = {
+        (): ("Prune the visual tokens", "list the methods with their options", "--version"),
+        ("report",): ("(default: 5)", "1 is one token, 1.0 is all", "(default: divprune)"),
+        ("compare",): ("(default: 3)", "(default: divprune,random,uniform,resize)", "the image itself made smaller"),
+    }
+    for command, parts in says.items():
+        with pytest.raises(SystemExit, match="0"):
+            run(*command, "--help")
+        told = " ".join(capsys.readouterr().out.split())
+        assert [part for part in parts if part not in told] == []
+        assert "prints" not in told
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out == f"tokenprune {tokenprune.__version__}\n"
 
 
 def test_words_that_the_model_does_not_know_are_told_on_stderr(run: Run) -> None:

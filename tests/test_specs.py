@@ -14,6 +14,8 @@ from tokenprune.specs import methods_with, parse_methods, split_methods, takes
     [
         ("divprune", (DivPrune(keep=0.1),)),
         ("divprune:keep=0.5", (DivPrune(keep=0.5),)),
+        ("spatten:protect_text=false", (SpAtten(protect_text=False),)),
+        ("spatten:protect_text=true+aim:prune=none", (SpAtten(protect_text=True), AIM(prune=None))),
         ("random:seed=3, keep=7", (Random(keep=7, seed=3),)),
         ("divprune:keep=auto,radius=0.2,min_keep=None", (DivPrune(keep="auto", radius=0.2),)),
         ("uniform:keep=0.5 + divprune:backend=torch", (Uniform(keep=0.5), DivPrune(keep=0.1, backend="torch"))),

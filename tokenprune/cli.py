@@ -12,14 +12,22 @@ from typing import Any, NoReturn
 
 import torch
 
-from tokenprune import api, figures, loading
+from tokenprune import __version__, api, figures, loading
 from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
 from tokenprune.models.families import FAMILIES, REFUSED
 from tokenprune.specs import methods_with, split_methods
 
+DESCRIPTION = "Prune the visual tokens of a vision-language model, and see what that saves and what it changes."
 QUESTION = "What is shown in this image?"
+SPEC = "name or name:option=value,... (see tokenprune methods)"
+KEEP = "what is left of the visual tokens: 0.25 = a quarter, 64 = 64 per image; 1 is one token, 1.0 is all"
+POSITIONS = "of kept tokens: those of the unpruned prompt, or renumbered without gaps (default: original)"
+COMPARE = """\
+Several methods at several keeps on the same questions. A method whose own options say how much is left (aim, spatten,
+divprune:keep=0.3) stands once, without keep; one that prunes inside the decoder costs more than keep of the tokens. The
+column cost says what each row costs the decoder: compare rows that cost alike."""
 EXAMPLES = """\
 examples:
   tokenprune report --model llava-hf/llava-1.5-7b-hf --image photo.jpg --method divprune --keep 0.25
@@ -34,6 +42,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _keep(text: str) -> float:
+    if text == "auto":
+        raise argparse.ArgumentTypeError(
+            "auto goes with a radius and stands with the method: divprune:keep=auto,radius=0.05"
+        )
     try:
         return int(text)
     except ValueError:
@@ -58,38 +70,56 @@ def _positive(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = _Parser("tokenprune", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
+    parser = _Parser(
+        "tokenprune", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"tokenprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="dense against pruned on one image: latency, memory, arithmetic, drift")
-    _add_model(report)
-    report.add_argument("--method", default="divprune", help="name, or name:option=value,...; several joined by +")
-    report.add_argument("--keep", type=_keep, help="fraction, or tokens per image (default: the method's)")
-    report.add_argument("--question", default=QUESTION)
-    report.add_argument("--positions", choices=("original", "packed"), default="original")
-    report.set_defaults(run=_report, repeats=5)
-    compare = commands.add_parser("compare", help="several methods and keeps on one image: agreement, latency, memory")
-    _add_model(compare)
-    compare.add_argument("--methods", default="divprune,random,uniform,resize")
-    compare.add_argument("--keep", type=_keeps, default=[0.5, 0.25, 0.1], help="default: 0.5,0.25,0.1")
-    compare.add_argument("--question", action="append", help="may be given several times")
+    _add_model(report, repeats=5)
+    report.add_argument(
+        "--method", default="divprune", help=f"{SPEC}; several in a row joined by + (default: divprune)"
+    )
+    report.add_argument("--keep", type=_keep, help=f"{KEEP} (default: the method's)")
+    report.add_argument("--question", default=QUESTION, help=f"default: {QUESTION}")
+    report.add_argument("--positions", choices=("original", "packed"), default="original", help=POSITIONS)
+    report.set_defaults(run=_report)
+    compare = commands.add_parser(
+        "compare", help="several methods and keeps on one image: agreement, latency, memory", description=COMPARE
+    )
+    _add_model(compare, repeats=3)
+    usual = "divprune,random,uniform,resize"
+    compare.add_argument(
+        "--methods",
+        default=usual,
+        help=f"with commas between, each as {SPEC}; or resize: no pruning, the image itself made smaller to about as "
+        f"many tokens (default: {usual})",
+    )
+    compare.add_argument("--keep", type=_keeps, default=[0.5, 0.25, 0.1], help=f"{KEEP} (default: 0.5,0.25,0.1)")
+    compare.add_argument("--question", action="append", help=f"may be given several times (default: {QUESTION})")
     compare.add_argument("--answer", action="append", default=[], help="the right one, for each question")
-    compare.set_defaults(run=_compare, repeats=3)
-    for name, run in (("methods", _methods), ("families", _families)):
-        command = commands.add_parser(
-            name, help=f"list the {name} that can be pruned" if run is _families else "list them"
-        )
+    compare.set_defaults(run=_compare)
+    for name, what, run in (
+        ("methods", "list the methods with their options", _methods),
+        ("families", "list the families of models that can be pruned", _families),
+    ):
+        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
         command.add_argument("--json", action="store_true", help="as JSON")
         command.set_defaults(run=run)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--model", required=True, help="a folder or a name on the hub")
     parser.add_argument("--image", type=Path, required=True, help="an image file")
-    parser.add_argument("--device", choices=loading.DEVICES, default="auto")
-    parser.add_argument("--dtype", choices=loading.DTYPES, default="auto")
+    parser.add_argument("--device", choices=loading.DEVICES, default="auto", help="default: auto, CUDA where it is")
+    parser.add_argument(
+        "--dtype", choices=loading.DTYPES, default="auto", help="default: auto, float32 on a CPU, else the model's own"
+    )
     parser.add_argument("--max-new-tokens", type=_positive, default=16, help="default: 16")
-    parser.add_argument("--repeats", type=_positive, help="timed runs of each side")
+    parser.add_argument(
+        "--repeats", type=_positive, default=repeats, help=f"timed runs of each side (default: {repeats})"
+    )
     parser.add_argument("--plot", type=Path, help="write a picture there (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="as JSON")
 

@@ -17,7 +17,7 @@ def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
 
     Args:
         text: `name` or `name:option=value,option=value`, several joined by `+` (applied one after the other). Values
-            are Python literals (`prune=(0.4,0.65)`, `merge=None`); anything else is taken as a word.
+            are Python literals (`prune=(0.4,0.65)`, `merge=None`, also `none`); anything else is taken as a word.
         **defaults: options for the methods that take them, see :func:`takes`.
 
     Raises:
@@ -84,7 +84,7 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
