@@ -100,7 +100,9 @@ def show(picture: Picture, output: Path, loaded: Loaded, options: argparse.Names
     layout = layout_of(loaded.model, found[0].inputs[0])
     pairs = zip(found, result.rows, strict=True)
     cards = [_card(loaded, picture.image, one, row, result.rows[0], layout) for one, row in pairs]
-    stats = ((f"{sum(layout.sizes):,}", "visual tokens"), (f"{options.keep:g}", "keep"))
+    stats = [(f"{sum(layout.sizes):,}", "visual tokens")]
+    if any(one.keep == options.keep for one in found[1:]):
+        stats.append((f"{options.keep:g}", "keep"))
     note = " ".join(
         [picture.note, *(f"{one[:1].upper()}{one[1:].rstrip('.')}." for one in (*notes, *result.notes))]
     ).strip()

@@ -75,6 +75,18 @@ def test_a_card_for_every_method(run: Run, model: Path, photo: Path, monkeypatch
         assert np.asarray(page).std() > 20
 
 
+def test_a_keep_that_no_method_goes_by_is_not_told(
+    run: Run,
+    model: Path,  # noqa: F811
+    photo: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = ("--image", photo, "--model", model, "--max-new-tokens", 1, "--repeats", 1, "--question", "how many ?")
+    for methods, told in (("divprune:keep=0.5", ["visual tokens"]), ("divprune", ["visual tokens", "keep"])):
+        sheet, _ = sheet_of(run, monkeypatch, *argv, "--methods", methods)
+        assert [name for _, name in sheet.stats] == told
+
+
 def test_every_method_of_the_library_without_being_named(
     run: Run,
     model: Path,  # noqa: F811
