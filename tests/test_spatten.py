@@ -386,6 +386,29 @@ def test_a_second_turn_goes_on_with_the_smaller_cache():
     assert held == [turn.shape[1] + 2 - movable + math.floor(movable * kept + 1e-6) for kept in KEPT]
 
 
+def test_calls_of_several_tokens_that_pass_a_multiple_of_the_interval_shrink_the_cache():
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(interval=4))
+    rows, inputs = ragged_text()
+    more = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(4))
+
+    def run(ids, mask, new):
+        cache, logits = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            for pair in new.split(2, dim=1):
+                mask = torch.cat([mask, torch.ones_like(pair)], dim=1)
+                logits.append(model(input_ids=pair, attention_mask=mask, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1), [layer.keys.shape[2] for layer in cache.layers]
+
+    together, _ = run(*inputs.values(), more)
+    for row, prompt in enumerate(rows):
+        alone, held = run(prompt[None], torch.ones(1, len(prompt), dtype=torch.long), more[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+        if len(prompt) == 17:  # 29 in the end, always odd; the last call passed 28
+            assert held == [29 - 24 + math.floor(24 * kept + 1e-6) for kept in KEPT]
+
+
 def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
     """As assisted decoding does with guesses that were wrong."""
     model = text_model("llama")

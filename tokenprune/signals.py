@@ -78,7 +78,7 @@ class CachePlan:
     Attributes:
         keep: for each layer the fraction that stays of the tokens that may go.
         guard: which tokens stay in any case.
-        interval: a row is looked at whenever its length is a multiple of this.
+        interval: a row is looked at whenever its length reaches or passes a multiple of this.
         persistent: whether entries leave for good; else they are only passed over, in each step anew.
         probe: by what tokens are ranked.
     """

@@ -60,8 +60,8 @@ class SpAtten(Method):
         kv: with `protect_text=False`, whether what leaves while tokens are generated leaves the KV cache for good
             (`"persistent"`) or is only passed over, chosen in each step anew from all of it (`"per_step"`, as in the
             paper's traces; nothing leaves in the prompt then).
-        interval: with `kv="persistent"`, a row's cache is looked through whenever the row's length is a multiple of
-            this.
+        interval: with `kv="persistent"`, a row's cache is looked through whenever the row's length reaches or passes a
+            multiple of this.
 
     Raises:
         OptionError: an option is out of range.

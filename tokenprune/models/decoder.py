@@ -296,7 +296,7 @@ class DecoderAdapter:
         if state.steering:
             state.owner.publish_traffic(state.traffic if ledger is None else ledger.traffic)
         if ledger is not None and state.scoring:
-            eviction.end(state, cache, ledger, total=call.past + call.length)
+            eviction.end(state, call, cache, ledger)
         if kept_all:
             return None
 

@@ -67,12 +67,12 @@ def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) ->
     state.visual = tuple(row.nonzero()[:, 0] for row in may)
 
 
-def end(state: Forward, cache: Any, ledger: Ledger, *, total: int) -> None:
+def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
     """Write down what the forward has learnt of the tokens' importance, and let entries leave the cache."""
     assert state.plan is not None
     ledger.padding, ledger.scores = state.padding, dict(state.scores)
     if state.plan.persistent:
-        evict(cache, ledger, state.plan, total=total)
+        evict(cache, ledger, state.plan, past=call.past)
 
 
 def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
@@ -80,18 +80,19 @@ def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
     return text_candidates(padding, guard, past=0)
 
 
-def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, total: int) -> None:
+def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
     """Take the least important entries out of the caches of all layers, of the rows whose turn it is.
 
     Args:
         cache: the cache, after a forward.
         ledger: what it knows; changed.
         plan: what has to leave.
-        total: tokens of the unpruned sequence so far.
+        past: tokens of the unpruned sequence before the forward.
     """
     assert ledger.padding is not None
-    lengths = ledger.padding.sum(dim=1)
-    due = lengths % plan.interval == 0
+    total = ledger.padding.shape[1]
+    lengths, before = ledger.padding.sum(dim=1), ledger.padding[:, :past].sum(dim=1)
+    due = lengths // plan.interval > before // plan.interval
     if not bool(due.any()):
         return
     movable = _movable(ledger.padding, plan.guard) & due[:, None]
