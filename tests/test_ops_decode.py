@@ -229,6 +229,17 @@ def test_what_is_not_valid_is_not_looked_at(name: str) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_autocast_does_not_reach_the_op() -> None:
+    for name in ("plain", "planes-bf16", "everything-longer", "cap-progressive"):
+        arguments, options = CASES[name]
+        want = ops.decode_attention(*arguments, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = ops.decode_attention(*arguments, **options)
+        for one, other in zip(got, want, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
 def test_strides_and_gradients_do_not_matter() -> None:
     (query, key, value), options = case()
     want = ops.decode_attention(query, key, value, **options)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from transformers.cache_utils import DynamicLayer
 
 import tokenprune
+from tokenprune.models.cache import ledger_of
 from tokenprune.ops import dequantize_planes, quantize_planes
 
 N_LAYERS = 4
@@ -454,6 +455,36 @@ def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
 def test_options_out_of_range_are_told(options, found):
     with pytest.raises(tokenprune.OptionError, match=found):
         tokenprune.SpAtten(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv": "per_step"}, {"heads": (1.0, 0.75, 0.5, 0.25)}, {"quantize": "4+4"}])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_under_autocast_steps_have_the_dtype_of_dense_ones_and_scores_stay_fp32(implementation, options):
+    model = text_model("llama", implementation)
+    _, inputs = ragged_text()
+    seen = []
+    for layer in layers_of(model):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = [(out := model(**inputs, use_cache=True)).logits[:, -1:]]
+            for token in (7, 8, 9):
+                mask = torch.ones(3, 24 + len(logits) - 1, dtype=torch.long)
+                mask[:, :23] = inputs["attention_mask"]
+                ids = torch.full((3, 1), token)
+                out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
+                logits.append(out.logits)
+        return torch.cat(logits, dim=1), out.past_key_values
+
+    dense, _ = run()
+    dtypes = list(seen)
+    seen.clear()
+    tokenprune.patch(model, spatten(**options))
+    found, cache = run()
+    assert found.dtype == dense.dtype
+    assert seen == dtypes
+    assert {scores.dtype for scores in ledger_of(cache).scores.values()} == {torch.float32}
 
 
 def test_what_a_decoder_cannot_do_is_told_before_anything_happens():

@@ -134,7 +134,8 @@ class Merge:
             out.index_add_(0, (assign + rows).flatten(), (flat * share[:, :, None]).flatten(0, 1))
         else:  # atomics would add in any order
             groups = torch.arange(self.index.shape[1], device=x.device)[:, None]
-            out = ((assign[:, None, :] == groups) * share[:, None, :]) @ flat
+            with torch.autocast(x.device.type, enabled=False):
+                out = ((assign[:, None, :] == groups) * share[:, None, :]) @ flat
         return out.view(*self.index.shape, *x.shape[2:]).to(x.dtype)
 
     def restore(self, y: Tensor, *, length: int) -> Tensor:

@@ -55,6 +55,9 @@ def step(
     layer_cache: Any = None if call.cache is None else call.cache.layers[layer]
     threshold = plan.threshold if hasattr(layer_cache, "planes") else None
     key, value = (key[:, :, :n_keys], value[:, :, :n_keys]) if threshold is None else layer_cache.planes()
+    if torch.is_autocast_enabled(query.device.type):  # dense attention would compute, and give back, in its dtype
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if isinstance(x, Tensor) else x for x in (query, key, value))
     valid = _valid(state, call, layer, mask, n_keys)
     heads = heads_of(state, plan, layer=layer)
     sliced = heads is not None and query.shape[1] != heads.total

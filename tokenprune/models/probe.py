@@ -135,6 +135,8 @@ def _step(
     plain = all(one.reduction == "column_sum" and one.temperature == 1 for one in probes)
     if not state.scoring or not plain or query.shape[2] > 1 or query.device.type != "cpu":
         return None
+    if torch.is_autocast_enabled("cpu"):  # products would be rounded
+        return None
     other = any(kwargs.get(name) is not None for name in _OTHER) or kwargs.get("dropout")
     if config.original._attn_implementation != "sdpa" or other or query.dtype != torch.float32:
         return None

@@ -1,5 +1,6 @@
 """Attention of one decoding step that reads less: fewer heads, fewer values, fewer bits (SpAtten, arXiv 2012.09852)."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,9 @@ def decode_attention(
     kernel = find_kernel("decode_attention", "decode_attention", backend, query)
     step = _decode if kernel is None else kernel.launch
     cap = None if softcap is None else float(softcap)
-    return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold, cap))
+    casts = torch.is_autocast_enabled(query.device.type)
+    with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
+        return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold, cap))
 
 
 def _decode(
