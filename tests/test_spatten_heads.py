@@ -2,6 +2,7 @@
 projection of the unpatched model, layer by layer and step by step."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -14,6 +15,7 @@ from test_spatten import HeadSimulation, ragged_text, spatten, text_model
 from test_state import in_threads, logits, replica_of
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import tokenprune
 from tokenprune.models.heads import Heads
@@ -336,6 +338,33 @@ def test_gradients_reach_the_whole_weights():
         assert one.q_proj.weight.grad.shape == one.o_proj.weight.grad.shape == (32, 32)
         assert (one.q_proj.weight.grad == 0).all(1).any()
     assert all(one.q_proj._slice is None for one in attentions(model)[1:])
+
+
+def test_gradient_checkpointing_is_refused_before_the_patch_and_in_training_after_it():
+    model = text_model("llama")
+
+    def checkpointing(on):
+        for module in model.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = on
+                module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    checkpointing(True)
+    with pytest.raises(tokenprune.UnsupportedModelError, match=r"model\.gradient_checkpointing_disable\(\)"):
+        patched(model)
+    patched(model, tokens=(1.0, 0.8, 0.6, 0.4), heads=1.0)
+    checkpointing(False)
+    session = patched(model)
+    model.train()
+    checkpointing(True)
+    with pytest.raises(tokenprune.UnsupportedModelError, match="checkpointing"):
+        model(**PROMPT, use_cache=False)
+    with session.pause():
+        model(**PROMPT, use_cache=False)
+    with torch.no_grad():
+        model(**PROMPT, use_cache=False)
+    model.eval()
+    model(**PROMPT).logits.sum().backward()
 
 
 def test_keeping_all_heads_swaps_nothing_and_changes_no_bit():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenprune.errors import OptionError, UnsupportedModelError
@@ -10,7 +11,7 @@ from tokenprune.models import layers as between
 from tokenprune.models import projections
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
-from tokenprune.models.forward import Forward
+from tokenprune.models.forward import Forward, current
 from tokenprune.models.probe import attention_of, swap
 from tokenprune.models.quantized_cache import use_planes
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
@@ -54,6 +55,7 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
 
     Raises:
         OptionError: the decoder cannot be pruned where the methods want it.
+        UnsupportedModelError: it runs layers twice.
     """
     reducers = engine.layer_reducers()
     check_entrance(engine, decoder)
@@ -73,6 +75,8 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     swapped = range(len(modules)) if attention is not None else probes
     hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
     if attention is not None:
+        check_checkpointing(decoder, *modules)
+        hooks.append(Hook(decoder, "pre", _checking_hook(engine, modules)))
         hooks += plan_projections(engine, attention, modules)
         if attention.threshold is not None:
             check_planes(decoder)
@@ -106,6 +110,30 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 "values=1.0 and quantize=None"
             )
     return wanting[0][1]
+
+
+def check_checkpointing(*modules: nn.Module) -> None:
+    """Check that the layers of a decoder that leaves something out of every attention run once.
+
+    Raises:
+        UnsupportedModelError: one of `modules` has gradient checkpointing on.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        raise UnsupportedModelError(
+            "heads, values or bits cannot be left out with gradient checkpointing, which would run layers a second "
+            "time without their place in the forward; turn it off with model.gradient_checkpointing_disable()"
+        )
+
+
+def _checking_hook(engine: Engine, modules: list[nn.Module]) -> Any:
+    """The hook of a decoder that looks whether checkpointing was turned on since."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = current(engine)
+        if torch.is_grad_enabled() and state is not None and state.steering:
+            check_checkpointing(*(one for one in (module, *modules) if one.training))
+
+    return check
 
 
 def check_planes(decoder: nn.Module) -> None:
