@@ -248,6 +248,20 @@ def test_caches_that_cannot_are_refused(model: Any) -> None:
     assert type(full.layers[0]) is DynamicLayer
 
 
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_cache_that_was_emptied_is_one_to_start_with(model: Any, configured: bool) -> None:
+    cache = in_planes(model if configured else None, 3)
+    use_planes(cache)  # It has kept nothing yet.
+    for empty in (cache.reset, lambda: cache.crop(-9)):
+        for i in range(2):
+            cache.update(*states(9), i)
+        with pytest.raises(UnsupportedModelError, match="holds 9 tokens already"):
+            use_planes(cache)
+        empty()
+        use_planes(cache)
+        assert [(type(layer), layer.residual) for layer in cache.layers] == [(PlanesLayer, 0)] * 2
+
+
 def test_an_odd_width_is_refused() -> None:
     with pytest.raises(InputError, match="even K"):
         PlanesLayer().update(torch.ones(1, 1, 2, 7), torch.ones(1, 1, 2, 7))

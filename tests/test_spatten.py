@@ -567,6 +567,19 @@ def test_less_than_a_tenth_of_the_bytes_is_read_at_the_settings_of_the_paper():
         assert row in shown
 
 
+@pytest.mark.parametrize("empty", [DynamicCache.reset, lambda cache: cache.crop(-cache.get_seq_length())])
+def test_a_quantized_cache_is_used_again_once_it_is_empty(empty):
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(tokens=1.0, quantize="4+4"))
+    cache = DynamicCache(config=model.config)
+    inputs = {**ragged_text()[1], "past_key_values": cache}
+    runs = []
+    for _ in range(2):
+        runs.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))
+        empty(cache)
+    assert torch.equal(*runs)
+
+
 def test_without_a_cache_there_is_nothing_to_quantize():
     dense = text_model("llama")
     model = copy.deepcopy(dense)

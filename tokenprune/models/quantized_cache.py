@@ -210,10 +210,12 @@ def use_planes(cache: Any, *, residual: int = 0) -> None:
     """
     from transformers.cache_utils import DynamicLayer
 
-    new = functools.partial(_layer_class(), residual=residual)
-    layers, grows = getattr(cache, "layers", []), getattr(cache, "layer_class_to_replicate", None)
-    places = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    if not places and (layers or grows is not DynamicLayer):
+    growing = DynamicLayer, _layer_class()
+    new = functools.partial(growing[1], residual=residual)
+    layers, more = getattr(cache, "layers", []), getattr(cache, "layer_class_to_replicate", None)
+    grows = getattr(more, "func", more) in growing
+    places = [i for i, layer in enumerate(layers) if type(layer) in growing]
+    if not places and (layers or not grows):
         raise UnsupportedModelError(
             f"no layer of this {type(cache).__name__} can keep its tokens in two planes of four bits; growing layers "
             "of full attention can, as a DynamicCache has them"
@@ -226,5 +228,5 @@ def use_planes(cache: Any, *, residual: int = 0) -> None:
     new()  # Raises before anything is changed.
     for i in places:
         layers[i] = new()
-    if grows is DynamicLayer:
+    if grows:
         cache.layer_class_to_replicate = new
