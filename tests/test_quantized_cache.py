@@ -166,6 +166,19 @@ def test_cropping_forgets_the_last_tokens(n: int, residual: int) -> None:
         assert torch.equal(part, want[:, :, :left])
 
 
+@pytest.mark.parametrize("n", [1, 8, 14, 20])
+def test_a_positive_number_crops_what_it_crops_of_an_ordinary_layer(n: int) -> None:
+    layer, plain = filled(3, 9, 1, 4)
+    try:
+        plain.crop(n)
+    except ValueError:
+        with pytest.raises(ValueError, match="positive"):
+            layer.crop(n)
+    else:
+        layer.crop(n)
+    assert layer.get_seq_length() == plain.get_seq_length()
+
+
 def test_resetting_forgets_everything() -> None:
     layer, _ = filled(2, 9)
     layer.reset()

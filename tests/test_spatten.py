@@ -435,6 +435,47 @@ def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
         torch.testing.assert_close(other, one)
 
 
+def test_a_crop_that_cannot_be_leaves_the_cache_as_it_was():
+    model = text_model("llama")
+    tokenprune.patch(model, spatten())
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.arange(2, 26)[None], past_key_values=cache)
+
+    def held():
+        return cache.get_seq_length(), [layer.keys.shape[2] for layer in cache.layers], ledger_of(cache).parts
+
+    before = held()
+    with pytest.raises(tokenprune.InputError, match=r"pruned tokens.*keep_recent") as raised:
+        cache.crop(-9)
+    assert "visual" not in str(raised.value)
+    assert held() == before
+    with pytest.raises(tokenprune.InputError, match="pruned tokens"):
+        cache.crop(-24)
+    cache.layers[-1].crop = lambda n: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        cache.crop(-2)
+    assert held()[2] is before[2]
+
+
+def test_a_positive_number_crops_a_pruned_cache_as_an_unpruned_one():
+    model = text_model("llama")
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        with torch.no_grad():
+            model(input_ids=torch.arange(2, 26)[None], past_key_values=cache)
+        tokenprune.patch(model, spatten())
+    for n in (22, 30):
+        try:
+            caches[0].crop(n)
+        except ValueError:
+            with pytest.raises(ValueError, match="positive"):
+                caches[1].crop(n)
+        else:
+            caches[1].crop(n)
+        assert caches[1].get_seq_length() == caches[0].get_seq_length()
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [

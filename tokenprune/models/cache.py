@@ -77,8 +77,9 @@ class Slots:
         tail = torch.arange(end - surplus, end, device=self.index.device)
         if not bool((self.index[:, n_slots:] == tail).all()):
             raise InputError(
-                f"cropping the cache to {n_slots} slots would cut into pruned visual tokens; only the text after "
-                "them can be cropped"
+                f"cropping the cache to {n_slots} slots would cut into pruned tokens; only what follows them can be "
+                "cropped: the text after images or, where text is pruned too, the last keep_recent tokens, more than "
+                "which no call may have drafted"
             )
         return replace(self, index=self.index[:, :n_slots], bias=None if self.bias is None else self.bias[:, :n_slots])
 
@@ -152,13 +153,15 @@ class _PrunedCache:
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as on an unpruned cache."""
         ledger: Ledger = getattr(self, _STATE)
-        physical = super().get_seq_length  # type: ignore[misc]
+        length, physical = int(self.get_seq_length()), super().get_seq_length  # type: ignore[misc]
+        n_gone = length - cropped_length(length, tokens_to_remove)
         lengths = [int(physical(start)) for start in ledger.starts]
-        ledger.parts = tuple(
-            slots.cropped(n_slots=length - abs(tokens_to_remove))
-            for slots, length in zip(ledger.parts, lengths, strict=True)
+        parts = tuple(
+            slots.cropped(n_slots=max(0, n_slots - n_gone))
+            for slots, n_slots in zip(ledger.parts, lengths, strict=True)
         )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+        super().crop(-n_gone)  # type: ignore[misc]
+        ledger.parts = parts
 
     def reset(self) -> None:
         """Empty the cache; it is an ordinary one again."""
@@ -218,6 +221,17 @@ def ledger_of(cache: Any) -> Ledger | None:
 def past_length(cache: Any) -> int:
     """Tokens of the unpruned sequence that `cache` stands for; 0 without a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def cropped_length(length: int, tokens_to_remove: int) -> int:
+    """How many of `length` tokens the ``crop`` of an ordinary layer leaves: its argument means what it means to the
+    transformers that is installed."""
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.update(*torch.empty(2, 1, 1, length, 1))
+    layer.crop(tokens_to_remove)
+    return int(layer.get_seq_length())
 
 
 def check_cache(cache: Any, *, layered: bool = False) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.models.cache import cropped_length
 from tokenprune.ops import Planes, dequantize_planes, quantize_planes
 
 _Stored = tuple[Tensor, Tensor, Tensor]
@@ -113,9 +114,9 @@ class _PlanesLayer:
         return past[2].shape[-1] + self.keys.shape[-2] if self.is_initialized and past is not None else 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens: so many as `-tokens_to_remove`; a positive number is the length that is left."""
+        """Remove the last tokens, as many as of an ordinary layer."""
         length = self.get_seq_length()
-        left = tokens_to_remove if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
+        left = cropped_length(length, tokens_to_remove)
         past = length - self.keys.shape[-2] if length else 0
         if left < length:
             self._change(lambda x: x[:, :, :left].clone(), lambda x: x[:, :, : max(0, left - past)].clone())
