@@ -277,10 +277,11 @@ def test_a_cache_pruned_layer_by_layer_needs_a_model_that_is_patched_so(make):
     wanted = turn(model, filled(model, prompt, make), prompt)
     cache = filled(model, prompt, make)
     state = {name: Same(value) for name, value in vars(cache).items()}
-    tokenprune.patch(model, "divprune", keep=0.5)
-    with pytest.raises(InputError, match=r"pruned layer by layer.*patch it as it was when the cache was made"):
-        turn(model, cache, prompt)
-    assert {name: Same(value) for name, value in vars(cache).items()} == state
+    for change in (lambda: tokenprune.patch(model, "divprune", keep=0.5), lambda: tokenprune.unpatch(model)):
+        change()
+        with pytest.raises(InputError, match=r"pruned layer by layer.*patch it as it was when the cache was made"):
+            turn(model, cache, prompt)
+        assert {name: Same(value) for name, value in vars(cache).items()} == state
     session = tokenprune.patch(model, PyramidDrop(stages=(1, 2, 3)))  # other cuts, which only the next image sees
     assert torch.equal(turn(model, copy.deepcopy(cache), prompt), wanted)
     with session.pause():

@@ -24,6 +24,10 @@ from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import Keep
 from tokenprune.signals import Probe, Traffic
 
+LAYERED = (
+    "this cache was pruned layer by layer, and the model is not patched with a method that does so; patch it as it was "
+    "when the cache was made"
+)
 _STATE = "_tokenprune_slots"
 
 
@@ -145,6 +149,17 @@ class _PrunedCache:
         if window is None or past < window:
             return past + query_length, 0
         return window - 1 + query_length, past - window + 1
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Store new states.
+
+        Raises:
+            InputError: the layers hold different tokens, and a decoder calls that does not count in their slots.
+        """
+        ledger: Ledger = getattr(self, _STATE)
+        if not ledger.inside and len(ledger.parts) > 1:
+            raise InputError(LAYERED)
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the name of the class that the cache came from."""

@@ -18,7 +18,7 @@ from tokenprune.errors import InputError, OptionError
 from tokenprune.models import eviction, layers, masks
 from tokenprune.models.arguments import all_positions, merge_planes, shorten_tensors, stand_in
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.cache import check_cache, ledger_of, past_length, record
+from tokenprune.models.cache import LAYERED, check_cache, ledger_of, past_length, record
 from tokenprune.models.families import Family
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment, bind, current, first_segments
 from tokenprune.models.planning import plan_inside
@@ -150,10 +150,7 @@ class DecoderAdapter:
             )
         layered = bool(engine.layer_reducers())
         if ledger is not None and len(ledger.parts) > 1 and (state is None or not layered):
-            raise InputError(
-                "this cache was pruned layer by layer, and the model is not patched with a method that does so; patch "
-                "it as it was when the cache was made"
-            )
+            raise InputError(LAYERED)
         started = time.perf_counter()
         state = Forward(engine, {}, None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(cache), (), {}
