@@ -330,6 +330,21 @@ def test_weights_that_change_while_patched_are_used():
     torch.testing.assert_close(found, zeroed_prompt(dense, PROMPT, HEADS), atol=1e-4, rtol=1e-4)
 
 
+def test_weights_changed_behind_torchs_back_are_used_by_the_next_generation_from_a_few_tokens():
+    models = [text_model("llama") for _ in range(2)]
+    patched(models[0])
+    few = {"input_ids": PROMPT["input_ids"][:, :6]}
+    generate(models[0], few, 6, suppress_tokens=None)
+    for model in models:
+        for one in attentions(model):
+            one.q_proj.weight.data.mul_(1.5)
+            one.o_proj.weight.data.mul_(0.5)
+    patched(models[1])
+    found, wanted = (generate(model, few, 6, suppress_tokens=None).logits for model in models)
+    assert attentions(models[0])[3].q_proj._slice is not None
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_gradients_reach_the_whole_weights():
     model = text_model("llama")
     patched(model)

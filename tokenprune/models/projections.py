@@ -48,11 +48,11 @@ class Pair:
         heads = heads_of(state, state.attention, layer=self.layer)
         if heads is None or heads.common is None:
             return None
-        known = state.patterns.get(self.layer) == heads.common
-        state.patterns[self.layer] = heads.common
-        if not known and x.shape[-2] < FEW_TOKENS:
-            return None
-        return heads.common if self._in_place() else None
+        if state.patterns.get(self.layer) != heads.common:
+            state.patterns[self.layer] = heads.common
+            if x.shape[-2] < FEW_TOKENS:
+                return None
+        return state.patterns[self.layer] if self._in_place() else None
 
     def _in_place(self) -> bool:
         """Whether both stand where they were put, without hooks of anybody, which are to see everything."""
@@ -94,7 +94,7 @@ class SlicedLinear(nn.Linear):
         pattern = None if inward else pair.pattern(x)
         if inward and x.shape[-1] != self.in_features:
             state = current(pair.engine)
-            pattern = None if state is None or state.heads is None else state.heads.common
+            pattern = None if state is None else state.patterns.get(pair.layer)
         if pattern is None:
             return functional.linear(x, self.weight, self.bias)
         return functional.linear(x, *self._sliced(pattern, inward=inward, anew=x.shape[-2] >= FEW_TOKENS))
@@ -102,7 +102,8 @@ class SlicedLinear(nn.Linear):
     def _sliced(self, pattern: tuple[int, ...], *, inward: bool, anew: bool) -> tuple[Tensor, Tensor | None]:
         """Weights and bias of the heads of `pattern`; cut `anew`, or taken from the call before where it had the same.
 
-        Cutting anew makes sure that no weights are used which were changed behind torch's back since.
+        Cutting anew makes sure that no weights are used which were changed behind torch's back since. So does taking
+        them for the same only where the cache has noted this very `pattern`, not an equal one of another generation.
         """
         weight, bias = self.weight, self.bias
         if torch.is_grad_enabled():
@@ -110,7 +111,7 @@ class SlicedLinear(nn.Linear):
         version = None if weight.is_inference() else weight._version
         key = (pattern, id(weight), weight.data_ptr(), weight.dtype, version)
         found: Any = self._slice
-        if anew or found is None or found[0] != key:
+        if anew or found is None or found[0][0] is not pattern or found[0] != key:
             found = key, _cut(weight, bias, pattern, width=self.pair.width, inward=inward)
             object.__setattr__(self, "_slice", found)
         sliced: tuple[Tensor, Tensor | None] = found[1]
