@@ -363,6 +363,18 @@ def test_a_cut_among_the_layers_of_deepstack_is_refused():
     assert tokenprune.patch(model, FastV(layer=2)).installed
 
 
+def test_an_attention_implementation_set_after_patching_is_looked_at():
+    model, inputs = tiny("llava"), batch("llava").inputs
+    session = tokenprune.patch(model, FastV())
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad(), pytest.raises(OptionError, match="flex_attention"):
+        model(**inputs)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        model(**inputs)
+    assert session.traces[-1].status == "applied"
+
+
 def test_attention_implementations_that_cannot_do_it_are_refused(monkeypatch):
     model = tiny("llava")
     monkeypatch.setattr(model.get_decoder().config, "_attn_implementation_internal", "flex_attention")

@@ -323,7 +323,7 @@ def test_patches_of_a_vision_transformer(run: Run, tmp_path: Path) -> None:
     ("options", "found"),
     [
         (("--vit", "no_such_model"), "timm cannot load 'no_such_model'"),
-        (("--vit", "--method", "divprune"), "encoder_block"),
+        (("--vit", "--method", "divprune"), "a vision encoder takes"),
         (("--vit", "--method", "tome:r=200"), "would remove"),
     ],
 )

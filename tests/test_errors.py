@@ -114,7 +114,7 @@ def test_options_beside_an_instance_are_refused(llava):
     refused(llava, OptionError, *parts, method=["random", DivPrune(keep=0.5)], keep=0.3)
 
 
-@pytest.mark.parametrize("method", [[], (), None, 0.25, {"divprune"}, DivPrune, print], ids=repr)
+@pytest.mark.parametrize("method", [[], (), None, 0.25, {"divprune"}, print], ids=repr)
 def test_what_is_no_method_is_refused(llava, method):
     refused(llava, OptionError, "method", f"got {method!r}", ", ".join(tokenprune.list_methods()), method=method)
 
@@ -486,3 +486,7 @@ def test_a_mask_that_is_too_short_for_a_pruned_cache_is_refused():
     with torch.no_grad():
         assert model(input_ids=step, attention_mask=mask, past_key_values=cache).logits.isfinite().all()
     assert cache.get_seq_length() == length + 1
+
+
+def test_a_class_in_place_of_a_method_is_answered_with_the_call(llava):
+    refused(llava, OptionError, "write DivPrune(...)", method=tokenprune.DivPrune)

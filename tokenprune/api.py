@@ -50,10 +50,10 @@ def build_method(method: str | Method, **options: Any) -> Method:
             )
         return method
     if not isinstance(method, str):
+        called = f"; write {method.__name__}(...)" if isinstance(method, type) and issubclass(method, Method) else ""
         raise OptionError(
             f"a method is one of the names {list(list_methods())} or an instance such as "
-            f"tokenprune.DivPrune(keep=0.25), got "
-            f"{method!r}"
+            f"tokenprune.DivPrune(keep=0.25), got {method!r}{called}"
         )
     if method not in METHODS:
         raise UnknownMethodError(
@@ -103,7 +103,7 @@ def patch(
         OptionError: an option is unknown, out of range, or cannot be honoured by this model.
         UnsupportedModelError: the model is of a kind that cannot be pruned. In all three cases nothing was touched.
     """
-    if isinstance(method, str | Method):
+    if isinstance(method, str | Method | type):
         methods: tuple[Method, ...] = (build_method(method, **options),)
     elif isinstance(method, Sequence) and method:
         methods = tuple(build_method(one, **options) for one in method)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from tokenprune.methods.base import Method
 from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
 from tokenprune.reducers import CheckedLayerReducer, CheckedReducer
 from tokenprune.signals import Trace, Traffic
+
+if TYPE_CHECKING:
+    from tokenprune.report import Report
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 
@@ -205,7 +208,7 @@ class Session:
         finally:
             _PAUSED.reset(token)
 
-    def report(self, inputs: dict[str, Any] | None = None, *, max_new_tokens: int = 16, repeats: int = 5) -> Any:
+    def report(self, inputs: dict[str, Any] | None = None, *, max_new_tokens: int = 16, repeats: int = 5) -> "Report":
         """What was pruned; with `inputs` also what it saved, measured by running dense and pruned in alternation.
 
         Args:

@@ -66,7 +66,8 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     guard, plan = plan_text(reducers, decoder, n_layers=len(modules), has_images=has_images)
     probes = plan_probes(cuts, modules, plan)
     check_decoder(root, decoder, cuts)
-    hooks: list[Hook | Swap] = [
+    hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(engine, modules))]
+    hooks += [
         Hook(module, "pre", between.layer_hook(engine, i, cuts.get(i, ()))) for i, module in enumerate(modules) if i > 0
     ]
     if not has_images:
@@ -76,7 +77,6 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
     hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
     if attention is not None:
         check_checkpointing(decoder, *modules)
-        hooks.append(Hook(decoder, "pre", _checking_hook(engine, modules)))
         hooks += plan_projections(engine, attention, modules)
         if attention.threshold is not None:
             check_planes(decoder)
@@ -126,11 +126,14 @@ def check_checkpointing(*modules: nn.Module) -> None:
 
 
 def _checking_hook(engine: Engine, modules: list[nn.Module]) -> Any:
-    """The hook of a decoder that looks whether checkpointing was turned on since."""
+    """The hook of a decoder that looks whether its attention was changed, or checkpointing turned on, since."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = current(engine)
-        if torch.is_grad_enabled() and state is not None and state.steering:
+        if state is None:
+            return
+        check_attention(module)
+        if torch.is_grad_enabled() and state.steering:
             check_checkpointing(*(one for one in (module, *modules) if one.training))
 
     return check
@@ -290,14 +293,7 @@ def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
     Raises:
         OptionError: they cannot.
     """
-    config: Any = decoder.config
-    implementation = str(config._attn_implementation)
-    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
-        raise OptionError(
-            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
-            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
-            "method that prunes before the decoder"
-        )
+    check_attention(decoder)
     vision: Any = getattr(getattr(root, "config", None), "vision_config", None)
     n_planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     if cuts and min(cuts) < n_planes:
@@ -305,4 +301,20 @@ def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
             f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
             f"adds features to the visual tokens of layers 0 to {n_planes - 1} (DeepStack); prune after layer "
             f"{n_planes - 1} or later"
+        )
+
+
+def check_attention(decoder: nn.Module) -> None:
+    """Check that tokens can leave between layers with the attention implementation of a decoder.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    config: Any = decoder.config
+    implementation = str(config._attn_implementation)
+    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
+        raise OptionError(
+            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
+            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
+            "method that prunes before the decoder"
         )
