@@ -20,7 +20,7 @@ from torch.nn import functional
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.half_block import first_of, hooked, still
+from tokenprune.models.half_block import agree, first_of, hooked, still
 from tokenprune.models.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.models.passage import SITE
 from tokenprune.models.projections import odd
@@ -249,11 +249,8 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
         args, kwargs, output = seen[0]
         ours = first_of(fewer.compute(args, kwargs, None).output)
     theirs = first_of(output)
-    close = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
-    same = ours.shape == theirs.shape and isinstance(output, tuple) == fewer.parts.paired
-    if not same or float((ours - theirs).abs().max()) > close * max(1e-6, float(theirs.abs().max())):
-        return _OTHER
-    return ""
+    same = isinstance(output, tuple) == fewer.parts.paired and agree(ours, theirs)
+    return "" if same else _OTHER
 
 
 @cache
