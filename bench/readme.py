@@ -43,41 +43,37 @@ def rows_of(name: str, **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
+# Lines of the summary: the results file, which of its rows, what a line says of a row, its ratio, what that is held to.
+ARITHMETIC = "{of_flops_ratio:.2f} of the FLOPs ratio"
+AIM = "`aim` ({preset}, page-rank): prefill, {rows} x {visual_tokens} visual tokens"
+LINES: tuple[tuple[str, dict[str, Any], str, str, str], ...] = (
+    (
+        "prefill",
+        {"what": "prefill"},
+        "`divprune`: prefill, {visual_tokens} -> {kept_tokens} visual tokens",
+        "dense_over_pruned",
+        "{pruned_over_ideal[1]:.2f} of the time of as many tokens",
+    ),
+    ("aim", {"preset": "image", "importance": "pagerank"}, AIM, "dense_over_pruned", ARITHMETIC),
+    ("aim", {"preset": "video", "importance": "pagerank"}, AIM, "dense_over_pruned", ARITHMETIC),
+    ("vit", {"what": "throughput"}, "`tome`: {model}, r = {r}, batch {batch}", "dense_over_tome", ARITHMETIC),
+    (
+        "spatten",
+        {"options": {"tokens": 0.5}},
+        "`spatten` (`tokens={options[tokens]}`): a token, {prompt_tokens} in the prompt",
+        "pruned_over_dense",
+        "KV cache {dense_kv_mib:.0f} -> {pruned_kv_mib:.0f} MiB",
+    ),
+)
+
+
 def summary() -> str:
     """What the main methods save of the time, one line each, beside what could be had."""
-    cells = [
-        [
-            f"`divprune`: prefill, {row['visual_tokens']} -> {row['kept_tokens']} visual tokens",
-            times(row["dense_over_pruned"]),
-            f"{row['pruned_over_ideal'][1]:.2f} of the time of as many tokens",
-        ]
-        for row in rows_of("prefill", what="prefill")
-    ]
-    cells += [
-        [
-            f"`aim` ({row['preset']}, page-rank): prefill, {row['rows']} x {row['visual_tokens']} visual tokens",
-            times(row["dense_over_pruned"]),
-            f"{row['of_flops_ratio']:.2f} of the FLOPs ratio",
-        ]
-        for preset in ("image", "video")
-        for row in rows_of("aim", preset=preset, importance="pagerank")
-    ]
-    cells += [
-        [
-            f"`tome`: {row['model']}, r = {row['r']}, batch {row['batch']}",
-            times(row["dense_over_tome"]),
-            f"{row['of_flops_ratio']:.2f} of the FLOPs ratio",
-        ]
-        for row in rows_of("vit", what="throughput")
-    ]
-    cells += [
-        [
-            f"`spatten` ({_options(row)}): a token, {row['prompt_tokens']} in the prompt",
-            times([1 / value for value in reversed(row["pruned_over_dense"])]),
-            f"KV cache {row['dense_kv_mib']:.0f} -> {row['pruned_kv_mib']:.0f} MiB",
-        ]
-        for row in rows_of("spatten", options={"tokens": 0.5})
-    ]
+    cells = []
+    for name, wanted, what, ratio, held in LINES:
+        for row in rows_of(name, **wanted):
+            value = row[ratio] if ratio.startswith("dense") else [1 / value for value in reversed(row[ratio])]
+            cells.append([what.format(**row), times(value), held.format(**row)])
     return table(["what", "dense / pruned", "of what can be had"], cells)
 
 
@@ -87,9 +83,7 @@ def overall() -> str:
     keeps = sorted({row["keep"] for row in rows if row["method"] != "dense"}, reverse=True)
     cells: dict[str, dict[float, str]] = {}
     for row in rows:
-        found = row["accuracy"]["overall"]
-        shown = f"{found['mean']:.1f} ±{(found['high'] - found['low']) / 2:.1f}"
-        cells.setdefault(row["method"], {})[row["keep"]] = shown
+        cells.setdefault(row["method"], {})[row["keep"]] = share(row["accuracy"]["overall"])
     (dense,) = cells.pop("dense").values()
     head = [f"dense: {dense}", *(f"keep {keep:g}" for keep in keeps)]
     return table(head, [[f"`{name}`", *(found.get(keep, "-") for keep in keeps)] for name, found in cells.items()])
@@ -99,6 +93,11 @@ def times(value: list[float]) -> str:
     """Median of a ratio with its 20 % and 80 % quantiles."""
     low, median, high = value
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def share(found: dict[str, float]) -> str:
+    """An accuracy in %, with half of its 95 % interval."""
+    return f"{found['mean']:.1f} ±{(found['high'] - found['low']) / 2:.1f}"
 
 
 def prefill() -> str:
@@ -177,7 +176,7 @@ def quality(name: str = "quality") -> str:
     cells = [
         [row["method"], f"{row['keep']:g}", str(row["tokens"])]
         + ([f"{100 * row['decoder_share']:.0f} %" if "decoder_share" in row else "-"] if matched else [])
-        + [f"{c['mean']:.1f} ±{(c['high'] - c['low']) / 2:.1f}" for c in row["accuracy"].values()]
+        + [share(found) for found in row["accuracy"].values()]
         for row in rows
     ]
     return "\n".join(
@@ -196,8 +195,7 @@ def quality_vit() -> str:
     cells = []
     for row in rows:
         (found,) = row["accuracy"].values()
-        shown = f"{found['mean']:.1f} ±{(found['high'] - found['low']) / 2:.1f}"
-        cells.append([row["method"], f"{row['keep']:.2g}", str(row["tokens"]), shown])
+        cells.append([row["method"], f"{row['keep']:.2g}", str(row["tokens"]), share(found)])
     return (
         table(["method", "keep", "patches left", "accuracy"], cells) + "\n\nRows in `bench/results/quality_vit.json`."
     )

@@ -75,30 +75,29 @@ def test_a_card_for_every_method(run: Run, model: Path, photo: Path, monkeypatch
         assert np.asarray(page).std() > 20
 
 
-def test_a_keep_that_no_method_goes_by_is_not_told(
+@pytest.fixture
+def sheet(
     run: Run,
     model: Path,  # noqa: F811
     photo: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> Callable[..., Any]:
+    """The sheet drawn for one question and further arguments."""
     argv = ("--image", photo, "--model", model, "--max-new-tokens", 1, "--repeats", 1, "--question", "how many ?")
+    return lambda *further: sheet_of(run, monkeypatch, *argv, *further)[0]
+
+
+def test_a_keep_that_no_method_goes_by_is_not_told(sheet: Callable[..., Any]) -> None:
     for methods, told in (("divprune:keep=0.5", ["visual tokens"]), ("divprune", ["visual tokens", "keep"])):
-        sheet, _ = sheet_of(run, monkeypatch, *argv, "--methods", methods)
-        assert [name for _, name in sheet.stats] == told
+        assert [name for _, name in sheet("--methods", methods).stats] == told
 
 
-def test_every_method_of_the_library_without_being_named(
-    run: Run,
-    model: Path,  # noqa: F811
-    photo: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    argv = ("--image", photo, "--model", model, "--max-new-tokens", 1, "--repeats", 1, "--question", "how many ?")
-    sheet, _ = sheet_of(run, monkeypatch, *argv, "--output", "x/y.png")
-    shown = {card.title for card in sheet.cards}
+def test_every_method_of_the_library_without_being_named(sheet: Callable[..., Any]) -> None:
+    drawn = sheet("--output", "x/y.png")
+    shown = {card.title for card in drawn.cards}
     assert shown >= {"dense", "divprune", "random", "uniform", "resize"}
     for name in set(tokenprune.list_methods()) - shown:
-        assert f"{name.capitalize()} is left out" in sheet.note
+        assert f"{name.capitalize()} is left out" in drawn.note
     assert Path("x/y.png").exists()
 
 

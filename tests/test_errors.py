@@ -99,7 +99,7 @@ def test_a_misspelt_method_is_answered_with_the_one_that_was_meant(llava):
 def test_text_for_a_command_line_is_answered_with_what_patch_takes(llava):
     refused(llava, UnknownMethodError, 'give a list: ["divprune", "aim"]', method="divprune+aim")
     for text in ("divprune:keep=0.5", "divprune:keep=0.5+aim"):
-        refused(llava, UnknownMethodError, f"list(tokenprune.specs.parse_methods({text!r}))", method=text)
+        refused(llava, UnknownMethodError, f"list(parse_methods({text!r}))", method=text)
 
 
 def test_an_unknown_keyword_is_answered_with_the_known_ones(llava):

@@ -69,7 +69,10 @@ def build_method(method: str | Method, **options: Any) -> Method:
 def _meant(name: str) -> str:
     """What whoever asked for a method of this name may have meant."""
     if ":" in name:
-        return f"; what command lines take is read so: patch(model, list(tokenprune.specs.parse_methods({name!r})))"
+        return (
+            "; what command lines take is read by parse_methods of tokenprune.specs: "
+            f"patch(model, list(parse_methods({name!r})))"
+        )
     if "+" in name:
         several = ", ".join(f'"{part.strip()}"' for part in name.split("+"))
         return f"; for several in a row give a list: [{several}]"

@@ -24,7 +24,7 @@ from tokenprune.models.half_block import agree, first_of, hooked, still
 from tokenprune.models.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.models.passage import SITE
 from tokenprune.models.projections import odd
-from tokenprune.models.tower import Attending, Logits, Tower, child
+from tokenprune.models.tower import Attending, Logits, Tower, averaged, child
 from tokenprune.signals import AttentionPlan
 
 _OTHER = "its attention is not made of the projections, norms and biases found in it"
@@ -90,7 +90,7 @@ class FewerHeads:
         if any(later < self.counts[self.number] for later in self.counts[self.number :]):
             note_magnitude(run, found.magnitude if heads is None else heads.widen(found.magnitude))
         if run.wants_keys:
-            run.keys, run.wants_keys = found.unturned.mean(1, dtype=torch.float32), False
+            run.keys, run.wants_keys = averaged(found.unturned, 1), False
         if run.scoring:
             run.query, run.key = found.query, found.key
         run.attending = None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops import attention_rows
-from tokenprune.ops.backend import check_softcap, find_kernel
+from tokenprune.ops.backend import check_softcap, find_kernel, uncast
 
 REDUCTIONS = ("column_sum", "last_query", "pagerank")
 
@@ -86,7 +86,7 @@ def attention_importance(
             f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
             f"at most {kernel.WIDEST} wide, 'torch' and 'auto' work here."
         )
-    with torch.autocast(key.device.type, enabled=False):
+    with uncast(key):
         single = query.shape[2] == 1 and reduction != "pagerank" and seen is None
         if single and attention_rows.is_small(query, key):
             scores = attention_rows.one_query(query, key, valid, rule)

@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.errors import BackendError, OptionError
@@ -38,6 +40,12 @@ def find_kernel(op: str, name: str, backend: str, tensor: Tensor) -> Any:
             "TRITON_INTERPRET=1 in the environment before it is imported; 'torch' and 'auto' work here."
         )
     return kernel
+
+
+def uncast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on: products have the dtype of what is multiplied."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check_count(op: str, name: str, value: int, low: int, high: int) -> None:

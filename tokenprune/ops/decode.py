@@ -1,13 +1,12 @@
 """Attention of one decoding step that reads less: fewer heads, fewer values, fewer bits (SpAtten, arXiv 2012.09852)."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.ops.backend import check_count, check_softcap, find_kernel
+from tokenprune.ops.backend import check_count, check_softcap, find_kernel, uncast
 from tokenprune.ops.planes import Planes, dequantize_planes
 
 
@@ -92,8 +91,7 @@ def decode_attention(
     kernel = find_kernel("decode_attention", "decode_attention", backend, query)
     step = _decode if kernel is None else kernel.launch
     cap = None if softcap is None else float(softcap)
-    casts = torch.is_autocast_enabled(query.device.type)
-    with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
+    with uncast(query):
         return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold, cap))
 
 

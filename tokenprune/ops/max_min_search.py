@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokenprune.ops.backend import uncast
+
 MEMORY = (
     64 << 20
 )  # Extra memory that may always be taken; beyond it, as much as the features of the row take themselves.
@@ -150,7 +152,7 @@ def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: 
     def stop(count: int, best: float) -> bool:
         return count >= most or best < _SAME or (best <= radius and count >= least)
 
-    with torch.autocast(units.tokens.device.type, enabled=False):
+    with uncast(units.tokens):
         sim = units.similarity() if units.holds_similarity else None
         gap = 1 - _numpy(units.nearest() if sim is None else sim.amax(1))
         equal, repeats = _equal(units, np.flatnonzero(gap < _SUSPECT))

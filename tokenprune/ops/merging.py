@@ -1,13 +1,12 @@
 """Bipartite matching of tokens, and merging by means of what it says."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.ops.backend import find_kernel
+from tokenprune.ops.backend import find_kernel, uncast
 
 _SAME = 1 - 2.0**-20  # Cosines above this differ by fp32 noise only and count as equal.
 _BLOCK = 8 << 20  # Bytes of similarity that the torch version holds at once.
@@ -170,8 +169,7 @@ def _best_partners(keys: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
         keys: `[B, N, D]`, all of them valid.
         held: `[1 or B, N]` bool, tokens that take no part.
     """
-    casts = torch.is_autocast_enabled(keys.device.type)
-    with torch.autocast(keys.device.type, enabled=False) if casts else nullcontext():
+    with uncast(keys):
         keys = keys.detach().float()
         unit = (keys * keys.square().sum(2, keepdim=True).clamp_min_(1e-24).rsqrt_()).nan_to_num_(0, 0, 0)
         left, right = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
@@ -228,8 +226,8 @@ def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | N
     if held is None:
         possible = [(n + 1) // 2 if n > 1 else 0]
     else:
-        most = int(held.sum())
-        if valid is None and r <= (n + 1) // 2 - most and most < n // 2:  # wherever they stand
+        n_held = int(held.sum())
+        if valid is None and r <= (n + 1) // 2 - n_held and n_held < n // 2:  # wherever they stand
             return
         odd = torch.arange(n, device=held.device)[None] if valid is None else valid.to(held.device).cumsum(1) - 1
         odd = odd % 2 == 1
