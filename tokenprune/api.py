@@ -15,13 +15,17 @@ from tokenprune.methods.base import options_of
 from tokenprune.models.base import Adapter
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.encoder import EncoderAdapter
-from tokenprune.models.families import FAMILIES, Family, ancestors, family_of, refusal
 from tokenprune.models.multimodal import MultimodalAdapter
 from tokenprune.models.passage import SITE as INSIDE_ENCODER
 from tokenprune.models.towers import TOWERS, encoder_refusal, find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
+from tokenprune.upstream.attention import tensor_parallel
+from tokenprune.upstream.calls import text_decoder
+from tokenprune.upstream.check import TESTED, needs_proof, note_proof, version_of
+from tokenprune.upstream.families import FAMILIES, family_of, is_encoder_decoder, refusal, takes_images, untabled
 
 _POSITIONS = ("original", "packed")
+_BEYOND = f"install transformers {TESTED[0]} to {TESTED[-1]}, or give self_check=False at your own risk"
 
 
 def list_methods() -> tuple[str, ...]:
@@ -85,6 +89,7 @@ def patch(
     method: str | Method | Sequence[str | Method] = "divprune",
     *,
     positions: str = "original",
+    self_check: bool = True,
     **options: Any,
 ) -> Session:
     """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
@@ -96,6 +101,9 @@ def patch(
         method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
         positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
             dropped tokens had never been there.
+        self_check: on a transformers newer than the newest tested minor, run the decoder on a few random tokens, dense
+            and pruned, before anything is installed; once for each class of decoder in a process. It takes three short
+            forwards.
         **options: options of the method, when it is given by name; `keep` is the one that matters.
 
     Returns:
@@ -124,14 +132,17 @@ def patch(
         raise OptionError(
             f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm"
         )
+    earlier = {one for module in model.modules() if (one := session_of(module)) is not None}
+    if self_check and isinstance(adapter, DecoderAdapter):
+        _prove_newer(adapter, earlier)
     if INSIDE_ENCODER in sites and isinstance(adapter, DecoderAdapter):
         adapter = MultimodalAdapter(adapter)
     _refuse_split(model, sites)
     adapter.preflight(sites=sites, positions=positions)
     session = Session(model, methods, adapter, positions=positions)
     with ExitStack() as stack:
-        for earlier in {one for module in model.modules() if (one := session_of(module)) is not None}:
-            stack.enter_context(earlier.lifted())  # else the plan would hold on to what stands in for them
+        for one in earlier:
+            stack.enter_context(one.lifted())  # else the plan would hold on to what takes their place
         session.plan()
     unpatch(model)
     session.install()
@@ -160,20 +171,18 @@ def find_adapter(model: nn.Module) -> Adapter:
     supported = f"supported families are {', '.join(list_families())}"
     if (refused := refusal(model)) is not None:
         raise UnsupportedModelError(f"{name} cannot be pruned: {refused[1]}; {supported}")
-    config = getattr(model, "config", None)
     if (reason := encoder_refusal(model)) is not None:
         raise UnsupportedModelError(f"{name} cannot be reduced: {reason}; {supported}")
-    if not _takes_images(model) and (encoder := find_encoder(model)) is not None:
+    if not takes_images(model) and (encoder := find_encoder(model)) is not None:
         return encoder
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are pruned; {supported}")
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = None if get_decoder is None else get_decoder()
+    decoder = text_decoder(model)
     root = None if decoder is None else _parent(model, decoder)
-    if not isinstance(decoder, nn.Module) or root is None:
+    if decoder is None or root is None:
         raise UnsupportedModelError(
-            f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune; "
-            f"{supported}"
+            f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune "
+            f"(transformers {version_of()}); {supported}"
         )
     family = family_of(model) or family_of(root)  # a wrapper has other ancestors than what it wraps
     if family is None:
@@ -181,43 +190,52 @@ def find_adapter(model: nn.Module) -> Adapter:
     return DecoderAdapter(root, decoder, family)
 
 
-def _takes_images(model: nn.Module) -> bool:
-    """Whether there are placeholder tokens for images in the text of `model` or of what it wraps."""
-    fields = {field for family in FAMILIES for field in family.ids}
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return any(isinstance(getattr(config, field, None), int) for config in configs for field in fields)
-
-
 def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: str) -> Adapter:
     """An adapter with defaults for a family that has no row, if it passes the self-check."""
-    from tokenprune.testing import self_check
-
     name = type(model).__name__
-    fields = tuple(
-        field for field in ("image_token_id", "video_token_id") if isinstance(getattr(root.config, field, None), int)
-    )
-    config: Any = root.config
-    if not fields and getattr(config, "vision_config", None) is None and hasattr(model, "generate"):
-        return DecoderAdapter(root, decoder, Family(str(config.model_type), "", ids=()))  # a model of text
-    if not fields:
+    family = untabled(root, model)
+    if family is None:
         raise UnsupportedModelError(
             f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot "
             f"be found; {supported}"
         )
-    family = Family(min(ancestors(model), default=name).lower(), name, fields, square=0)
     adapter = DecoderAdapter(root, decoder, family)
+    if family.ids:
+        _prove(adapter, f"{name} is not in the table of families and", supported)
+    return adapter
+
+
+def _prove_newer(adapter: DecoderAdapter, earlier: set[Session]) -> None:
+    """Run the self-check where transformers is newer than the tested ones, once for each class of decoder.
+
+    Raises:
+        UnsupportedModelError: it fails.
+    """
+    if adapter.row.ids and needs_proof(adapter.decoder):
+        called = type(adapter.decoder).__name__
+        with ExitStack() as stack:
+            for one in earlier:
+                stack.enter_context(one.suspended())
+            _prove(adapter, f"transformers {version_of()} is newer than the tested ones, and {called}", _BEYOND)
+        note_proof(adapter.decoder)
+
+
+def _prove(adapter: DecoderAdapter, subject: str, supported: str) -> None:
+    """Run the self-check on the decoder of `adapter`.
+
+    Raises:
+        UnsupportedModelError: it fails.
+    """
+    from tokenprune.testing import self_check
+
     try:
         self_check(adapter)
     except TokenPruneError as error:
-        raise UnsupportedModelError(
-            f"{name} is not in the table of families and failed the self-check: {error}; {supported}"
-        ) from error
+        raise UnsupportedModelError(f"{subject} failed the self-check: {error}; {supported}") from error
     except Exception as error:
         raise UnsupportedModelError(
-            f"{name} is not in the table of families and its decoder cannot be called as one of theirs "
-            f"({type(error).__name__}: {error}); {supported}"
+            f"{subject} its decoder cannot be called as one that is known ({type(error).__name__}: {error}); {supported}"
         ) from error
-    return adapter
 
 
 def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
@@ -228,7 +246,7 @@ def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
 def _refuse_split(model: nn.Module, sites: Sequence[str]) -> None:
     """Under tensor parallelism only what enters the decoder is the same on all processes."""
     inside = [site for site in sites if site != "before_llm"]
-    split = (getattr(model, "tp_size", None) or 1) > 1 or any(
+    split = tensor_parallel(model) or any(
         type(one).__name__ == "DTensor" for one in model.parameters()
     )
     if inside and split:

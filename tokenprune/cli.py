@@ -16,8 +16,8 @@ from tokenprune import __version__, api, figures, loading
 from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
-from tokenprune.models.families import FAMILIES, REFUSED
 from tokenprune.specs import methods_with, split_methods
+from tokenprune.upstream.families import FAMILIES, REFUSED
 
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and see what that saves and what it changes."
 QUESTION = "What is shown in this image?"

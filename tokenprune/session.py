@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenprune.report import Report
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
+_SUSPENDED: ContextVar[frozenset[int]] = ContextVar("tokenprune_suspended", default=frozenset())
 
 
 def _inert(*args: Any, **kwargs: Any) -> None:
@@ -172,7 +173,7 @@ class Session:
         them."""
 
         def call(*args: Any) -> Any:
-            return function(*args) if self._handles else None
+            return function(*args) if self._handles and id(self) not in _SUSPENDED.get() else None
 
         guarded: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         return guarded
@@ -198,6 +199,16 @@ class Session:
         finally:
             for (module, name), value, _ in places:
                 setattr(module, name, value)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the block, in this thread, the model runs as if the session were not there (called while patching)."""
+        token = _SUSPENDED.set(_SUSPENDED.get() | {id(self)})
+        try:
+            with self.lifted():
+                yield
+        finally:
+            _SUSPENDED.reset(token)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

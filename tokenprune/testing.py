@@ -19,6 +19,10 @@ from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import share
 from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic
+from tokenprune.upstream.caches import new_cache
+from tokenprune.upstream.calls import call_decoder
+from tokenprune.upstream.families import placeholder_id
+from tokenprune.upstream.prompts import Prompt
 
 
 class CheckError(TokenPruneError, AssertionError):
@@ -84,43 +88,38 @@ def self_check(adapter: DecoderAdapter) -> None:
     Raises:
         CheckError: what the pruned decoder computes differs from the dense computation.
     """
-    from transformers import DynamicCache
-
-    decoder: Any = adapter.decoder
-    config = decoder.config
+    decoder, facts = adapter.decoder, adapter.facts
     weight = next(decoder.parameters())
     length, pad, n_rows = 14, 3, 2
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(n_rows, length + 1, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    embeds = torch.randn(n_rows, length + 1, facts.width, generator=generator).to(weight.device, weight.dtype)
     ids = torch.zeros(n_rows, length, dtype=torch.int64)
-    ids[:, 5:11] = getattr(adapter.root.config, adapter.row.ids[0])
+    ids[:, 5:11] = placeholder_id(adapter.root, adapter.row.ids[0]) or 0
     padding = torch.ones(n_rows, length + 1, dtype=torch.int64, device=weight.device)
     padding[1, :pad] = 0
     positions = (padding.cumsum(1) - 1).clamp(min=0)
 
-    def call(first: int, last: int, cache: Any) -> Any:
-        return decoder(
-            inputs_embeds=embeds[:, first:last],
-            attention_mask=padding[:, :last],
-            position_ids=positions[:, first:last],
-            past_key_values=cache,
-            use_cache=True,
+    def call(first: int, last: int, cache: Any) -> Tensor:
+        return call_decoder(
+            decoder,
+            embeds=embeds[:, first:last],
+            mask=padding[:, :last],
+            positions=positions[:, first:last],
+            cache=cache,
         )
 
-    cache = DynamicCache(config=config)
-    with adapter.probing(_Probe(), {"input_ids": ids, "pixel_values": embeds}):
-        prefill = call(0, length, cache).last_hidden_state
-    with adapter.probing(_Probe(), {"input_ids": ids[:, :1] * 0}):
-        step = call(length, length + 1, cache).last_hidden_state
+    cache = new_cache(facts.config)
+    with adapter.probing(_Probe(), Prompt.of(ids, features=embeds)):
+        prefill = call(0, length, cache)
+    with adapter.probing(_Probe(), Prompt.of(ids[:, :1] * 0)):
+        step = call(length, length + 1, cache)
 
     kept = torch.ones(length + 1, dtype=torch.bool, device=weight.device)
     kept[6:11:2] = False
     seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=weight.device).tril()
     seen = seen & kept & padding[:, None, :].bool()
-    mask = hidden_mask(seen, additive=config._attn_implementation == "eager", dtype=weight.dtype)
-    dense = decoder(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    mask = hidden_mask(seen, additive=facts.eager, dtype=weight.dtype)
+    dense = call_decoder(decoder, embeds=embeds, mask=mask, positions=positions, use_cache=False)
     compare("prefill", prefill[0, kept[:-1]], dense[0, :-1][kept[:-1]])
     compare("prefill of the padded row", prefill[1, pad:][kept[pad:-1]], dense[1, pad:-1][kept[pad:-1]])
     compare("decoding step", step[:, 0], dense[:, -1])

@@ -6,34 +6,18 @@ what leaving out their part of its input does (:mod:`projections` does so). A de
 the ones with the largest probabilities.
 """
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune import ops
-from tokenprune.models.cache import window_of
 from tokenprune.models.forward import Call, Forward
-from tokenprune.models.heads import Fewer, Heads, heads_of, note_magnitude
+from tokenprune.models.heads import Heads, heads_of, note_magnitude
 from tokenprune.reduction import gather
 from tokenprune.signals import AttentionPlan, Traffic
-
-
-def softcap_of(real: Any, options: dict[str, Any]) -> float | None:
-    """The cap that the attention function `real` puts on its logits when it is called with `options`; None for none.
-
-    A function that caps names its parameter `softcap`. One that does not may be handed a cap all the same: the sdpa
-    function of transformers 5.17 does as if there were none, and later ones raise.
-    """
-    softcap = options.get("softcap")
-    return softcap if softcap is not None and _names_softcap(real) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _names_softcap(real: Any) -> bool:
-    return "softcap" in inspect.signature(real).parameters
+from tokenprune.upstream.attention import RegroupedAttention, layer_index
+from tokenprune.upstream.caches import layers_of, window_of
 
 
 def step(
@@ -52,7 +36,7 @@ def step(
     """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
     `[B, L]`. A query of the kept heads alone gives an output of these."""
     n_keys = call.past + 1 - (slots.dropped if (slots := state.segment_of(layer).slots) is not None else 0)
-    layer_cache: Any = None if call.cache is None else call.cache.layers[layer]
+    layer_cache: Any = None if call.cache is None else layers_of(call.cache)[layer]
     threshold = plan.threshold if hasattr(layer_cache, "planes") else None
     key, value = (key[:, :, :n_keys], value[:, :, :n_keys]) if threshold is None else layer_cache.planes()
     if torch.is_autocast_enabled(query.device.type):  # dense attention would compute, and give back, in its dtype
@@ -80,10 +64,9 @@ def step(
 def _n_dense(call: Call, layer: int) -> Tensor:
     """Keys that `layer` of the unpruned model would see in a decoding step, `[B]`."""
     mask, total = call.hiding, call.past + 1
-    window = None if call.cache is None else window_of(call.cache.layers[layer])
+    window = None if call.cache is None else window_of(layers_of(call.cache)[layer])
     if isinstance(mask, dict):
-        kinds = getattr(call.config, "layer_types", None)
-        mask = mask.get(kinds[layer] if kinds else None, next(iter(mask.values())))
+        mask = mask.get(call.facts.kind_of(layer), next(iter(mask.values())))
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return _seen(mask, call.n_rows).sum(dim=1)
     if isinstance(mask, Tensor):
@@ -132,10 +115,10 @@ def prompt(
     else:
         few = heads.take(query)
         key, value = heads.serving(key, value)
-        output, *rest = real(Fewer(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)
+        output, *rest = real(RegroupedAttention(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)
         rest = [heads.widen(x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in rest]
     output = output if heads is None else heads.take(output, dim=2)
-    keep = state.segment_of(heads.layer if heads is not None else int(module.layer_idx)).keep  # type: ignore[arg-type]
+    keep = state.segment_of(heads.layer if heads is not None else layer_index(module)).keep
     real_tokens = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
     if keep is not None:
         real_tokens = gather(real_tokens, keep.index.cpu())

@@ -1,11 +1,10 @@
-"""A KV cache that is shorter than the sequence it stands for.
+"""What a KV cache that is shorter than the sequence it represents knows of itself.
 
 After pruning, a cache holds fewer slots than the sequence has tokens. Everything outside the decoder (``generate``, a
 manual loop, the model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything
-inside the decoder counts slots. The cache object bridges the two: its class becomes a subclass of its own class whose
-answers are *logical* outside the decoder's forward and *physical* within it, and the map between the two
-(:class:`Ledger`) sits on the object. So a second turn, chunked prefill, assisted decoding and manual loops need no code
-of their own.
+inside the decoder counts slots. The cache object bridges the two (:mod:`tokenprune.upstream.caches`), and the map
+between them, a :class:`Ledger`, sits on it. So a second turn, chunked prefill, assisted decoding and manual loops need
+no code of their own.
 
 Mask sizes are logical outside the decoder too, although physical ones would spare the decoder's masks a gather: so
 every mask that is built above the decoder comes out as for the unpruned sequence, and one rule serves all families
@@ -13,22 +12,16 @@ every mask that is built above the decoder comes out as for the unpruned sequenc
 """
 
 import bisect
-import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputError, UnsupportedModelError
+from tokenprune.errors import InputError
 from tokenprune.reduction import Keep
 from tokenprune.signals import Probe, Traffic
-
-LAYERED = (
-    "this cache was pruned layer by layer, and the model is not patched with a method that does so; patch it as it was "
-    "when the cache was made"
-)
-_STATE = "_tokenprune_slots"
+from tokenprune.upstream.caches import layers_of, slots_of, stored_length
 
 
 @dataclass
@@ -108,6 +101,7 @@ class Ledger:
         head_scores: `[B, H]` fp32, magnitudes that the outputs of the heads have gathered, likewise.
         traffic: bytes of keys and values read so far, likewise.
         patterns: for each layer the heads that it kept in the last call, where they were the same in all rows.
+        length: tokens of the unpruned sequence that went through the decoder; None where somebody else wrote states.
     """
 
     starts: tuple[int, ...]
@@ -119,158 +113,72 @@ class Ledger:
     head_scores: Tensor | None = None
     traffic: Traffic = field(default_factory=Traffic)
     patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    length: int | None = None
 
     def at(self, layer: int) -> Slots:
         """The slots of a layer."""
         return self.parts[bisect.bisect_right(self.starts, layer) - 1]
 
+    @property
+    def layered(self) -> bool:
+        """Whether the layers hold different tokens."""
+        return len(self.parts) > 1
 
-class _PrunedCache:
-    """What a pruned cache does differently; mixed into the class of the cache it came from."""
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.parts[0].index)
 
-    layers: list[Any]
+    def dropped_at(self, layer: int) -> int:
+        """How many more tokens than slots there are in a layer."""
+        return self.at(layer).dropped
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Length of the sequence: in tokens outside the decoder, in slots within it."""
-        ledger: Ledger = getattr(self, _STATE)
-        layer_idx = next(i for i in range(layer_idx, len(self.layers)) if hasattr(self.layers[i], "get_seq_length"))
-        physical = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return physical if ledger.inside else physical + ledger.at(layer_idx).dropped
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Any, int]:
-        """Length and offset of the keys that a mask has to cover, counted as in :meth:`get_seq_length`."""
-        ledger: Ledger = getattr(self, _STATE)
-        if ledger.inside:
-            sizes: tuple[Any, int] = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
-            return sizes
-        past = int(self.get_seq_length(layer_idx))
-        layer = self.layers[layer_idx]
-        window = window_of(layer)
-        if window is None or past < window:
-            return past + query_length, 0
-        return window - 1 + query_length, past - window + 1
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Store new states.
+    def crop(self, n_gone: int, physical: Any) -> None:
+        """Forget the last `n_gone` tokens; `physical` gives the length of a layer in slots.
 
         Raises:
-            InputError: the layers hold different tokens, and a decoder calls that does not count in their slots.
+            InputError: that would cut into pruned tokens; nothing was changed.
         """
-        ledger: Ledger = getattr(self, _STATE)
-        if not ledger.inside and len(ledger.parts) > 1:
-            raise InputError(LAYERED)
-        return super().update(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the name of the class that the cache came from."""
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens, as on an unpruned cache."""
-        ledger: Ledger = getattr(self, _STATE)
-        length, physical = int(self.get_seq_length()), super().get_seq_length  # type: ignore[misc]
-        n_gone = length - cropped_length(length, tokens_to_remove)
-        lengths = [int(physical(start)) for start in ledger.starts]
-        parts = tuple(
-            slots.cropped(n_slots=max(0, n_slots - n_gone))
-            for slots, n_slots in zip(ledger.parts, lengths, strict=True)
+        lengths = [int(physical(start)) for start in self.starts]
+        self.parts = tuple(
+            slots.cropped(n_slots=max(0, n_slots - n_gone)) for slots, n_slots in zip(self.parts, lengths, strict=True)
         )
-        super().crop(-n_gone)  # type: ignore[misc]
-        ledger.parts = parts
+        self.length = None if self.length is None else self.length - n_gone
 
-    def reset(self) -> None:
-        """Empty the cache; it is an ordinary one again."""
-        super().reset()  # type: ignore[misc]
-        delattr(self, _STATE)
-        self.__class__ = type(self).__mro__[2]
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.parts = tuple(slots.take(rows) for slots in self.parts)
+        self.shift = None if self.shift is None else self.shift[rows.to(self.shift.device)]
+        self.padding = None if self.padding is None else self.padding[rows.cpu()]
+        heads = self.head_scores
+        self.head_scores = None if heads is None else heads[rows.to(heads.device)]
+        self.scores = {probe: scores[rows.to(scores.device)] for probe, scores in self.scores.items()}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take rows as beam search does."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._take_rows(beam_idx)
+    def check(self, cache: Any) -> None:
+        """Check that the layers of `cache` are as long as is written down here.
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._take_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        n_rows = getattr(self, _STATE).parts[0].index.shape[0]
-        self._take_rows(torch.arange(n_rows).repeat_interleave(repeats))
-
-    def _take_rows(self, rows: Tensor) -> None:
-        ledger: Ledger = getattr(self, _STATE)
-        ledger.parts = tuple(slots.take(rows) for slots in ledger.parts)
-        ledger.shift = None if ledger.shift is None else ledger.shift[rows.to(ledger.shift.device)]
-        ledger.padding = None if ledger.padding is None else ledger.padding[rows.cpu()]
-        heads = ledger.head_scores
-        ledger.head_scores = None if heads is None else heads[rows.to(heads.device)]
-        ledger.scores = {probe: scores[rows.to(scores.device)] for probe, scores in ledger.scores.items()}
-
-
-@functools.cache
-def _pruned_class(cls: type) -> type:
-    return type(f"Pruned{cls.__name__}", (_PrunedCache, cls), {"__module__": __name__})
-
-
-def _rebuild(cls: Any) -> Any:
-    return object.__new__(_pruned_class(cls))
-
-
-def window_of(layer: Any) -> int | None:
-    """Sliding window of a cache layer in slots, or None for a layer that keeps everything."""
-    if not getattr(layer, "is_sliding", False):
-        return None
-    window = getattr(layer, "sliding_window", None)
-    return int(layer.max_cache_len if window is None else window)
+        Raises:
+            InputError: they are not: somebody has cut or lengthened them.
+        """
+        if self.length is None:
+            return
+        last, part = len(self.parts) - 1, 0
+        for i, layer in enumerate(layers_of(cache)):
+            if part < last and self.starts[part + 1] <= i:
+                part += 1
+            stored, wanted = stored_length(layer), self.length - self.parts[part].dropped
+            if stored is not None and stored != wanted:
+                raise InputError(
+                    f"layer {i} of the pruned KV cache holds {stored} tokens, and {wanted} of the {self.length} tokens "
+                    "of the sequence were stored there; shorten a pruned cache with cache.crop, and lengthen it by "
+                    "calling the model, since slicing its tensors loses track of which tokens they are"
+                )
 
 
 def ledger_of(cache: Any) -> Ledger | None:
     """The ledger of a pruned cache, None for any other cache or for no cache."""
-    ledger = getattr(cache, _STATE, None)
+    ledger = slots_of(cache)
     return ledger if isinstance(ledger, Ledger) else None
-
-
-def past_length(cache: Any) -> int:
-    """Tokens of the unpruned sequence that `cache` stands for; 0 without a cache."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def cropped_length(length: int, tokens_to_remove: int) -> int:
-    """How many of `length` tokens the ``crop`` of an ordinary layer leaves: its argument means what it means to the
-    transformers that is installed."""
-    from transformers.cache_utils import DynamicLayer
-
-    layer = DynamicLayer()
-    layer.update(*torch.empty(2, 1, 1, length, 1))
-    layer.crop(tokens_to_remove)
-    return int(layer.get_seq_length())
-
-
-def check_cache(cache: Any, *, layered: bool = False) -> None:
-    """Check that a cache can go on after pruning.
-
-    Args:
-        cache: the cache, or None.
-        layered: whether its layers are to hold different tokens.
-
-    Raises:
-        UnsupportedModelError: it cannot.
-    """
-    if cache is not None and not hasattr(cache, "layers"):
-        raise UnsupportedModelError(
-            f"cannot prune with a cache of type {type(cache).__name__}; a transformers Cache made of layers works "
-            "(DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
-        )
-    classes = {cls.__name__ for layer in getattr(cache, "layers", ()) for cls in type(layer).__mro__}
-    if layered and "QuantizedLayer" in classes:
-        raise UnsupportedModelError(
-            f"cannot prune between decoder layers with a {type(cache).__name__}: its layers keep one quantized block "
-            "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method "
-            "that prunes before the decoder"
-        )
 
 
 def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: int, rows: Tensor) -> Slots:
@@ -301,11 +209,3 @@ def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: 
     dropped = past + rows.shape[1] - before - new.shape[1]
     has_fillers = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_fillers)
     return Slots(torch.cat([earlier, new], dim=1), dropped, has_fillers, bias)
-
-
-def record(cache: Any, ledger: Ledger) -> None:
-    """Write down on `cache` which tokens its layers hold."""
-    if ledger_of(cache) is None:
-        cls: Any = type(cache)
-        cache.__class__ = _pruned_class(cls)
-    setattr(cache, _STATE, ledger)

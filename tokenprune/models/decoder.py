@@ -1,6 +1,6 @@
 """The generic adapter: prune what a parent module hands to its text decoder, and what its layers hand to each other.
 
-Hooks sit on the *root* (the module that takes `input_ids` and calls the decoder: it opens the state of a forward), on
+Hooks sit on the *root* (the module that takes token ids and calls the decoder: it opens the state of a forward), on
 the *decoder* (its per-token arguments are shortened before its forward runs, and its output gets the unpruned length
 back after it) and, where a method prunes inside the decoder, on its layers (:mod:`layers`). What must outlive the
 forward sits on the KV cache (:mod:`cache`).
@@ -10,45 +10,71 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.models import eviction, layers, masks
-from tokenprune.models.arguments import all_positions, merge_planes, shorten_tensors, stand_in
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.cache import LAYERED, check_cache, ledger_of, past_length, record
-from tokenprune.models.families import Family
-from tokenprune.models.forward import CURRENT, Call, Forward, Segment, bind, current, first_segments
+from tokenprune.models.cache import ledger_of
+from tokenprune.models.forward import CURRENT, Call, Forward, Segment, current, first_segments
 from tokenprune.models.planning import plan_inside
-from tokenprune.models.quantized_cache import use_planes
 from tokenprune.models.selection import (
     SITE,
     Merged,
+    all_positions,
     keep_rows,
     reduce_images,
     sizes_of,
     skipped,
     tokens_by_row,
 )
-from tokenprune.models.visual import find_images, has_features
+from tokenprune.models.visual import find_images, refuse_unknown_features
 from tokenprune.reduction import gather
+from tokenprune.upstream.caches import (
+    LAYERED,
+    cache_in,
+    check_cache,
+    check_classes,
+    layers_of,
+    no_cache,
+    past_length,
+    record,
+    window_of,
+)
+from tokenprune.upstream.calls import DecoderCall, check_decoder, lengthen_output
+from tokenprune.upstream.facts import DecoderFacts
+from tokenprune.upstream.families import Family, n_planes, placeholder_id
+from tokenprune.upstream.masks import check_builder
+from tokenprune.upstream.prompts import Prompt
+from tokenprune.upstream.quantized_cache import use_planes
 
 
 class DecoderAdapter:
-    """Sites of a multimodal model whose text decoder stands apart (`model.get_decoder()`).
+    """Sites of a multimodal model whose text decoder stands apart.
 
     Args:
-        root: the module that takes `input_ids` and calls the decoder.
+        root: the module that takes token ids and calls the decoder.
         decoder: the text decoder.
         family: its row in the table of families.
+
+    Raises:
+        UnsupportedModelError: something that pruning works with is not there under any name known.
     """
 
     def __init__(self, root: nn.Module, decoder: nn.Module, family: Family) -> None:
         self.root = root
         self.decoder = decoder
         self.row = family
+        self.facts = DecoderFacts(decoder)
+        check_classes()
+        check_builder()
+        check_decoder(decoder, planes=n_planes(root) > 0)
+        for field in family.ids:
+            placeholder_id(root, field)
 
     @property
     def family(self) -> str:
@@ -75,8 +101,7 @@ class DecoderAdapter:
             raise OptionError(
                 f"{self.family} models have the sites {SITE!r} and {layers.SITE!r} only, and {unknown} were asked for"
             )
-        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
-        mrope = self.row.mrope or "mrope_section" in rope
+        mrope = self.row.mrope or self.facts.mrope
         if positions == "packed" and mrope:
             raise OptionError(
                 f'positions="packed" was asked for, but {self.family} gives every visual token a time, a row and a '
@@ -89,11 +114,10 @@ class DecoderAdapter:
         Raises:
             OptionError: the decoder cannot be pruned where the methods want it.
         """
-        inside = plan_inside(engine, self.root, self.decoder, has_images=bool(self.row.ids))
+        inside = plan_inside(engine, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = bind(module.forward, args, kwargs)
-            CURRENT.set(inside.open(engine, inputs, CURRENT.get()))
+            CURRENT.set(inside.open(engine, Prompt.read(module, args, kwargs), CURRENT.get()))
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             state = current(engine)
@@ -111,20 +135,20 @@ class DecoderAdapter:
 
     def _decoder_hooks(self, engine: Engine) -> list[Hook]:
         def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            changed = self._shorten(engine, current(engine), bind(module.forward, args, kwargs))
-            return None if changed is None else ((), changed)
+            given = DecoderCall.read(module, args, kwargs)
+            return ((), given.arguments()) if self._shorten(engine, current(engine), given) else None
 
         def lengthen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return self._lengthen(current(engine), bind(module.forward, args, kwargs), output)
+            return self._lengthen(current(engine), DecoderCall.read(module, args, kwargs), output)
 
         return [Hook(self.decoder, "pre", shorten), Hook(self.decoder, "post", lengthen)]
 
     @contextmanager
-    def probing(self, engine: Engine, inputs: dict[str, Any]) -> Iterator[None]:
+    def probing(self, engine: Engine, prompt: Prompt) -> Iterator[None]:
         """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
-        `inputs`."""
+        `prompt`."""
         shorten, lengthen = (hook.function for hook in self._decoder_hooks(engine))
-        token = CURRENT.set(Forward(engine, inputs, None))
+        token = CURRENT.set(Forward(engine, prompt, None))
         handles = [
             self.decoder.register_forward_pre_hook(shorten, with_kwargs=True),
             self.decoder.register_forward_hook(lengthen, with_kwargs=True, always_call=True),
@@ -136,63 +160,79 @@ class DecoderAdapter:
             for handle in handles:
                 handle.remove()
 
-    def _shorten(self, engine: Engine, state: Forward | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Changed keyword arguments for the decoder, None where they may stay as they are."""
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        ledger = ledger_of(cache)
-        if not isinstance(embeds, Tensor) and state is not None and not self.row.ids:
-            embeds = stand_in(kwargs["input_ids"], like=self.decoder)  # a model of text hands ids to its decoder
-        if not isinstance(embeds, Tensor):
+    def _shorten(self, engine: Engine, state: Forward | None, given: DecoderCall) -> bool:
+        """Change what the decoder is given; False where it may stay as it is."""
+        ledger = ledger_of(given.cache)
+        with_ids = given.embeds is None and given.ids is not None
+        if given.embeds is None and given.ids is not None and state is not None and not self.row.ids:
+            given.embeds = self._shape_of(given.ids)  # a model of text hands ids to its decoder
+        if given.embeds is None:
             if ledger is None:
-                return None
-            raise InputError(
-                "a pruned cache goes on through the model itself, not through input_ids given to its decoder"
-            )
+                return False
+            raise InputError("a pruned cache goes on through the model itself, not through ids given to its decoder")
         layered = bool(engine.layer_reducers())
-        if ledger is not None and len(ledger.parts) > 1 and (state is None or not layered):
+        if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
+        if ledger is not None:
+            ledger.check(given.cache)
         started = time.perf_counter()
-        state = Forward(engine, {}, None) if state is None else state
-        state.call, state.segments, state.visual, state.scores = None, first_segments(cache), (), {}
+        state = Forward(engine, Prompt(), None) if state is None else state
+        state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
         state.recall(ledger)
-        changed = self._enter(engine, state, {**kwargs, "inputs_embeds": embeds})
-        state.inputs = {}  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
+        self._enter(engine, state, given)
+        state.prompt = Prompt()  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
-            return None
+            return False
         if ledger is not None:
             ledger.inside = True
         first, call = state.segments[0], state.call
         whole = first.keep is None and first.slots is None and first.bias is None
         if whole and (ledger is None or call.flat):  # any other mask was made for the unpruned sequence
-            return None
-        given = {**kwargs, "inputs_embeds": embeds}
-        if kwargs.get("inputs_embeds") is None:
-            changed["inputs_embeds"] = None
-        changed["attention_mask"] = self._mask(given, call, first)
-        changed["position_ids"] = self._positions(given, state, ledger and ledger.shift)
+            return False
+        assert given.embeds is not None
+        given.mask = self._mask(call, first, like=given.embeds)
+        given.positions = self._positions(given, state, ledger and ledger.shift)
         if first.keep is not None:
-            shorten_tensors(changed, first.keep)
-            before = [trace for trace in state.traces if trace.site == SITE]
-            if before:
-                spent = (time.perf_counter() - started) * 1e3 - sum(trace.overhead_ms for trace in before[:-1])
-                place = max(i for i, trace in enumerate(state.traces) if trace is before[-1])
-                state.traces[place] = replace(before[-1], overhead_ms=spent)
-        return changed
+            given.shorten(first.keep)
+            self._note_time(state, started)
+        if with_ids:
+            given.embeds = None
+        return True
 
-    def _enter(self, engine: Engine, state: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Run the methods of this site on the images of the forward; arguments with merged tokens in place.
+    def _shape_of(self, ids: Tensor) -> Tensor:
+        """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that the decoder computes in."""
+        return torch.empty(*ids.shape, 0, dtype=next(self.decoder.parameters()).dtype, device=ids.device)
+
+    @staticmethod
+    def _note_time(state: Forward, started: float) -> None:
+        """Write all the time that was spent before the decoder into the last trace of this site."""
+        before = [trace for trace in state.traces if trace.site == SITE]
+        if before:
+            spent = (time.perf_counter() - started) * 1e3 - sum(trace.overhead_ms for trace in before[:-1])
+            place = max(i for i, trace in enumerate(state.traces) if trace is before[-1])
+            state.traces[place] = replace(before[-1], overhead_ms=spent)
+
+    def _enter(self, engine: Engine, state: Forward, given: DecoderCall) -> None:
+        """Run the methods of this site on the images of the forward, and put merged tokens in place.
 
         Sets the state's call (unless nothing will be changed), its first segments and what it knows of visual tokens.
         Appends traces.
+
+        Raises:
+            UnsupportedModelError: image features came in by an argument that is not known.
         """
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        embeds, cache = given.embeds, given.cache
+        assert embeds is not None
         reducers, later = engine.reducers(SITE), engine.layer_reducers()
         past, (n_rows, length) = past_length(cache), embeds.shape[:2]
         active = engine.active and n_rows * length > 0
         prompt = length > 1 or not past
         images = []
-        if active and (reducers or later) and has_features(state.inputs):
-            images = find_images(self.root, self.row, state.inputs, kwargs.get("position_ids"))
+        if active and (reducers or later):
+            if state.prompt.has_features:
+                images = find_images(self.root, self.row, state.prompt, given.positions)
+            elif prompt:
+                refuse_unknown_features(self.root, self.row, state.prompt, embeds)
         state.scoring = active and state.plan is not None
         state.steering = active and state.attention is not None
         texts = active and state.guard is not None
@@ -205,9 +245,10 @@ class DecoderAdapter:
                 state.traces += skipped((reducer.name for reducer in later), reason, site=layers.SITE)
         if not images and not texts:
             if ledger_of(cache) is not None or state.steering:
-                state.call = self._call(kwargs)
-            return kwargs
+                state.call = self._call(given, past)
+            return
         check_cache(cache, layered=bool(later))
+        self.facts.check_windows([window_of(layer) for layer in layers_of(cache)])
         left, merged = images, list[Merged]()
         for reducer in reducers if images else ():
             left, embeds, trace = reduce_images(left, reducer, embeds, merged)
@@ -215,8 +256,9 @@ class DecoderAdapter:
         kept_all = not images or not reducers or state.traces[0].n_in == state.traces[-1].n_out
         through = not kept_all or bool(images and engine.forced and reducers)
         if not through and not later and ledger_of(cache) is None:
-            return kwargs
-        state.call = call = self._call(kwargs)
+            return
+        given.embeds = embeds
+        state.call = call = self._call(given, past)
         if later and prompt:
             state.visual = tokens_by_row(left, n_rows)
         if through:
@@ -234,20 +276,21 @@ class DecoderAdapter:
             eviction.begin(state, call, ledger_of(cache), prompt=prompt)
         state.entered = tuple(map(len, state.visual))
         if merged:
-            kwargs = merge_planes({**kwargs, "inputs_embeds": embeds}, merged)
-        return kwargs
+            given.change_planes(partial(_write_merged, merged))
 
-    def _call(self, kwargs: dict[str, Any]) -> Call:
-        embeds, past = kwargs["inputs_embeds"], past_length(kwargs.get("past_key_values"))
-        positions = all_positions(kwargs.get("position_ids"), past, embeds)
+    def _call(self, given: DecoderCall, past: int) -> Call:
+        embeds = given.embeds
+        assert embeds is not None
+        positions = all_positions(given.positions, past, embeds)
         empty = embeds.new_empty(*embeds.shape[:2], 0)
         text = positions[0] if positions.ndim == 3 else positions
-        return Call(kwargs.get("attention_mask"), kwargs.get("past_key_values"), empty, text, past, self.decoder.config)
+        return Call(given.mask, given.cache, empty, text, past, self.facts)
 
-    def _positions(self, kwargs: dict[str, Any], state: Forward, shift: Tensor | None) -> Tensor:
+    def _positions(self, given: DecoderCall, state: Forward, shift: Tensor | None) -> Tensor:
         """Positions of all tokens of the call under the policy; the shift from now on is noted in the state."""
         assert state.call is not None
-        positions = all_positions(kwargs.get("position_ids"), state.call.past, kwargs["inputs_embeds"])
+        assert given.embeds is not None
+        positions = all_positions(given.positions, state.call.past, given.embeds)
         state.shift = shift
         if shift is not None:
             positions = positions - shift[:, None].to(positions.device)
@@ -257,36 +300,45 @@ class DecoderAdapter:
             state.shift = last if shift is None else last + shift.to(last.device)
         return positions
 
-    def _mask(self, kwargs: dict[str, Any], call: Call, segment: Segment) -> Any:
-        """What the decoder gets as `attention_mask` for its first segment."""
+    @staticmethod
+    def _mask(call: Call, segment: Segment, *, like: Tensor) -> Any:
+        """What the decoder gets as attention mask for its first segment."""
         layout = segment.layout(call)
         if layout.bias is not None:
-            kinds = getattr(call.config, "layer_types", None)
-            if kinds and len(set(kinds)) > 1:
-                by_kind = {kind: list(kinds).index(kind) for kind in set(kinds)}
-                embeds = kwargs["inputs_embeds"]
-                return {kind: segment.mask(call, layer=layer, like=embeds) for kind, layer in by_kind.items()}
-            return segment.mask(call, layer=0, like=kwargs["inputs_embeds"])
+            if by_kind := call.facts.first_layers():
+                return {kind: segment.mask(call, layer=layer, like=like) for kind, layer in by_kind.items()}
+            return segment.mask(call, layer=0, like=like)
         if call.mask is None and call.cache is not None and not layout.has_fillers:
             return None
-        return masks.prune_mask(call.mask, layout, call.cache, call.config, call.offsets)
+        return masks.prune_mask(call.mask, layout, call.cache, call.facts, call.offsets)
 
-    def _lengthen(self, state: Forward | None, kwargs: dict[str, Any], output: Any) -> Any:
-        """Give the decoder's output its unpruned length back and write the pruning down on the cache."""
-        cache = kwargs.get("past_key_values")
+    def _lengthen(self, state: Forward | None, given: DecoderCall, output: Any) -> Any:
+        """Give the decoder's output its unpruned length back and write the pruning down on the cache.
+
+        Raises:
+            InputError: the cache does not hold what it should.
+            UnsupportedModelError: no cache was seen, although one was to be kept.
+        """
+        cache = given.cache
         if (ledger := ledger_of(cache)) is not None:
             ledger.inside = False
         if state is None or state.call is None:
             return None
         call, state.call = state.call, None
-        kept_all = all(segment.keep is None for segment in state.segments)
-        if output is None or (kept_all and not state.scoring and not state.steering):
+        if output is None:
             return None
-        if cache is None and not isinstance(output, tuple):
-            cache = output.get("past_key_values")
-        if cache is not None and (not kept_all or ledger is None):
+        kept_all = all(segment.keep is None for segment in state.segments)
+        if ledger is not None and ledger.length is not None:
+            ledger.length = call.past + call.length
+        if cache is None and (state.steering or not kept_all):
+            cache = cache_in(output)
+            if cache is None and self.facts.caches(given.use_cache):
+                raise no_cache(self.facts.called, output)
+        if cache is not None and (not kept_all or (ledger is None and (state.scoring or state.steering))):
             ledger = state.ledger(call)
             record(cache, ledger)
+        if ledger is not None:
+            ledger.check(cache)
         if ledger is not None and state.steering:
             ledger.head_scores, ledger.patterns = state.head_scores, state.patterns
             ledger.traffic += state.traffic
@@ -294,24 +346,28 @@ class DecoderAdapter:
             state.owner.publish_traffic(state.traffic if ledger is None else ledger.traffic)
         if ledger is not None and state.scoring:
             eviction.end(state, call, cache, ledger)
-        if kept_all:
-            return None
+        return None if kept_all else lengthened(output, state, call)
 
-        def lengthen(x: Any, segment: Segment) -> Any:
-            keep = segment.keep
-            if keep is None or not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
-                return x
-            return gather(x, keep.source(length=call.length))
 
-        def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
-            return tuple(lengthen(x, segment) for x, segment in zip(states, seen, strict=True))
+def _write_merged(merged: list[Merged], x: Tensor) -> None:
+    """Put the means of merged tokens into `x` `[B, L, D]`."""
+    for one in merged:
+        one.write(x)
 
-        last = state.segments[-1]
-        if isinstance(output, tuple):
-            return tuple(by_layer(x) if isinstance(x, tuple) else lengthen(x, last) for x in output)
-        if output.get("last_hidden_state") is not None:
-            output["last_hidden_state"] = lengthen(output["last_hidden_state"], last)
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = by_layer(output["hidden_states"])
-        return output
+
+def lengthened(output: Any, state: Forward, call: Call) -> Any:
+    """What the decoder returned with the unpruned length: a dropped token has the state of the nearest kept one before
+    it."""
+
+    def lengthen(x: Tensor, segment: Segment) -> Tensor:
+        keep = segment.keep
+        if keep is None or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
+            return x
+        return gather(x, keep.source(length=call.length))
+
+    def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
+        return tuple(lengthen(x, segment) for x, segment in zip(states, seen, strict=True))
+
+    last = state.segments[-1]
+    return lengthen_output(output, lambda x: lengthen(x, last), by_layer)

@@ -23,9 +23,9 @@ from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.half_block import agree, first_of, hooked, still
 from tokenprune.models.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.models.passage import SITE
-from tokenprune.models.projections import odd
 from tokenprune.models.tower import Attending, Logits, Tower, averaged, child
 from tokenprune.signals import AttentionPlan
+from tokenprune.upstream.attention import not_plain
 
 _OTHER = "its attention is not made of the projections, norms and biases found in it"
 
@@ -123,7 +123,7 @@ class FewerHeads:
     def whole(self) -> str | None:
         """Why the projections are not cut, None where they are."""
         for name in (*self.parts.inward, self.parts.outward):
-            if (reason := odd(attrgetter(name)(self.module))) is not None:
+            if (reason := not_plain(attrgetter(name)(self.module))) is not None:
                 return f"{name} {reason}"
         return None
 

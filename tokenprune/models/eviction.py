@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune import ops
@@ -12,21 +12,19 @@ from tokenprune.models.cache import Ledger, Slots
 from tokenprune.models.forward import Call, Forward
 from tokenprune.reduction import gather, pack
 from tokenprune.signals import CachePlan, TextGuard
+from tokenprune.upstream.caches import keep_slots, layers_of
+from tokenprune.upstream.facts import DecoderFacts
 
 
-def check_layers(decoder: nn.Module, plan: CachePlan) -> None:
+def check_layers(facts: DecoderFacts) -> None:
     """Check that entries can leave the caches of this decoder's layers by index.
 
     Raises:
         OptionError: they cannot.
     """
-    config: Any = decoder.config
-    kinds = getattr(config, "layer_types", None) or ()
-    windowed = getattr(config, "sliding_window", None) is not None and (not kinds or any("sliding" in k for k in kinds))
-    odd = sorted({kind for kind in kinds if kind != "full_attention"}) or (["sliding_attention"] if windowed else [])
-    if odd:
+    if kinds := facts.positional_caches:
         raise OptionError(
-            f"{type(decoder).__name__} has layers of {', '.join(odd)}, whose caches count by position, so that no "
+            f"{facts.called} has layers of {', '.join(kinds)}, whose caches count by position, so that no "
             "entry can leave them by index; keep protect_text=True, which leaves the caches alone while tokens are "
             "generated"
         )
@@ -100,7 +98,7 @@ def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
     parts = []
     for layer, keep in enumerate(plan.keep):
         slots = ledger.at(layer)
-        parts.append(_shrink(cache.layers[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total))
+        parts.append(_shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total))
     ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
 
 
@@ -122,7 +120,7 @@ def _shrink(
         stay = _mark(stay, ops.top_k_select(scores, k=wanted, valid=may))
     stay &= columns >= 0
     keep = pack([row.nonzero()[:, 0] for row in stay], length=n_slots)
-    _gather_layer(layer, keep.index, n_slots)
+    keep_slots(layer, keep.index, n_slots)
     index = gather(columns.masked_fill(~stay, -1), keep.index)
     bias = slots.biases(n_slots=n_slots)
     bias = None if bias is None else gather(bias, keep.index)
@@ -134,23 +132,6 @@ def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
     wide = pad(stay, (0, 1))
     wide.scatter_(1, torch.where(chosen < 0, stay.shape[1], chosen), True)
     return wide[:, :-1]
-
-
-def _gather_layer(layer: Any, index: Tensor, n_slots: int) -> None:
-    """Leave only the slots `index` `[B, M]` in a layer of a cache."""
-    if hasattr(layer, "take"):
-        layer.take(index)
-        return
-    keys, values = (
-        gather(x[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values)
-    )
-    if layer.keys.shape[2] == n_slots:
-        layer.keys, layer.values = keys.contiguous(), values.contiguous()
-        return
-    n_left = index.shape[1]  # a static cache keeps its storage
-    layer.keys[:, :, :n_left] = keys
-    layer.values[:, :, :n_left] = values
-    layer.cumulative_length.fill_(n_left)
 
 
 def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:

@@ -4,7 +4,6 @@ A forward falls into *segments*: stretches of decoder layers that see the same t
 decoder there is one.
 """
 
-import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,10 @@ from tokenprune.models.heads import Heads
 from tokenprune.models.selection import padding_of
 from tokenprune.reduction import Keep
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard, Trace, Traffic
+from tokenprune.upstream.caches import layer_mask_sizes
+from tokenprune.upstream.facts import DecoderFacts
+from tokenprune.upstream.masks import dense_mask
+from tokenprune.upstream.prompts import Prompt
 
 
 @dataclass
@@ -27,12 +30,12 @@ class Call:
     """What the decoder was called with, in terms of the unpruned sequence.
 
     Attributes:
-        mask: `attention_mask`, in any of its forms.
+        mask: the attention mask, in any of its forms.
         cache: the KV cache, or None.
-        embeds: `inputs_embeds` `[B, length, 0]`: its shape, dtype and device without its content.
+        embeds: embeddings `[B, length, 0]`: their shape, dtype and device without their content.
         positions: text positions `[B, length]`.
         past: tokens before this call.
-        config: configuration of the decoder.
+        facts: the decoder's.
     """
 
     mask: Any
@@ -40,7 +43,7 @@ class Call:
     embeds: Tensor
     positions: Tensor
     past: int
-    config: Any
+    facts: DecoderFacts
     offsets: dict[str | None, int] = field(init=False)
     flat: bool = field(init=False)
     slides: bool = field(init=False)
@@ -48,13 +51,13 @@ class Call:
     def __post_init__(self) -> None:
         """Note what the cache can only tell before the decoder runs, and build masks that a window makes necessary."""
         self.flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
-        self._given = self.mask, 0 if self.flat else masks.offset_of(self.mask, self.cache, self.config, self.length)
-        self.slides = self.flat and masks.slides(self.config, self.cache, total=self.past + self.length)
+        self._given = self.mask, 0 if self.flat else masks.offset_of(self.mask, self.cache, self.facts, self.length)
+        self.slides = self.flat and masks.slides(self.facts, self.cache, total=self.past + self.length)
         if self.slides:
-            self.mask = masks.dense_mask(
-                self.config, self.mask, self.cache, embeds=self.embeds, positions=self.positions
+            self.mask = dense_mask(
+                self.facts, self.mask, self.cache, past=self.past, embeds=self.embeds, positions=self.positions
             )
-        self.offsets = masks.offsets_of(self.mask, self.cache, self.config, self.length)
+        self.offsets = masks.offsets_of(self.mask, self.cache, self.facts, self.length)
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -72,7 +75,7 @@ class Call:
     @property
     def recurrent(self) -> bool:
         """Whether some layers go through the tokens one by one, so that nothing may stand between them."""
-        return not masks.RECURRENT.isdisjoint(getattr(self.config, "layer_types", None) or ())
+        return self.facts.recurrent
 
     @property
     def length(self) -> int:
@@ -119,12 +122,12 @@ class Segment:
     def _is_plain_step(self, call: Call, layer: int) -> bool:
         """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
         whole = call.length == 1 and call.flat and call.hiding is None and self.keep is None and self.bias is None
-        if not whole or call.cache is None or call.config._attn_implementation != "sdpa":
+        if not whole or call.cache is None or not call.facts.fused:
             return False
         slots = self.slots
         if slots is not None and (slots.has_fillers or slots.bias is not None):
             return False
-        return sum(masks.cache_sizes(call.cache, 1, layer)) == call.past + 1 - (0 if slots is None else slots.dropped)
+        return sum(layer_mask_sizes(call.cache, 1, layer)) == call.past + 1 - (0 if slots is None else slots.dropped)
 
     def _layout(self, call: Call) -> masks.Layout:
         rows = call.all_rows if self.keep is None else self.keep.index
@@ -137,11 +140,10 @@ class Segment:
         """What `layer` is to get as `attention_mask`; `like` are its hidden states."""
         if self._is_plain_step(call, layer):
             return None
-        kinds = getattr(call.config, "layer_types", None)
-        key = (kinds[layer] if kinds else None, like.device)
+        key = (call.facts.kind_of(layer), like.device)
         if key not in self.layer_masks:
             self.layer_masks[key] = masks.layer_mask(
-                call.hiding, self.layout(call), call.cache, call.config, call.offsets, layer=layer, like=like
+                call.hiding, self.layout(call), call.cache, call.facts, call.offsets, layer=layer, like=like
             )
         return self.layer_masks[key]
 
@@ -152,7 +154,7 @@ class Forward:
 
     Attributes:
         owner: the session.
-        inputs: keyword arguments of the root's forward.
+        prompt: what the module that holds the decoder was called with.
         outer: the forward that this one runs in, if any.
         traces: what happened so far.
         call: how the decoder was called; None before it was, or where nothing will be pruned.
@@ -181,7 +183,7 @@ class Forward:
     """
 
     owner: Engine
-    inputs: dict[str, Any]
+    prompt: Prompt
     outer: "Forward | None"
     traces: list[Trace] = field(default_factory=list)
     call: Call | None = None
@@ -226,7 +228,8 @@ class Forward:
             grown(segment.slots, segment.keep, segment.bias, past=call.past, rows=call.all_rows)
             for segment in self.segments
         )
-        return Ledger(tuple(segment.first for segment in self.segments), parts, self.shift)
+        starts = tuple(segment.first for segment in self.segments)
+        return Ledger(starts, parts, self.shift, length=call.past + call.length)
 
 
 CURRENT: ContextVar[Forward | None] = ContextVar("tokenprune_forward", default=None)
@@ -247,10 +250,3 @@ def first_segments(cache: Any) -> list[Segment]:
         Segment(start, None, slots if slots.differ else None)
         for start, slots in zip(ledger.starts, ledger.parts, strict=True)
     ]
-
-
-def bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name."""
-    if not args:
-        return kwargs
-    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}

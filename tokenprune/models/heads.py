@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune import ops
 from tokenprune.signals import AttentionPlan
@@ -77,17 +77,6 @@ class Heads:
         sizes = list(x.shape)
         sizes[dim] = index.shape[1]
         return index.to(x.device).view(shape).expand(sizes)
-
-
-class Fewer:
-    """An attention module as its attention function sees it when each key serves another number of queries."""
-
-    def __init__(self, module: nn.Module, n_groups: int) -> None:
-        self.module = module
-        self.num_key_value_groups = n_groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
 
 
 class Scored(Protocol):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tokenprune.errors import InputError
 from tokenprune.models.base import Engine, LayerReducer
 from tokenprune.models.eviction import pass_over
-from tokenprune.models.forward import Call, Forward, Segment, bind, current
+from tokenprune.models.forward import Call, Forward, current
 from tokenprune.models.masks import layer_mask
 from tokenprune.reduction import Keep, gather, pack
 from tokenprune.signals import LayerSignals, Stage, Trace
+from tokenprune.upstream.calls import LayerCall, first_of_kwargs
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -30,23 +31,23 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         state = current(engine)
         if state is None or state.call is None:
             return None
-        if len(args) > 1:
-            kwargs = bind(module.forward, args, kwargs)
-            args, kwargs = args[:1], {name: kwargs[name] for name in list(kwargs)[1:]}
-        hidden = args[0] if args else kwargs["hidden_states"]
         if state.plan is not None and not state.plan.persistent and state.scoring and state.call.length == 1:
-            mask = _passing_mask(state, state.call, layer, hidden)
-            return args, {**kwargs, "attention_mask": mask}
-        shortened = _cut(state, state.call, layer, cuts, hidden) if cuts and state.visual else None
+            given = LayerCall.read(module, args, kwargs)
+            given.mask = _passing_mask(state, state.call, layer, given.hidden)
+            return given.arguments()
+        shortened = None
+        if cuts and state.visual:
+            shortened = _cut(state, state.call, layer, cuts, first_of_kwargs(args, kwargs))
         segment = state.segment_of(layer)
         if segment is state.segments[0]:
             return None
-        changed = _fit(state.call, state.segments[0], segment, kwargs)
-        hidden = hidden if shortened is None else shortened.apply(hidden)
-        changed["attention_mask"] = segment.mask(state.call, layer=layer, like=hidden)
-        if args:
-            return (hidden, *args[1:]), changed
-        return args, {**changed, "hidden_states": hidden}
+        given = LayerCall.read(module, args, kwargs)
+        if segment.local is not None:
+            first = state.segments[0].keep
+            given.shorten(segment.local, n_tokens=state.call.length if first is None else first.index.shape[1])
+        given.hidden = given.hidden if shortened is None else shortened.apply(given.hidden)
+        given.mask = segment.mask(state.call, layer=layer, like=given.hidden)
+        return given.arguments()
 
     return enter
 
@@ -72,28 +73,7 @@ def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any
     layout = state.segment_of(layer).layout(call)
     columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
     layout = replace(layout, columns=columns, has_fillers=True)
-    return layer_mask(call.hiding, layout, call.cache, call.config, call.offsets, layer=layer, like=hidden)
-
-
-def _fit(call: Call, first: Segment, segment: Segment, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a layer that the decoder made for the tokens of the first segment, shortened to `segment`."""
-    if segment.local is None:
-        return dict(kwargs)
-    n_tokens = call.length if first.keep is None else first.keep.index.shape[1]
-    local = segment.local
-
-    def fit(name: str, value: Any) -> Any:
-        if name == "position_embeddings":
-            if isinstance(value, Tensor):
-                return gather(value, local, dim=value.ndim - 2)
-            return tuple(gather(part, local, dim=part.ndim - 2) for part in value)
-        if name == "position_ids" and isinstance(value, Tensor):
-            return gather(value, local, dim=value.ndim - 1)
-        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (call.n_rows, n_tokens):
-            return gather(value, local)
-        return value
-
-    return {name: value if name == "attention_mask" else fit(name, value) for name, value in kwargs.items()}
+    return layer_mask(call.hiding, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
 
 
 def _cut(

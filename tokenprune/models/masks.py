@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError
-from tokenprune.models.cache import window_of
 from tokenprune.reduction import gather
-
-RECURRENT = frozenset(("conv", "linear_attention"))
-"""Kinds of layers that go through the tokens one by one; their masks say which of the call's tokens are padding."""
+from tokenprune.upstream.caches import first_key, layer_mask_sizes, layers_of, window_of
+from tokenprune.upstream.facts import DecoderFacts
 
 
 @dataclass(frozen=True)
@@ -104,91 +102,43 @@ def _own(mask: Any, layout: Layout) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
-def _entry(mask: Any, layout: Layout, cache: Any, layer: int, offset: int, *, kind: str | None = None) -> Any:
+def _entry(mask: Any, layout: Layout, cache: Any, layer: int, offset: int) -> Any:
     """Prune the mask of the layers of one kind, of which `layer` is one."""
-    if kind in RECURRENT:
-        return _own(mask, layout)
     if mask is not None and mask.ndim == 2:
         return _padding(mask, layout)
     if mask is None and layout.plain:
         return None
     n_rows = layout.rows.shape[1]
-    sizes = (n_rows, 0) if cache is None else cache_sizes(cache, n_rows, layer)
+    sizes = layer_mask_sizes(cache, n_rows, layer)
     return _block(mask, layout, sizes=sizes, offset=offset)
 
 
-def cache_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
-    """Number and first slot of the keys that `layer` looks at when `length` more slots come, straight from the
-    cache's layer."""
-    if layer >= len(cache.layers):
-        return length, 0
-    n_keys, first = cache.layers[layer].get_mask_sizes(length)
-    return int(n_keys), int(first)
-
-
-def layer_of_kind(config: Any, kind: str | None) -> int:
-    """First decoder layer of the kind of a mask's key (`full_attention`, ...); 0 where there is one mask for all
-    layers."""
-    kinds = getattr(config, "layer_types", None)
-    if kind is None or not kinds or kind not in kinds:
-        return 0
-    return int(list(kinds).index(kind))
-
-
-def offset_of(mask: Any, cache: Any, config: Any, length: int) -> int:
+def offset_of(mask: Any, cache: Any, facts: DecoderFacts, length: int) -> int:
     """Position in the unpruned sequence of the first key that a 4-D mask (or the first entry of a dict of them)
     covers."""
-    if cache is None or not cache.layers:
-        return 0
     kinds = [kind for kind in sorted(mask) if isinstance(mask[kind], Tensor)] if isinstance(mask, dict) else []
-    kinds = [kind for kind in kinds if kind not in RECURRENT]
-    layer = layer_of_kind(config, kinds[0] if kinds else None)
-    return int(cache.get_mask_sizes(length, layer)[1])
+    kinds = [kind for kind in kinds if not facts.is_recurrent(kind)]
+    return first_key(cache, length, facts.layer_of(kinds[0] if kinds else None))
 
 
-def slides(config: Any, cache: Any, *, total: int) -> bool:
+def slides(facts: DecoderFacts, cache: Any, *, total: int) -> bool:
     """Whether some layer has a sliding window shorter than the `total` tokens of the unpruned sequence."""
-    windows = [] if cache is None else [window_of(layer) for layer in cache.layers]
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (kinds is None or any("sliding" in kind for kind in kinds)):
-        windows.append(int(window))
-    return any(window is not None and window < total for window in windows)
+    windows = [window_of(layer) for layer in layers_of(cache)]
+    return any(window is not None and window < total for window in (*windows, facts.window))
 
 
-def dense_mask(config: Any, mask: Tensor | None, cache: Any, *, embeds: Tensor, positions: Tensor) -> Any:
-    """The masks that the decoder would build for the unpruned sequence, by the public function that ``generate`` uses
-    for it."""
-    from transformers.masking_utils import create_masks_for_generate
-
-    empty = embeds.new_empty(embeds.shape[0], embeds.shape[1], 0)
-    if mask is None:  # without a mask and a cache, gaps in the positions would be taken for packed sequences
-        mask = torch.ones(
-            embeds.shape[0],
-            embeds.shape[1] + (0 if cache is None else int(cache.get_seq_length())),
-            device=embeds.device,
-        )
-    return create_masks_for_generate(
-        config=config, inputs_embeds=empty, attention_mask=mask, past_key_values=cache, position_ids=positions
-    )
-
-
-def offsets_of(mask: Any, cache: Any, config: Any, length: int) -> dict[str | None, int]:
+def offsets_of(mask: Any, cache: Any, facts: DecoderFacts, length: int) -> dict[str | None, int]:
     """For each kind of layers that `mask` tells apart, the position in the unpruned sequence of its first column.
 
     To be asked before the decoder runs, while the cache answers in tokens.
     """
     kinds: list[str | None] = sorted(mask) if isinstance(mask, dict) else [None]
-    layers = {kind: layer_of_kind(config, kind) for kind in kinds}
     return {
-        kind: int(cache.get_mask_sizes(length, layer)[1])
-        if cache is not None and layer < len(cache.layers) and kind not in RECURRENT
-        else 0
-        for kind, layer in layers.items()
+        kind: 0 if facts.is_recurrent(kind) else first_key(cache, length, facts.layer_of(kind)) for kind in kinds
     }
 
 
-def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict[str | None, int]) -> Any:
+def prune_mask(mask: Any, layout: Layout, cache: Any, facts: DecoderFacts, offsets: dict[str | None, int]) -> Any:
     """Prune whatever the decoder was to get as `attention_mask`.
 
     Args:
@@ -196,7 +146,7 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict
             of layer.
         layout: rows and columns of the pruned forward.
         cache: the cache that the forward will use, or None.
-        config: configuration of the decoder.
+        facts: the decoder's.
         offsets: see :func:`offsets_of`.
 
     Returns:
@@ -204,16 +154,18 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict
     """
     if isinstance(mask, dict):
         return {
-            kind: _entry(entry, layout, cache, layer_of_kind(config, kind), offsets[kind], kind=kind)
+            kind: _own(entry, layout)
+            if facts.is_recurrent(kind)
+            else _entry(entry, layout, cache, facts.layer_of(kind), offsets[kind])
             for kind, entry in mask.items()
         }
     if mask is None or mask.ndim == 2:
         return _padding(mask, layout)
-    return _entry(mask, layout, cache, layer_of_kind(config, None), offsets[None])
+    return _entry(mask, layout, cache, 0, offsets[None])
 
 
 def layer_mask(
-    mask: Any, layout: Layout, cache: Any, config: Any, offsets: dict[str | None, int], *, layer: int, like: Tensor
+    mask: Any, layout: Layout, cache: Any, facts: DecoderFacts, offsets: dict[str | None, int], *, layer: int, like: Tensor
 ) -> Any:
     """What one decoder layer is to get as `attention_mask`, in the form that its attention takes.
 
@@ -221,20 +173,18 @@ def layer_mask(
         mask: what the decoder was to get for the unpruned sequence, see :func:`prune_mask`.
         layout: rows and columns of the layer's forward.
         cache: the cache, or None.
-        config: configuration of the decoder.
+        facts: the decoder's.
         offsets: see :func:`offsets_of`.
         layer: index of the layer.
         like: hidden states; an additive mask has their dtype.
     """
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer] if kinds and isinstance(mask, dict) else None
+    kind = facts.kind_of(layer) if isinstance(mask, dict) else None
     if isinstance(mask, dict):
         kind = kind if kind in mask else next(iter(mask))
         mask = mask[kind]
-    if kinds and kinds[layer] in RECURRENT:
+    if facts.is_recurrent(facts.kind_of(layer)):
         return _own(mask, layout)
-    implementation = str(config._attn_implementation)
-    if "flash" in implementation:
+    if facts.flash:
         if mask is not None and mask.ndim == 4:
             return _entry(mask, layout, cache, layer, offsets[kind])
         padding = _padding(mask, layout)
@@ -245,18 +195,19 @@ def layer_mask(
     else:
         real = None if mask is None and not layout.has_fillers else _padding(mask, layout)
         full = real is None or bool(real.all())
-        sizes = (layout.rows.shape[1], 0) if cache is None else cache_sizes(cache, layout.rows.shape[1], layer)
+        sizes = layer_mask_sizes(cache, layout.rows.shape[1], layer)
         longer = sum(sizes) != layout.columns.shape[1]  # a static cache has room for more
-        if longer or not layout.plain or implementation == "eager" or not full:
+        if longer or not layout.plain or facts.eager or not full:
             columns = layout.columns if real is None else layout.columns.masked_fill(~real, -1)
             seen = replace(layout, columns=columns)
             block = _block(None, seen, sizes=sizes, offset=0)
-    if block is None or (block.dtype == torch.bool and implementation != "eager" and layout.bias is None):
+    if block is None or (block.dtype == torch.bool and not facts.eager and layout.bias is None):
         return block
     if block.dtype == torch.bool:
         block = torch.zeros_like(block, dtype=like.dtype).masked_fill_(~block, torch.finfo(like.dtype).min)
     if layout.bias is not None:
-        n_keys, first = (block.shape[-1], 0) if cache is None else cache_sizes(cache, layout.rows.shape[1], layer)
+        sizes = layer_mask_sizes(cache, layout.rows.shape[1], layer)
+        n_keys, first = (block.shape[-1], 0) if cache is None else sizes
         bias = layout.bias[:, first : first + n_keys]
         bias = torch.nn.functional.pad(bias, (0, n_keys - bias.shape[1]))[:, None, None, :].to(block)
         block = torch.where(block == torch.finfo(block.dtype).min, block, block + bias)

@@ -12,9 +12,15 @@ from tokenprune.models import projections
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
 from tokenprune.models.eviction import check_layers
 from tokenprune.models.forward import Forward, current
-from tokenprune.models.probe import attention_of, swap
-from tokenprune.models.quantized_cache import use_planes
+from tokenprune.models.probe import swap
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
+from tokenprune.upstream.attention import attention_of, checkpoints, has_sinks
+from tokenprune.upstream.caches import new_cache
+from tokenprune.upstream.calls import check_layer
+from tokenprune.upstream.facts import DecoderFacts, layers_of
+from tokenprune.upstream.families import n_planes
+from tokenprune.upstream.prompts import Prompt
+from tokenprune.upstream.quantized_cache import use_planes
 
 Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
 
@@ -37,11 +43,11 @@ class Inside:
     plan: CachePlan | None = None
     attention: AttentionPlan | None = None
 
-    def open(self, engine: Engine, inputs: dict[str, Any], outer: Forward | None) -> Forward:
+    def open(self, engine: Engine, prompt: Prompt, outer: Forward | None) -> Forward:
         """The state of a forward that begins."""
         return Forward(
             engine,
-            inputs,
+            prompt,
             outer,
             probes=self.probes,
             guard=self.guard,
@@ -50,7 +56,9 @@ class Inside:
         )
 
 
-def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_images: bool) -> Inside:
+def plan_inside(
+    engine: Engine, root: nn.Module, decoder: nn.Module, facts: DecoderFacts, *, has_images: bool
+) -> Inside:
     """Plan what `engine` does inside `decoder`; touches nothing.
 
     Raises:
@@ -58,15 +66,15 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
         UnsupportedModelError: it runs layers twice.
     """
     reducers = engine.layer_reducers()
-    check_entrance(engine, decoder)
+    check_entrance(engine, facts)
     if not reducers:
         return Inside()
-    modules = layers_of(decoder)
+    modules = find_layers(decoder, facts)
     cuts = plan_cuts(reducers, len(modules))
-    guard, plan = plan_text(reducers, decoder, n_layers=len(modules), has_images=has_images)
+    guard, plan = plan_text(reducers, facts, n_layers=len(modules), has_images=has_images)
     probes = plan_probes(cuts, modules, plan)
-    check_decoder(root, decoder, cuts)
-    hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(engine, modules))]
+    check_decoder(root, facts, cuts)
+    hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(engine, facts, modules))]
     hooks += [
         Hook(module, "pre", between.layer_hook(engine, i, cuts.get(i, ()))) for i, module in enumerate(modules) if i > 0
     ]
@@ -79,7 +87,7 @@ def plan_inside(engine: Engine, root: nn.Module, decoder: nn.Module, *, has_imag
         check_checkpointing(decoder, *modules)
         hooks += plan_projections(engine, attention, modules)
         if attention.threshold is not None:
-            check_planes(decoder)
+            check_planes(facts)
     return Inside(tuple(hooks), probes, guard, plan, attention)
 
 
@@ -103,7 +111,7 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 f"method {wanting[0][0]!r} leaves out heads or values, and layer {i} is a {type(module).__name__} "
                 "without attention that can be told to; give heads=1.0 and values=1.0"
             )
-        if getattr(attention, "sinks", None) is not None:
+        if has_sinks(attention):
             raise OptionError(
                 f"method {wanting[0][0]!r} leaves out heads, values or bits, and decoding steps that do so compute a "
                 f"plain softmax, but {type(attention).__name__} of layer {i} adds sinks to its logits; give heads=1.0, "
@@ -118,41 +126,38 @@ def check_checkpointing(*modules: nn.Module) -> None:
     Raises:
         UnsupportedModelError: one of `modules` has gradient checkpointing on.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+    if any(map(checkpoints, modules)):
         raise UnsupportedModelError(
             "heads, values or bits cannot be left out with gradient checkpointing, which would run layers a second "
             "time without their place in the forward; turn it off with model.gradient_checkpointing_disable()"
         )
 
 
-def _checking_hook(engine: Engine, modules: list[nn.Module]) -> Any:
+def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]) -> Any:
     """The hook of a decoder that looks whether its attention was changed, or checkpointing turned on, since."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = current(engine)
         if state is None:
             return
-        check_attention(module)
+        check_attention(facts)
         if torch.is_grad_enabled() and state.steering:
             check_checkpointing(*(one for one in (module, *modules) if one.training))
 
     return check
 
 
-def check_planes(decoder: nn.Module) -> None:
-    """Check that the cache that ``generate`` makes for `decoder` can keep tokens in two planes of four bits.
+def check_planes(facts: DecoderFacts) -> None:
+    """Check that the cache that ``generate`` makes for a decoder can keep tokens in two planes of four bits.
 
     Raises:
         OptionError: it cannot.
     """
-    from transformers import DynamicCache
-
-    config: Any = decoder.config
     try:
-        use_planes(DynamicCache(config=config))
+        use_planes(new_cache(facts.config))
     except UnsupportedModelError as error:
         raise OptionError(
-            f"quantize was asked for, and of the cache that generate makes for {type(decoder).__name__} {error}; give "
+            f"quantize was asked for, and of the cache that generate makes for {facts.called} {error}; give "
             "quantize=None"
         ) from error
 
@@ -176,20 +181,23 @@ def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Modul
     return found
 
 
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
+def find_layers(decoder: nn.Module, facts: DecoderFacts) -> list[nn.Module]:
     """The decoder's layers.
 
     Raises:
         OptionError: they are not found.
+        UnsupportedModelError: one does not take what pruning between layers works with.
     """
-    config: Any = decoder.config
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-            return list(child)
-    raise OptionError(
-        f"{type(decoder).__name__} has no list of {config.num_hidden_layers} layers to prune between; use a method "
-        "that prunes before the decoder"
-    )
+    layers = layers_of(decoder)
+    if layers is None:
+        raise OptionError(
+            f"{facts.called} has no list of {facts.depth} layers to prune between; use a method that prunes before the "
+            "decoder"
+        )
+    for layer in layers:
+        check_layer(layer)
+    facts.check_layers(layers)
+    return layers
 
 
 def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
@@ -211,7 +219,7 @@ def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
 
 
 def plan_text(
-    reducers: tuple[LayerReducer, ...], decoder: nn.Module, *, n_layers: int, has_images: bool
+    reducers: tuple[LayerReducer, ...], facts: DecoderFacts, *, n_layers: int, has_images: bool
 ) -> tuple[TextGuard | None, CachePlan | None]:
     """Which text stays where a method prunes text too, and what leaves the cache while tokens are generated.
 
@@ -222,7 +230,7 @@ def plan_text(
     others = [reducer for reducer in reducers if reducer.text is None]
     if not has_images and others:
         raise OptionError(
-            f"{type(decoder).__name__} has no visual tokens, which is what method {others[0].name!r} drops; "
+            f"{facts.called} has no visual tokens, which is what method {others[0].name!r} drops; "
             "SpAtten(protect_text=False) prunes text"
         )
     if texts and len(reducers) > 1:
@@ -234,7 +242,7 @@ def plan_text(
         return None, None
     plan = texts[0].cache_plan(n_layers)
     if plan is not None:
-        check_layers(decoder, plan)
+        check_layers(facts)
     return texts[0].text, plan
 
 
@@ -266,19 +274,18 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
     return wanted
 
 
-def check_entrance(engine: Engine, decoder: nn.Module) -> None:
-    """Check that what is asked for at the decoder's entrance can be had.
+def check_entrance(engine: Engine, facts: DecoderFacts) -> None:
+    """Check that what is asked for at a decoder's entrance can be had.
 
     Raises:
         OptionError: it cannot.
     """
-    config: Any = decoder.config
-    implementation, before = str(config._attn_implementation), engine.reducers("before_llm")
+    before = engine.reducers("before_llm")
     biased = [reducer.name for reducer in before if reducer.biased]
-    if biased and implementation not in ("sdpa", "eager"):
+    if biased and not (facts.fused or facts.eager):
         raise OptionError(
             f"method {biased[0]!r} was asked for size_bias=True, which adds to the logits of sdpa or eager attention, "
-            f'and the model runs {implementation!r}; load it with attn_implementation="sdpa" or leave size_bias=False'
+            f'and the model runs {facts.implementation!r}; load it with attn_implementation="sdpa" or leave size_bias=False'
         )
     if engine.positions == "packed" and not before and (inside := engine.layer_reducers()):
         raise OptionError(
@@ -287,34 +294,31 @@ def check_entrance(engine: Engine, decoder: nn.Module) -> None:
         )
 
 
-def check_decoder(root: nn.Module, decoder: nn.Module, cuts: Cuts) -> None:
-    """Check that tokens can leave this decoder before the layers of `cuts`.
+def check_decoder(root: nn.Module, facts: DecoderFacts, cuts: Cuts) -> None:
+    """Check that tokens can leave the decoder of `root` before the layers of `cuts`.
 
     Raises:
         OptionError: they cannot.
     """
-    check_attention(decoder)
-    vision: Any = getattr(getattr(root, "config", None), "vision_config", None)
-    n_planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if cuts and min(cuts) < n_planes:
+    check_attention(facts)
+    planes = n_planes(root)
+    if cuts and min(cuts) < planes:
         raise OptionError(
             f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
-            f"adds features to the visual tokens of layers 0 to {n_planes - 1} (DeepStack); prune after layer "
-            f"{n_planes - 1} or later"
+            f"adds features to the visual tokens of layers 0 to {planes - 1} (DeepStack); prune after layer "
+            f"{planes - 1} or later"
         )
 
 
-def check_attention(decoder: nn.Module) -> None:
+def check_attention(facts: DecoderFacts) -> None:
     """Check that tokens can leave between layers with the attention implementation of a decoder.
 
     Raises:
         OptionError: they cannot.
     """
-    config: Any = decoder.config
-    implementation = str(config._attn_implementation)
-    if implementation not in ("sdpa", "eager") and "flash" not in implementation:
+    if not (facts.fused or facts.eager or facts.flash):
         raise OptionError(
             f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
-            f"attention, and the model runs {implementation!r}; load it with another attn_implementation or use a "
+            f"attention, and the model runs {facts.implementation!r}; load it with another attn_implementation or use a "
             "method that prunes before the decoder"
         )

@@ -1,14 +1,11 @@
 """Importance scores out of a layer's attention, whatever its implementation.
 
-One function is registered in transformers' table of attention functions. The attention modules that are probed see it
-as their implementation through a stand-in for their configuration; everyone else (the masks above all) goes on seeing
-the configuration itself. The function calls the real implementation for the output, so that this stays bit-identical,
+One function is registered as an attention function (:mod:`tokenprune.upstream.attention`), which probed attention
+modules see as their implementation. The function calls the real implementation for the output, so that this stays bit-identical,
 and computes the scores beside it from the queries and keys; decoding steps on a CPU get both from one computation.
 """
 
-import copy
 import functools
-import sys
 import time
 from typing import Any
 
@@ -23,39 +20,16 @@ from tokenprune.models.forward import CURRENT, Call, Forward, Segment
 from tokenprune.models.heads import Heads, heads_of
 from tokenprune.reduction import gather
 from tokenprune.signals import Probe
-
-NAME = "tokenprune"
-_OTHER = ("softcap", "position_bias", "cache", "s_aux")  # what may change an attention beside its mask
-
-
-class ProbedConfig:
-    """A configuration as a probed attention module sees it. Copies and pickles are the configuration itself."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "original":
-            raise AttributeError(name)
-        return getattr(self.original, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
-    def __reduce__(self) -> tuple[Any, tuple[Any]]:
-        return _itself, (self.original,)
-
-
-def _itself(original: Any) -> Any:
-    return original
-
-
-def attention_of(layer: nn.Module) -> nn.Module | None:
-    """The module of a decoder layer whose attention can be probed; None where there is none (linear attention)."""
-    modules = (module for module in layer.modules() if hasattr(module, "config") and hasattr(module, "layer_idx"))
-    return next((module for module in modules if module is not layer and hasattr(module, "scaling")), None)
+from tokenprune.upstream.attention import (
+    implementation_of,
+    is_plain,
+    layer_index,
+    proxy_of,
+    real_function,
+    register,
+    scale_of,
+    softcap_of,
+)
 
 
 @functools.cache
@@ -67,29 +41,20 @@ def _outside_graphs() -> Any:
 
 def swap(module: nn.Module) -> Swap:
     """What makes an attention module call :func:`attend`."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, _outside_graphs())
-    return Swap(module, "config", ProbedConfig(module.config))
+    register(_outside_graphs())
+    return Swap(module, *proxy_of(module))
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-) -> Any:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """The attention function of a probed module: the real one, and the scores that were asked for beside it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    config: Any = module.config
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    real = ALL_ATTENTION_FUNCTIONS.get_interface(config.original._attn_implementation, eager)
-    state, layer = CURRENT.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    real = real_function(module)
+    state, layer = CURRENT.get(), layer_index(module)
     if state is None or state.call is None:
-        return real(module, query, key, value, attention_mask, *args, **kwargs)
+        return real(module, query, key, value, mask, *args, **kwargs)
     if state.steering and state.attention is not None and query.shape[2] == 1:
-        scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         stepped, scores = attention.step(
-            state, state.call, state.attention, layer, query, key, value, mask=attention_mask, scale=scale,
-            softcap=attention.softcap_of(real, kwargs),
+            state, state.call, state.attention, layer, query, key, value, mask=mask, scale=scale_of(query, kwargs),
+            softcap=softcap_of(real, kwargs),
         )  # fmt: skip
         for probe in state.probes.get(layer, ()) if state.scoring else ():
             _note(state, state.call, layer, probe, scores)
@@ -98,17 +63,17 @@ def attend(
     if state.steering and state.attention is not None:
         heads = heads_of(state, state.attention, layer=layer)
         output = attention.prompt(
-            state, state.call, real, module, heads, query, key, value, attention_mask, *args, **kwargs
+            state, state.call, real, module, heads, query, key, value, mask, *args, **kwargs
         )
-    elif args or (known := _step(state, state.call, layer, config, query, key, value, attention_mask, kwargs)) is None:
-        output = real(module, query, key, value, attention_mask, *args, **kwargs)
+    elif args or (known := _step(state, state.call, layer, module, query, key, value, mask, kwargs)) is None:
+        output = real(module, query, key, value, mask, *args, **kwargs)
     else:
         return known, None
     if state.scoring or any(map(len, state.visual)):
-        started, softcap = time.perf_counter(), attention.softcap_of(real, kwargs)
+        started, softcap = time.perf_counter(), softcap_of(real, kwargs)
         for probe in state.probes.get(layer, ()):
             scores = _scores(
-                state, state.call, layer, probe, query, key, attention_mask, kwargs.get("scaling"), softcap, heads
+                state, state.call, layer, probe, query, key, mask, scale_of(query, kwargs), softcap, heads
             )
             _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
@@ -119,7 +84,7 @@ def _step(
     state: Forward,
     call: Call,
     layer: int,
-    config: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,14 +102,13 @@ def _step(
         return None
     if torch.is_autocast_enabled("cpu"):  # products would be rounded
         return None
-    other = any(kwargs.get(name) is not None for name in _OTHER) or kwargs.get("dropout")
-    if config.original._attn_implementation != "sdpa" or other or query.dtype != torch.float32:
+    if implementation_of(module) != "sdpa" or not is_plain(kwargs) or query.dtype != torch.float32:
         return None
     slots = state.segment_of(layer).slots
     n_keys = call.past + 1 - (0 if slots is None else slots.dropped)
     if key.shape[2] != (n_keys if mask is None else mask.shape[-1]):
         return None
-    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    scale = scale_of(query, kwargs)
     grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
     weights: Tensor = (grouped * scale) @ key.transpose(2, 3)
     if mask is not None:
@@ -186,7 +150,7 @@ def _scores(
     query: Tensor,
     key: Tensor,
     mask: Any,
-    scale: float | None,
+    scale: float,
     softcap: float | None,
     heads: Heads | None,
 ) -> Tensor:
@@ -209,7 +173,7 @@ def _scores(
     return ops.attention_importance(
         query,
         key,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         valid=_valid(call, segment, n_new, n_keys),
         seen=seen,
         reduction=probe.reduction,

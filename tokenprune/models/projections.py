@@ -1,12 +1,11 @@
 """Query and output projections that compute kept heads only.
 
-While a model is patched, a :class:`SlicedLinear` stands in the place of a layer's `q_proj` and another one in that of
-its `o_proj`. The query projection decides: with fewer heads coming out of it, the attention runs on fewer heads, and
+While a model is patched, a :class:`SlicedLinear` stands in the place of the query projection of an attention and another
+one in that of its output projection. The query projection decides: with fewer heads coming out of it, the attention runs on fewer heads, and
 the output projection sees by the width of its input which columns are wanted.
 """
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch.nn import functional
 from tokenprune.models.base import Engine, Swap
 from tokenprune.models.forward import current
 from tokenprune.models.heads import heads_of
+from tokenprune.upstream.attention import PROJECTIONS, head_width, not_plain, whole_projections
 
-NAMES = ("q_proj", "o_proj")
 FEW_TOKENS = 16  # in a row; below, cutting the weights costs about what it saves
-_COUNTED = {"num_heads", "num_attention_heads", "n_heads", "hidden_size", "embed_dim", "num_key_value_groups"}
 
 
 class Pair:
@@ -33,8 +31,8 @@ class Pair:
 
     def __init__(self, engine: Engine, module: nn.Module, layer: int) -> None:
         self.engine, self.module, self.layer = engine, module, layer
-        self.width: int = module.head_dim  # type: ignore[assignment]
-        self.linears = tuple(SlicedLinear(getattr(module, name), self) for name in NAMES)
+        self.width = head_width(module)
+        self.linears = tuple(SlicedLinear(getattr(module, name), self) for name in PROJECTIONS)
 
     def pattern(self, x: Tensor) -> tuple[int, ...] | None:
         """The heads that are to be computed for the hidden states `x` `[B, L, D]`, None for all.
@@ -56,8 +54,8 @@ class Pair:
 
     def _in_place(self) -> bool:
         """Whether both stand where they were put, without hooks of anybody, which are to see everything."""
-        there = all(getattr(self.module, name) is one for name, one in zip(NAMES, self.linears, strict=True))
-        return there and not any(odd(one.original) for one in self.linears)
+        there = all(getattr(self.module, name) is one for name, one in zip(PROJECTIONS, self.linears, strict=True))
+        return there and not any(not_plain(one.original) for one in self.linears)
 
 
 class SlicedLinear(nn.Linear):
@@ -145,37 +143,7 @@ def _itself(original: Any) -> Any:
 
 def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
     """What makes the attention `module` of a layer project kept heads only, or why its projections are left whole."""
-    linears: list[Any] = [getattr(module, name, None) for name in NAMES]
-    for name, linear in zip(NAMES, linears, strict=True):
-        if linear is None:
-            return f"{type(module).__name__} has no {name} of its own"
-        if (why := odd(linear)) is not None:
-            return f"{name} {why}"
-    width = getattr(module, "head_dim", None)
-    forward: Any = inspect.unwrap(type(module).forward)
-    named = set(getattr(getattr(forward, "__code__", None), "co_names", ()))
-    split = isinstance(width, int) and linears[0].out_features == linears[1].in_features
-    if not split or not set(NAMES) <= named or named & _COUNTED or _by_head(module, width):
-        return f"{type(module).__name__} counts on all heads"
+    if (reason := whole_projections(module)) is not None:
+        return reason
     pair = Pair(engine, module, layer)
-    return [Swap(module, name, one) for name, one in zip(NAMES, pair.linears, strict=True)]
-
-
-def odd(linear: Any) -> str | None:
-    """What keeps a layer from being cut, None for a plain linear layer."""
-    if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__name__}"
-    if type(linear.weight) is not nn.Parameter:
-        return f"has a {type(linear.weight).__name__} as its weight"
-    if "forward" in linear.__dict__ or "_hf_hook" in linear.__dict__:
-        return "has a forward of its own"
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return "has hooks" if any(hooks) else None
-
-
-def _by_head(module: nn.Module, width: Any) -> bool:
-    """Whether the attention has anything beside its projections that knows of single heads."""
-    projections = {id(getattr(module, name, None)) for name in (*NAMES, "k_proj", "v_proj")}
-    others = [child for child in module.children() if id(child) not in projections]
-    sizes = [parameter.numel() for child in others for parameter in child.parameters()]
-    return any(True for _ in module.parameters(recurse=False)) or any(size > width for size in sizes)
+    return [Swap(module, name, one) for name, one in zip(PROJECTIONS, pair.linears, strict=True)]

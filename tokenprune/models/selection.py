@@ -131,11 +131,21 @@ def _trace(
     )
 
 
+def all_positions(positions: Tensor | None, past: int, embeds: Tensor) -> Tensor:
+    """Positions of all tokens of the call, `[B, L]` or `[3 or 4, B, L]`; where none are given, those the decoder
+    would take."""
+    n_rows, length = embeds.shape[:2]
+    if positions is None:
+        positions = torch.arange(past, past + length, device=embeds.device)[None]
+    shape = (n_rows, length) if positions.ndim == 2 else (positions.shape[0], n_rows, length)
+    return positions.expand(shape)
+
+
 def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | None:
     """Which tokens of this call are no padding, `[B, length]` bool on the CPU, None where all are.
 
     Args:
-        mask: what the decoder was to get as `attention_mask`, in any of its forms.
+        mask: the attention mask that the decoder was to get, in any of its forms.
         past: tokens before this call.
         length: tokens of this call.
         offset: position of the first key that a 4-D mask covers.

@@ -1,16 +1,16 @@
 """Which tokens of a forward are visual, and which of them make one image (or one frame)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.families import Family
-
-_FEATURES = ("image_hidden_states", "image_embeds")
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.upstream.calls import embedding_of
+from tokenprune.upstream.check import version_of
+from tokenprune.upstream.families import Family, axes_of, breaks_lines, pixels_per_token, placeholder_id
+from tokenprune.upstream.prompts import Prompt
 
 
 @dataclass
@@ -30,37 +30,48 @@ class Image:
     grid: tuple[int, int] | None
 
 
-def has_features(inputs: dict[str, Any]) -> bool:
-    """Whether a forward with these keyword arguments receives image or video features.
-
-    Placeholders are looked for in such forwards only: one that was *generated* looks just like an image's.
-    """
-    encoded = inputs.get("mm_encoder_outputs") or {}
-    if any(value is not None for value in encoded.values()):
-        return True
-    return any(
-        value is not None and (key.startswith("pixel_values") or key in _FEATURES) for key, value in inputs.items()
-    )
-
-
-def placeholders(root: nn.Module, family: Family, inputs: dict[str, Any], *, field: str) -> Tensor | None:
-    """Where the placeholders of one kind stand, `[B, L]` bool; None where the config knows no such kind.
+def placeholders(root: nn.Module, prompt: Prompt, *, field: str) -> Tensor | None:
+    """Where the placeholders of one kind stand, `[B, L]` bool; None where the model has no such kind.
 
     Args:
-        root: the module that takes `input_ids` and calls the decoder.
-        family: its family.
-        inputs: keyword arguments of the root's forward.
-        field: field of the config that holds the placeholder's id.
+        root: the module that holds the text decoder.
+        prompt: what it was called with.
+        field: field of its config that holds the placeholder's id.
     """
-    token_id = getattr(root.config, field, None)
+    token_id = placeholder_id(root, field)
     if token_id is None:
         return None
-    ids = inputs.get("input_ids")
-    if isinstance(ids, Tensor):
-        return ids == int(token_id)
-    embeds: Tensor = inputs["inputs_embeds"]
-    wanted = root.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))  # type: ignore[operator]
-    return torch.eq(embeds, wanted.to(embeds)).all(-1)
+    if prompt.ids is not None:
+        return prompt.ids == token_id
+    embeds = prompt.embeds
+    if embeds is None:
+        return None
+    return torch.eq(embeds, embedding_of(root, token_id, like=embeds)).all(-1)
+
+
+def refuse_unknown_features(root: nn.Module, family: Family, prompt: Prompt, embeds: Tensor) -> None:
+    """Check that a call without image features that are known carries none: placeholders have the same embedding
+    everywhere until features take their places.
+
+    Args:
+        root: the module that holds the text decoder.
+        family: its family.
+        prompt: what it was called with.
+        embeds: what the decoder is to get, `[B, L, D]`.
+
+    Raises:
+        UnsupportedModelError: the embeddings of placeholders were replaced by something.
+    """
+    if prompt.ids is None or prompt.ids.shape != embeds.shape[:2]:
+        return
+    for field in family.ids:
+        mask = placeholders(root, prompt, field=field)
+        found = None if mask is None else embeds[mask.to(embeds.device)]
+        if found is not None and len(found) > 1 and not bool((found == found[:1]).all()):
+            raise UnsupportedModelError(
+                f"{len(found)} visual tokens carry image features, and none of the arguments of {type(root).__name__} "
+                f"is known to hold any: {', '.join(prompt.names)} (transformers {version_of()}); nothing was pruned"
+            )
 
 
 def _by_axes(image: Tensor, axes: Tensor) -> list[tuple[Tensor, tuple[int, int] | None]]:
@@ -75,28 +86,16 @@ def _by_axes(image: Tensor, axes: Tensor) -> list[tuple[Tensor, tuple[int, int] 
     return [(frame, (h, w) if h * w == len(frame) else None) for frame, (h, w) in zip(frames, grids, strict=True)]
 
 
-def _sizes(config: Any, family: Family, inputs: dict[str, Any], total: int, *, video: bool, joins: bool) -> list[int]:
-    """Tokens of each image in the order of the placeholders; empty where the inputs do not tell."""
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("video" if video else "image")
-    features = getattr(encoded, "pooler_output", None)
+def _sizes(root: nn.Module, family: Family, prompt: Prompt, total: int, *, video: bool, joins: bool) -> list[int]:
+    """Tokens of each image in the order of the placeholders; empty where the prompt does not tell."""
     stacked = family.rows_are_images or (video and family.frame_tokens is None)
-    if isinstance(features, Tensor):
-        return [features.shape[1]] * features.shape[0] if features.ndim == 3 and stacked else []
-    if isinstance(features, Sequence):
-        return [math.prod(image.shape[:-1]) for image in features]
-    if joins and inputs.get("image_sizes") is not None:
-        unit = _patch(config)
-        return [(h // unit) * (w // unit) for h, w in torch.as_tensor(inputs["image_sizes"]).tolist()]
-    pixels = inputs.get("pixel_values_videos" if video else "pixel_values")
-    if stacked and isinstance(pixels, Tensor) and pixels.ndim >= 4:
-        n_images = math.prod(pixels.shape[:-3])
-        return [total // n_images] * n_images if n_images and total % n_images == 0 else []
-    return []
-
-
-def _patch(config: Any) -> int:
-    """Pixels between neighbouring tokens of a packed tower."""
-    return int(config.vision_config.patch_size) * int(getattr(config, "spatial_merge_size", 1) or 1)
+    if (sizes := prompt.encoded_sizes(video=video, stacked=stacked)) is not None:
+        return sizes
+    if joins and prompt.image_sizes is not None:
+        unit = pixels_per_token(root)
+        return [(h // unit) * (w // unit) for h, w in prompt.image_sizes]
+    n_images = prompt.n_images(video=video) if stacked else None
+    return [total // n_images] * n_images if n_images and total % n_images == 0 else []
 
 
 def _split_where(tokens: Tensor, breaks: Tensor) -> list[Tensor]:
@@ -136,57 +135,56 @@ def _frames(video: Tensor, per_frame: int) -> list[Tensor]:
     return list(torch.split(video, [per_frame] * (n_frames - 1) + [len(video) - per_frame * (n_frames - 1)]))
 
 
-def _grid_of(config: Any, family: Family, image: Tensor, *, joins: bool) -> tuple[int, int] | None:
+def _grid_of(root: nn.Module, family: Family, image: Tensor, *, joins: bool) -> tuple[int, int] | None:
     """The grid of an image: its lines where they are told apart, else a square where its family has such."""
     if joins:
         lines = [len(line) for line in _runs(image)]
         return (len(lines), lines[0]) if len(set(lines)) == 1 else None
     n_tokens = len(image)
     side = math.isqrt(n_tokens)
-    wanted = family.square(config) if callable(family.square) else family.square
+    wanted = family.square(root.config) if callable(family.square) else family.square
     return (side, side) if side * side == n_tokens and wanted in (None, n_tokens) else None
 
 
 def _images_of_row(
-    image: Tensor, config: Any, family: Family, axes: Tensor | None, *, video: bool, joins: bool
+    image: Tensor, root: nn.Module, family: Family, axes: Tensor | None, *, video: bool, joins: bool
 ) -> list[tuple[Tensor, tuple[int, int] | None]]:
     """The images or frames in one stretch of visual tokens, each with its grid."""
     if axes is not None:
         return _by_axes(image, axes)
     if video and family.frame_tokens is not None:
-        per_frame = family.frame_tokens(config)
+        per_frame = family.frame_tokens(root.config)
         side = math.isqrt(per_frame)
         return [(frame, (side, side) if side * side == len(frame) else None) for frame in _frames(image, per_frame)]
-    return [(image, _grid_of(config, family, image, joins=joins))]
+    return [(image, _grid_of(root, family, image, joins=joins))]
 
 
-def find_images(root: nn.Module, family: Family, inputs: dict[str, Any], positions: Tensor | None) -> list[Image]:
+def find_images(root: nn.Module, family: Family, prompt: Prompt, positions: Tensor | None) -> list[Image]:
     """The images of a forward, by row and in the order of the sequence.
 
-    A run of visual tokens without text between is one image, unless the inputs tell where one image ends and the next
+    A run of visual tokens without text between is one image, unless the prompt tells where one image ends and the next
     begins; the frames of a video are told apart.
 
     Args:
-        root: the module that takes `input_ids` and calls the decoder.
+        root: the module that holds the text decoder.
         family: its family.
-        inputs: keyword arguments of the root's forward.
-        positions: what the decoder is to get as `position_ids`; with M-RoPE they tell frames and grids.
+        prompt: what it was called with.
+        positions: positions that the decoder is to get; with M-RoPE they tell frames and grids.
     """
-    config: Any = root.config
-    axes = positions[-3:].cpu() if family.mrope and positions is not None and positions.ndim == 3 else None
+    axes = axes_of(positions, family)
     images: list[Image] = []
     for field in family.ids:
-        mask = placeholders(root, family, inputs, field=field)
+        mask = placeholders(root, prompt, field=field)
         if mask is None:
             continue
         video = field.startswith("video")
         rows = [row.nonzero()[:, 0] for row in mask.cpu()]
-        joins = family.joins and not video and config.vision_config.model_type == "pixtral"
-        sizes = _sizes(config, family, inputs, sum(map(len, rows)), video=video, joins=joins)
+        joins = not video and breaks_lines(root, family)
+        sizes = _sizes(root, family, prompt, sum(map(len, rows)), video=video, joins=joins)
         for row, row_images in enumerate(_split(rows, sizes, joins=joins)):
             row_axes = None if axes is None else axes[:, row]
             for image in row_images:
-                for tokens, grid in _images_of_row(image, config, family, row_axes, video=video, joins=joins):
+                for tokens, grid in _images_of_row(image, root, family, row_axes, video=video, joins=joins):
                     images.append(Image(row, 0, tokens, grid))
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
+from tokenprune.upstream.check import missing
+
 
 def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
     """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field
@@ -129,6 +133,76 @@ REFUSED: dict[str, str] = {
     "Granite4Vision": "its decoder takes further tensors for every token",
     "Ernie4_5_VLMoe": "its decoder routes by further tensors for every token",
 }
+
+
+_PLACEHOLDERS = tuple(dict.fromkeys(field for family in FAMILIES for field in family.ids))
+
+
+def placeholder_id(root: nn.Module, field: str) -> int | None:
+    """The id of a placeholder token, None where the model has none of this kind.
+
+    Raises:
+        UnsupportedModelError: the config does not know the field.
+    """
+    config: Any = root.config
+    if not hasattr(config, field):
+        seen = [name for name in vars(config) if "token" in name or name.endswith("_id")]
+        raise missing("placeholder token", of=type(config).__name__, wanted=[field], seen=seen)
+    token_id = getattr(config, field)
+    return None if token_id is None else int(token_id)
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether there are placeholder tokens for images in the text of `model` or of what it wraps."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(isinstance(getattr(config, field, None), int) for config in configs for field in _PLACEHOLDERS)
+
+
+def untabled(root: nn.Module, model: nn.Module) -> Family | None:
+    """A row with defaults for a family that has none; None where its visual tokens cannot be found. Without names of
+    placeholders: a model of text."""
+    config: Any = root.config
+    fields = tuple(field for field in _BOTH if isinstance(getattr(config, field, None), int))
+    if not fields and getattr(config, "vision_config", None) is None and hasattr(model, "generate"):
+        return Family(str(config.model_type), "", ids=())
+    name = type(model).__name__
+    return Family(min(ancestors(model), default=name).lower(), name, fields, square=0) if fields else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has a text encoder beside its decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def breaks_lines(root: nn.Module, family: Family) -> bool:
+    """Whether an image's tokens are broken into lines by others, which the vision encoder of `root` decides."""
+    return family.joins and _vision(root).model_type == "pixtral"
+
+
+def pixels_per_token(root: nn.Module) -> int:
+    """Pixels between neighbouring tokens of a packed tower."""
+    config: Any = root.config
+    return int(_vision(root).patch_size) * int(getattr(config, "spatial_merge_size", 1) or 1)
+
+
+def n_planes(root: nn.Module) -> int:
+    """Decoder layers whose visual tokens get features of the vision encoder added (DeepStack)."""
+    vision = getattr(getattr(root, "config", None), "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def axes_of(positions: Tensor | None, family: Family) -> Tensor | None:
+    """Time, row and column of every token `[3, B, L]` on the CPU, where the family's positions tell them (M-RoPE)."""
+    told = family.mrope and positions is not None and positions.ndim == 3
+    return positions[-3:].cpu() if told and positions is not None else None
+
+
+def _vision(root: nn.Module) -> Any:
+    config: Any = root.config
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        raise missing("config of the vision encoder", of=type(config).__name__, wanted=["vision_config"], seen=vars(config))
+    return vision
 
 
 def ancestors(model: object) -> set[str]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, UnsupportedModelError
-from tokenprune.models.cache import cropped_length
 from tokenprune.ops import Planes, dequantize_planes, quantize_planes
+from tokenprune.upstream.caches import cropped_length
+from tokenprune.upstream.check import need
 
 _Stored = tuple[Tensor, Tensor, Tensor]
 
@@ -36,7 +37,6 @@ class _PlanesLayer:
     is_initialized: bool
     keys: Tensor
     values: Tensor
-    dtype: torch.dtype
     # Named as transformers names what a quantized layer holds, and plain tuples, which tree utilities look into.
     _quantized_keys: _Stored | None
     _quantized_values: _Stored | None
@@ -67,8 +67,8 @@ class _PlanesLayer:
         self.store(key_states, value_states)
         keys, values = self._past()
         return (
-            torch.cat([dequantize_planes(keys, dtype=self.dtype), self.keys], dim=-2),
-            torch.cat([dequantize_planes(values, dtype=self.dtype), self.values], dim=-2),
+            torch.cat([dequantize_planes(keys, dtype=self.keys.dtype), self.keys], dim=-2),
+            torch.cat([dequantize_planes(values, dtype=self.keys.dtype), self.values], dim=-2),
         )
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -184,11 +184,13 @@ def _store(states: Tensor) -> _Stored:
     return planes.high, planes.low, planes.scale
 
 
+def _growing_layer() -> Any:
+    return need("transformers.cache_utils", "DynamicLayer", role="layer of a KV cache that grows")
+
+
 @functools.cache
 def _layer_class() -> Any:
-    from transformers.cache_utils import DynamicLayer
-
-    return type("PlanesLayer", (_PlanesLayer, DynamicLayer), {"__module__": __name__, "__doc__": _PlanesLayer.__doc__})
+    return type("PlanesLayer", (_PlanesLayer, _growing_layer()), {"__module__": __name__, "__doc__": _PlanesLayer.__doc__})
 
 
 def __getattr__(name: str) -> Any:
@@ -209,9 +211,7 @@ def use_planes(cache: Any, *, residual: int = 0) -> None:
         OptionError: `residual` is negative.
         UnsupportedModelError: the cache has no such layer, or holds tokens already; it is left as it was.
     """
-    from transformers.cache_utils import DynamicLayer
-
-    growing = DynamicLayer, _layer_class()
+    growing = _growing_layer(), _layer_class()
     new = functools.partial(growing[1], residual=residual)
     layers, more = getattr(cache, "layers", []), getattr(cache, "layer_class_to_replicate", None)
     grows = getattr(more, "func", more) in growing

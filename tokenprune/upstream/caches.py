@@ -1,0 +1,284 @@
+"""The protocol of KV caches: how long they are, what their layers hold, and how one becomes a pruned one.
+
+A pruned cache holds fewer slots than the sequence has tokens. Its class becomes a subclass of its own class
+(:class:`_PrunedCache`) whose answers are *logical* (tokens of the unpruned sequence) outside the decoder's forward and
+*physical* (slots) within it. What it knows of its slots is a :class:`Slotted` object that sits on it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError, UnsupportedModelError
+from tokenprune.reduction import gather
+from tokenprune.upstream.check import missing, need, need_attributes
+
+LAYERED = (
+    "this cache was pruned layer by layer, and the model is not patched with a method that does so; patch it as it was "
+    "when the cache was made"
+)
+_STATE = "_tokenprune_slots"
+_MODULE = "transformers.cache_utils"
+_LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
+_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+_KINDS = "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
+
+
+class Slotted(Protocol):
+    """What a pruned cache knows of its slots."""
+
+    inside: bool
+    length: int | None
+
+    @property
+    def layered(self) -> bool:
+        """Whether its layers hold different tokens."""
+        ...
+
+    def dropped_at(self, layer: int) -> int:
+        """How many more tokens than slots there are in a layer."""
+        ...
+
+    def crop(self, n_gone: int, physical: Any) -> None:
+        """Forget the last tokens; `physical` gives the length of a layer in slots."""
+        ...
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep some rows of the batch."""
+        ...
+
+
+class _PrunedCache:
+    """What a pruned cache does differently; mixed into the class of the cache it came from."""
+
+    layers: list[Any]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Length of the sequence: in tokens outside the decoder, in slots within it."""
+        slots: Slotted = getattr(self, _STATE)
+        layer_idx = next(i for i in range(layer_idx, len(self.layers)) if hasattr(self.layers[i], _LENGTH))
+        physical = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        return physical if slots.inside else physical + slots.dropped_at(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Any, int]:
+        """Length and offset of the keys that a mask has to cover, counted as in :meth:`get_seq_length`."""
+        slots: Slotted = getattr(self, _STATE)
+        if slots.inside:
+            sizes: tuple[Any, int] = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+            return sizes
+        past = int(self.get_seq_length(layer_idx))
+        window = window_of(self.layers[layer_idx])
+        if window is None or past < window:
+            return past + query_length, 0
+        return window - 1 + query_length, past - window + 1
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Store new states.
+
+        Raises:
+            InputError: the layers hold different tokens, and a decoder calls that does not count in their slots.
+        """
+        slots: Slotted = getattr(self, _STATE)
+        if not slots.inside:
+            if slots.layered:
+                raise InputError(LAYERED)
+            slots.length = None  # somebody else writes, who does not say how much
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the name of the class that the cache came from."""
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as on an unpruned cache."""
+        slots: Slotted = getattr(self, _STATE)
+        length = int(self.get_seq_length())
+        n_gone = length - cropped_length(length, tokens_to_remove)
+        slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
+        super().crop(-n_gone)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Empty the cache; it is an ordinary one again."""
+        super().reset()  # type: ignore[misc]
+        delattr(self, _STATE)
+        self.__class__ = type(self).__mro__[2]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take rows as beam search does."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        getattr(self, _STATE).take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        getattr(self, _STATE).take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        slots = getattr(self, _STATE)
+        slots.take_rows(torch.arange(slots.n_rows, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+
+
+@functools.cache
+def _pruned_class(cls: type) -> type:
+    return type(f"Pruned{cls.__name__}", (_PrunedCache, cls), {"__module__": __name__})
+
+
+def _rebuild(cls: Any) -> Any:
+    return object.__new__(_pruned_class(cls))
+
+
+@functools.cache
+def check_classes() -> None:
+    """Check that upstream's caches have what pruning works with. Looked at once.
+
+    Raises:
+        UnsupportedModelError: they have not.
+    """
+    cache = need(_MODULE, "Cache", role="KV cache")
+    need_attributes(cache, (_LENGTH, _SIZES, "update", "crop", "reset", *_ROWS), role="function of the KV cache")
+    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")
+    wanted = (_LENGTH, _SIZES, "update", "crop", "reset", "is_sliding", "lazy_initialization", *_ROWS)
+    need_attributes(layer, wanted, role="attribute of a layer of the KV cache")
+    need_attributes(layer(), ("keys", "values", "is_initialized"), role="attribute of a layer of the KV cache")
+
+
+def slots_of(cache: Any) -> Any:
+    """What a pruned cache knows of its slots, None for any other cache or for no cache."""
+    return getattr(cache, _STATE, None)
+
+
+def record(cache: Any, slots: Slotted) -> None:
+    """Write down on `cache` which tokens its layers hold; from now on it is a pruned one."""
+    if slots_of(cache) is None:
+        cls: Any = type(cache)
+        cache.__class__ = _pruned_class(cls)
+    setattr(cache, _STATE, slots)
+
+
+def is_cache(thing: object) -> bool:
+    """Whether a thing is a KV cache of transformers."""
+    return isinstance(thing, need(_MODULE, "Cache", role="KV cache"))
+
+
+def cache_in(output: Any) -> Any:
+    """The KV cache among what a decoder returned, under whatever name; None where there is none."""
+    values = output if isinstance(output, tuple) else output.values() if hasattr(output, "values") else ()
+    return next((value for value in values if is_cache(value)), None)
+
+
+def no_cache(called: str, output: Any) -> UnsupportedModelError:
+    """The error for a decoder that was to keep a cache and returned none."""
+    seen = output.keys() if hasattr(output, "keys") else [type(output).__name__]
+    return missing("KV cache", of=f"what {called} returned", wanted=["cache", "past_key_values"], seen=seen)
+
+
+def layers_of(cache: Any) -> Sequence[Any]:
+    """The layers of a cache; those of a cache that grows as it is used are not all there before."""
+    return getattr(cache, "layers", ()) if cache is not None else ()
+
+
+def past_length(cache: Any) -> int:
+    """Tokens of the unpruned sequence that `cache` represents; 0 without a cache.
+
+    Raises:
+        InputError: it is of an unknown kind.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, _LENGTH):
+        raise InputError(f"the KV cache is a {type(cache).__name__}, which does not tell its length; {_KINDS}")
+    return int(cache.get_seq_length())
+
+
+def stored_length(layer: Any) -> int | None:
+    """Slots of one layer of a cache; None where it has none (linear attention) or where the device would have to be
+    waited for."""
+    ask = getattr(layer, _LENGTH, None)
+    length = None if ask is None else ask()
+    if isinstance(length, Tensor):
+        return int(length) if length.device.type == "cpu" else None
+    return length
+
+
+def layer_mask_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
+    """Number and first slot of the keys that `layer` looks at when `length` more slots come, straight from the
+    cache's layer."""
+    layers = layers_of(cache)
+    if layer >= len(layers):
+        return length, 0
+    n_keys, first = layers[layer].get_mask_sizes(length)
+    return int(n_keys), int(first)
+
+
+def first_key(cache: Any, length: int, layer: int) -> int:
+    """Position in the unpruned sequence of the first key that the mask of `layer` covers when `length` more tokens
+    come; asked of the whole cache, so before the decoder runs."""
+    layers = layers_of(cache)
+    return int(cache.get_mask_sizes(length, layer)[1]) if layer < len(layers) else 0
+
+
+def window_of(layer: Any) -> int | None:
+    """Sliding window of a cache layer in slots, or None for a layer that keeps everything."""
+    if not getattr(layer, "is_sliding", False):
+        return None
+    window = getattr(layer, "sliding_window", None)
+    if window is None and not hasattr(layer, "max_cache_len"):
+        raise missing("window", of=type(layer).__name__, wanted=["sliding_window", "max_cache_len"], seen=vars(layer))
+    return int(layer.max_cache_len if window is None else window)
+
+
+def cropped_length(length: int, tokens_to_remove: int) -> int:
+    """How many of `length` tokens the ``crop`` of an ordinary layer leaves: its argument means what it means to the
+    transformers that is installed."""
+    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")()
+    layer.update(*torch.empty(2, 1, 1, length, 1, dtype=torch.float32, device="cpu"))
+    layer.crop(tokens_to_remove)
+    return int(layer.get_seq_length())
+
+
+def new_cache(config: Any) -> Any:
+    """The cache that ``generate`` makes for a decoder."""
+    return need(_MODULE, "DynamicCache", role="KV cache that grows")(config=config)
+
+
+def check_cache(cache: Any, *, layered: bool = False) -> None:
+    """Check that a cache can go on after pruning.
+
+    Args:
+        cache: the cache, or None.
+        layered: whether its layers are to hold different tokens.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    if cache is not None and not hasattr(cache, "layers"):
+        raise UnsupportedModelError(f"cannot prune with a cache of type {type(cache).__name__}; {_KINDS}")
+    classes = {cls.__name__ for layer in layers_of(cache) for cls in type(layer).__mro__}
+    if layered and "QuantizedLayer" in classes:
+        raise UnsupportedModelError(
+            f"cannot prune between decoder layers with a {type(cache).__name__}: its layers keep one quantized block "
+            "each, which pruning layer by layer would cut differently; use DynamicCache or StaticCache, or a method "
+            "that prunes before the decoder"
+        )
+
+
+def keep_slots(layer: Any, index: Tensor, n_slots: int) -> None:
+    """Leave only the slots `index` `[B, M]` of the `n_slots` in a layer of a cache."""
+    if hasattr(layer, "take"):  # one of ours
+        layer.take(index)
+        return
+    keys, values = (
+        gather(x[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values)
+    )
+    if layer.keys.shape[2] == n_slots:
+        layer.keys, layer.values = keys.contiguous(), values.contiguous()
+        return
+    n_left = index.shape[1]  # a static cache keeps its storage
+    layer.keys[:, :, :n_left] = keys
+    layer.values[:, :, :n_left] = values
+    layer.cumulative_length.fill_(n_left)

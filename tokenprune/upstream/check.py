@@ -1,0 +1,89 @@
+"""What is said where a library below lacks something that is needed, and which of its versions are proven.
+
+Nothing is decided by a version: what is needed is looked for. The list of tested minors serves two ends: messages name
+it, and a transformers that is newer has to pass the self-check before a model is touched
+(:func:`tokenprune.testing.self_check`).
+"""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tokenprune.errors import UnsupportedModelError
+
+TESTED = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
+"""Minors of transformers on which the oracles of all families pass, oldest first."""
+_PROVEN: set[type] = set()
+
+
+def version_of(library: str = "transformers") -> str:
+    """Version of the library that is imported or, failing that, installed."""
+    loaded = getattr(sys.modules.get(library), "__version__", None)
+    if isinstance(loaded, str):
+        return loaded
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def is_newer_than_tested() -> bool:
+    """Whether the minor of the installed transformers is newer than the newest tested one."""
+
+    def minor(version: str) -> tuple[int, ...]:
+        parts = (part for part in version.split(".")[:2])
+        return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
+
+    return minor(version_of()) > minor(TESTED[-1])
+
+
+def needs_proof(decoder: object) -> bool:
+    """Whether the class of `decoder` has to pass the self-check in this process before it is touched."""
+    return is_newer_than_tested() and type(decoder) not in _PROVEN
+
+
+def note_proof(decoder: object) -> None:
+    """Note that the class of `decoder` has passed the self-check."""
+    _PROVEN.add(type(decoder))
+
+
+def missing(role: str, *, of: str, wanted: Iterable[str], seen: Iterable[object] = ()) -> UnsupportedModelError:
+    """The error for something that is not there under any name known.
+
+    Args:
+        role: what was looked for, in neutral words.
+        of: where.
+        wanted: the names that it is known by.
+        seen: the names that are there.
+    """
+    return UnsupportedModelError(
+        f"{of} has no {role} that is known: looked for {', '.join(wanted)}; transformers {version_of()} has "
+        f"{', '.join(map(str, seen)) or 'none'}; tested are transformers {TESTED[0]} to {TESTED[-1]}"
+    )
+
+
+def need(module: str, name: str, *, role: str) -> Any:
+    """`name` out of `module` of a library below.
+
+    Raises:
+        UnsupportedModelError: it is not there.
+    """
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise missing(role, of=module, wanted=[name], seen=[f"no such name ({error})"]) from error
+    return found
+
+
+def need_attributes(thing: object, names: Iterable[str], *, role: str) -> None:
+    """Check that `thing` has all attributes `names`.
+
+    Raises:
+        UnsupportedModelError: it has not.
+    """
+    if lacking := [name for name in names if not hasattr(thing, name)]:
+        called = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+        there = [name for name in dir(thing) if not name.startswith("_")]
+        raise missing(role, of=called, wanted=lacking, seen=there)

@@ -1,0 +1,214 @@
+"""Greedy generation with ``generate``, and what is read off the model, its prompt and what comes back."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.upstream import facts
+from tokenprune.upstream.attention import attention_of
+from tokenprune.upstream.caches import cache_in, is_cache
+from tokenprune.upstream.calls import first_of_kwargs, parameters_of, text_decoder
+from tokenprune.upstream.check import missing, need, version_of
+
+GREEDY: Mapping[str, object] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "eos_token_id": None,
+    "stop_strings": None,
+    "max_time": None,
+    "return_dict_in_generate": True,
+}
+"""Arguments that make ``generate`` run a fixed number of greedy steps. They hold for one call, no config is touched."""
+PROMPTS = ("input_ids", "inputs_embeds")
+"""Names of a prompt among the inputs of ``generate``: ids or embeddings."""
+_TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
+_CACHES = ("cache", "past_key_values", "cache_params")
+_NOT_INPUTS = {*GREEDY, *_CACHES, _TAP, _LENGTH, "max_length", "generation_config", "labels"}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one greedy generation returned.
+
+    Attributes:
+        ids: the new ids `[B, max_new_tokens]`.
+        cache: the KV cache at the end, None where there is none that is made of layers.
+        remark: why there is none though one was wanted; empty otherwise.
+    """
+
+    ids: Tensor
+    cache: Any
+    remark: str
+
+
+@functools.cache
+def _check_generate() -> None:
+    """Check that ``generate`` takes what a measured run is called with. Looked at once."""
+    generate = need("transformers", "GenerationMixin", role="way to generate").generate
+    if _TAP not in (seen := inspect.signature(generate).parameters):
+        raise missing("argument for a function that sees the logits", of="generate", wanted=[_TAP], seen=seen)
+    config = need("transformers", "GenerationConfig", role="settings of generate")()
+    if lacking := [name for name in (*GREEDY, _LENGTH) if not hasattr(config, name)]:
+        raise missing("setting", of="GenerationConfig", wanted=lacking, seen=vars(config))
+
+
+def generate_greedily(
+    model: Any, inputs: Mapping[str, Any], *, max_new_tokens: int, on_token: Callable[[], None]
+) -> Generated:
+    """Generate exactly `max_new_tokens` tokens; the end of a sequence does not stop it.
+
+    Args:
+        model: a transformers model with ``generate``.
+        inputs: what the processor returned. Dictionaries in it are not written to.
+        max_new_tokens: tokens to generate.
+        on_token: called before each token is chosen.
+
+    Raises:
+        UnsupportedModelError: something that is needed is not there under any name known.
+    """
+    if not callable(getattr(model, "generate", None)):
+        raise missing("way to generate", of=type(model).__name__, wanted=["generate"])
+    _check_generate()
+    n_seen = 0
+
+    def tap(_ids: Tensor, scores: Tensor) -> Tensor:
+        nonlocal n_seen
+        n_seen += 1
+        on_token()
+        return scores
+
+    processors = need("transformers", "LogitsProcessorList", role="list of functions that see the logits")
+    fresh = {name: dict(value) if type(value) is dict else value for name, value in inputs.items()}
+    output = model.generate(**fresh, **GREEDY, **{_LENGTH: max_new_tokens, _TAP: processors([tap])})
+    ids = getattr(output, _IDS, None)
+    if not isinstance(ids, Tensor):
+        raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=_names(output))
+    if n_seen != max_new_tokens:
+        raise UnsupportedModelError(
+            f"generate of {type(model).__name__} was to choose {max_new_tokens} tokens one by one, and {_TAP} saw "
+            f"{n_seen}, so that its steps cannot be told apart; transformers {version_of()}"
+        )
+    cache, remark = _cache_of(output, wanted=_wants_cache(model, inputs))
+    return Generated(ids[:, -max_new_tokens:], cache, remark)
+
+
+def _names(output: Any) -> list[str]:
+    return list(map(str, output)) if isinstance(output, Mapping) else [type(output).__name__]
+
+
+def _wants_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
+    name = "use_cache"
+    return inputs.get(name, getattr(getattr(model, "generation_config", None), name, None)) is not False
+
+
+def _cache_of(output: Any, *, wanted: bool) -> tuple[Any, str]:
+    """The KV cache among what ``generate`` returned and, where one is wanted and not found, a sentence on that."""
+    cache = cache_in(output)
+    if cache is None:
+        cache = next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
+    if cache is not None and (hasattr(cache, "layers") or _halves(cache)):
+        return cache, ""
+    found = f"it returned {', '.join(_names(output))}" if cache is None else f"it is a {type(cache).__name__}"
+    why = f"The KV cache was not measured: generate gave back none that is made of layers ({found})."
+    return None, why if wanted else ""
+
+
+def stored_by_layer(cache: Any) -> list[list[Tensor]]:
+    """The tensors that the layers of a KV cache hold, whatever they are called; counters are left out.
+
+    Args:
+        cache: a cache of transformers (anything with `layers`); an encoder-decoder cache has the layers of both halves.
+
+    Raises:
+        UnsupportedModelError: it is not made of layers.
+    """
+    parts = _halves(cache) or [cache]
+    if lacking := [type(part).__name__ for part in parts if not hasattr(part, "layers")]:
+        raise missing("layers", of=f"the KV cache {lacking[0]}", wanted=["layers"], seen=vars(parts[0]))
+    layers = [layer for part in parts for layer in part.layers]
+    return [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in layers]
+
+
+def _halves(cache: Any) -> list[Any]:
+    """The caches that a cache holds instead of layers of its own (encoder-decoder models)."""
+    return [part for part in getattr(cache, "__dict__", {}).values() if is_cache(part)]
+
+
+def logits_in(output: Any) -> Tensor:
+    """The logits `[B, L, V]` among what a model returned.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    logits = getattr(output, _LOGITS, None)
+    if not isinstance(logits, Tensor):
+        raise missing("logits", of="what the model returned", wanted=[_LOGITS], seen=_names(output))
+    return logits
+
+
+def decoder_apart(model: nn.Module) -> tuple[nn.Module | None, str]:
+    """The text decoder of a model, whose calls tell the stages of a generation apart; or None and a sentence on why."""
+    decoder = text_decoder(model)
+    if decoder is None or decoder is model:
+        return None, f"The stages before the first token were not told apart: {type(model).__name__} has no text decoder."
+    if all(getattr(getattr(part, "config", None), "vision_config", None) is not None for part in (model, decoder)):
+        return None, (
+            "The stages before the first token were not told apart: the text decoder that "
+            f"{type(model).__name__} names, {type(decoder).__name__}, holds the vision encoder."
+        )
+    return decoder, ""
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a text decoder; empty where they are not found."""
+    found = facts.layers_of(decoder) if hasattr(getattr(decoder, "config", None), "num_hidden_layers") else None
+    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return found or max(lists, key=len, default=[])
+
+
+def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Length L of the hidden states `[B, L, D]` that a decoder layer is called with.
+
+    Raises:
+        UnsupportedModelError: they do not come first.
+    """
+    names = [] if args else [name for name in parameters_of(layer) if name in kwargs]
+    states = kwargs[names[0]] if names else first_of_kwargs(args, kwargs)
+    if not isinstance(states, Tensor) or states.ndim != 3:
+        raise missing("hidden states", of=f"a call of {type(layer).__name__}", wanted=["a tensor [B, L, D]"], seen=kwargs)
+    return states.shape[1]
+
+
+def attention_width(layer: nn.Module) -> int | None:
+    """Width of all heads of a decoder layer's attention together, `H K`; None where it cannot be told."""
+    attention: Any = attention_of(layer)
+    config = getattr(attention, "config", None)
+    width = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None)
+    return width * heads if isinstance(width, int) and isinstance(heads, int) else None
+
+
+def prompt_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The prompt among the inputs of ``generate``: ids `[B, L]` or embeddings `[B, L, D]`."""
+    return next((found for name in PROMPTS if isinstance(found := inputs.get(name), Tensor)), None)
+
+
+def not_inputs(inputs: Mapping[str, Any]) -> list[str]:
+    """Names among the inputs of ``generate`` that are no part of a prompt: settings, labels, a KV cache."""
+    return sorted(str(name) for name, value in inputs.items() if name in _NOT_INPUTS or is_cache(value))
+
+
+def end_ids(model: Any) -> int | list[int] | None:
+    """The ids that end a sequence, as the model's settings for ``generate`` have them."""
+    config = getattr(model, "generation_config", None)
+    if config is not None and not hasattr(config, "eos_token_id"):
+        raise missing("end of a sequence", of=type(config).__name__, wanted=["eos_token_id"], seen=vars(config))
+    found: int | list[int] | None = getattr(config, "eos_token_id", None)
+    return found
