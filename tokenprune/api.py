@@ -246,9 +246,7 @@ def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
 def _refuse_split(model: nn.Module, sites: Sequence[str]) -> None:
     """Under tensor parallelism only what enters the decoder is the same on all processes."""
     inside = [site for site in sites if site != "before_llm"]
-    split = tensor_parallel(model) or any(
-        type(one).__name__ == "DTensor" for one in model.parameters()
-    )
+    split = tensor_parallel(model) or any(type(one).__name__ == "DTensor" for one in model.parameters())
     if inside and split:
         raise OptionError(
             f"the weights of {type(model).__name__} are split over several processes (tp_plan), each of which sees the "

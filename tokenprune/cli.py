@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import json
-import logging
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
 from tokenprune.specs import methods_with, split_methods
 from tokenprune.upstream.families import FAMILIES, REFUSED
+from tokenprune.upstream.loading import quieten
 
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and see what that saves and what it changes."
 QUESTION = "What is shown in this image?"
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 with one line on stderr."""
     try:
         options = make_parser().parse_args(argv, argparse.Namespace(notes=[]))
-        _quieten()
+        quieten(bars=sys.stderr.isatty())  # no chatter between the lines, and bars for a terminal alone
         options.run(options)
         for note in options.notes:
             print(note, file=sys.stderr)
@@ -221,13 +221,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def _quieten() -> None:
-    """No chatter of libraries between the lines; progress bars only for a terminal."""
-    import transformers
-
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()

@@ -6,9 +6,10 @@ activations and rotary embedding are left out: they are well below a percent at 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
+
+from tokenprune.upstream.generating import attention_width, decoder_layers
 
 
 def decoder_flops_g(decoder: nn.Module, *, rows: int, lengths: Sequence[int]) -> float | None:
@@ -23,12 +24,12 @@ def decoder_flops_g(decoder: nn.Module, *, rows: int, lengths: Sequence[int]) ->
         None where the decoder is of another build (experts, convolutions, recurrent layers): better no figure than a
         wrong one.
     """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != len(lengths) or not lengths or min(lengths) < 1:
+    layers = decoder_layers(decoder)
+    if len(layers) != len(lengths) or not lengths or min(lengths) < 1:
         return None
     total = 0
     for layer, length in zip(layers, lengths, strict=True):
-        weights, width = _linear_weights(layer), _attention_width(layer, decoder.config)
+        weights, width = _linear_weights(layer), attention_width(layer)
         if weights is None or width is None:
             return None
         total += 2 * rows * length * weights + 4 * rows * length * length * width
@@ -45,11 +46,3 @@ def _linear_weights(layer: nn.Module) -> int | None:
         elif next(module.parameters(recurse=False), None) is not None and "Norm" not in type(module).__name__:
             return None
     return total
-
-
-def _attention_width(layer: nn.Module, config: Any) -> int | None:
-    """Width of all heads together, `H K`."""
-    attention = getattr(layer, "self_attn", None)
-    head = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None)
-    return head * heads if isinstance(head, int) and isinstance(heads, int) else None

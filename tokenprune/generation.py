@@ -5,7 +5,7 @@ prompt with everything that pruning does in it, the head with the choice of the 
 Both runs of a comparison take the same number of steps: the end of a sequence does not stop them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.flops import decoder_flops_g
 from tokenprune.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, watch_peak, watch_resident
-
-GREEDY: Mapping[str, object] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "eos_token_id": None,
-    "stop_strings": None,
-    "max_time": None,
-    "return_dict_in_generate": True,
-}
-"""Arguments that make ``generate`` run a fixed number of greedy steps. They hold for one call, no config is touched."""
+from tokenprune.upstream.generating import GREEDY as GREEDY
+from tokenprune.upstream.generating import (
+    decoder_apart,
+    decoder_layers,
+    generate_greedily,
+    logits_in,
+    tokens_entering,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Inspection:
         layer_tokens: length of the sequence that entered each decoder layer in the prefill, text and padding included;
             empty if the decoder shows no layers.
         layer_kv_mib: KV cache of each layer at the end; empty if the model kept none.
+        remarks: sentences on what could not be found out, with the reason.
     """
 
     new_ids: Tensor
@@ -76,24 +75,7 @@ class Inspection:
     formula_flops_g: float | None
     layer_tokens: tuple[int, ...]
     layer_kv_mib: tuple[float, ...]
-
-
-def _greedy(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, on_token: Callable[[], None]) -> Any:
-    """Generate; `on_token` is called before each token is chosen. Dictionaries among the inputs are not written to."""
-    from transformers import LogitsProcessorList
-
-    def tap(input_ids: Tensor, scores: Tensor) -> Tensor:
-        on_token()
-        return scores
-
-    fresh = {name: dict(value) if type(value) is dict else value for name, value in inputs.items()}
-    return model.generate(**fresh, **GREEDY, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([tap]))
-
-
-def _decoder(model: Any) -> nn.Module | None:
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else None
+    remarks: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -125,9 +107,9 @@ def time_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_toke
         max_new_tokens: tokens to generate.
     """
     watch = Stopwatch(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
-    with _marked(_decoder(model), watch.mark):
+    with _marked(decoder_apart(model)[0], watch.mark):
         watch.mark("start")
-        output = _greedy(model, inputs, max_new_tokens, lambda: watch.mark("token"))
+        output = generate_greedily(model, inputs, max_new_tokens=max_new_tokens, on_token=lambda: watch.mark("token"))
         watch.mark("end")
         del output
     marks = watch.read()
@@ -163,14 +145,14 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
     """Run one greedy generation of exactly `max_new_tokens` tokens and note what it computed, held and returned."""
     logits: list[Tensor] = []
     marks: list[tuple[str, float]] = []
-    decoder, meter = _decoder(model), Meter()
+    (decoder, apart), meter = decoder_apart(model), Meter()
 
     def mark(name: str) -> None:
         marks.append((name, meter.flops))
 
     def note_logits(_module: nn.Module, _args: Any, output: Any) -> None:
         if "token" not in dict(marks):  # overwritten until the first token is chosen: a prompt may come in chunks
-            logits[:] = [output.logits[:, -1].detach().float().cpu()]
+            logits[:] = [logits_in(output)[:, -1].detach().float().cpu()]
 
     devices = [parameter.device for parameter in model.parameters()]
     handle = model.register_forward_hook(note_logits)
@@ -182,38 +164,58 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
             _marked(decoder, mark),
             _layer_lengths(decoder) as lengths,
         ):
-            output = _greedy(model, inputs, max_new_tokens, lambda: mark("token"))
+            output = generate_greedily(model, inputs, max_new_tokens=max_new_tokens, on_token=lambda: mark("token"))
             highest, resident = read(), read_resident()
     finally:
         handle.remove()
     mark("end")
-    cache = getattr(output, "past_key_values", None)
-    rows = logits[0].shape[0]
+    if not logits:
+        raise UnsupportedModelError(f"generate of {type(model).__name__} did not call the model it belongs to")
+    cache, rows = output.cache, logits[0].shape[0]
+    stages, formula = _stages(marks), None if decoder is None else decoder_flops_g(decoder, rows=rows, lengths=lengths)
+    remarks = [apart, output.remark, *_lacking(decoder, stages, lengths, formula)]
     return Inspection(
-        new_ids=output.sequences[:, -max_new_tokens:].cpu(),
+        new_ids=output.ids.cpu(),
         first_logits=logits[0],
         kv_mib=None if cache is None else kv_mib(cache),
         peak_mib=highest,
         resident_peak_mib=resident,
-        flops_g={stage: flops / 1e9 for stage, flops in _stages(marks).items()},
-        formula_flops_g=None if decoder is None else decoder_flops_g(decoder, rows=rows, lengths=lengths),
+        flops_g={stage: flops / 1e9 for stage, flops in stages.items()},
+        formula_flops_g=formula,
         layer_tokens=tuple(lengths),
         layer_kv_mib=() if cache is None else kv_mib_by_layer(cache),
+        remarks=tuple(filter(None, remarks)),
     )
+
+
+def _lacking(
+    decoder: nn.Module | None, stages: Mapping[str, float], lengths: Sequence[int], formula: float | None
+) -> Iterator[str]:
+    """Sentences on what could not be found out, so that a report lacks it."""
+    if decoder is None:
+        return
+    name = type(decoder).__name__
+    if "prefill" not in stages:
+        yield f"The stages before the first token were not told apart: generate did not call the text decoder {name}."
+    elif not lengths:
+        yield f"Tokens by layer were not counted: {name} shows no list of layers."
+    elif formula is None:
+        yield (
+            f"The prefill has no formula to hold its arithmetic against: the layers of {name} are not all softmax "
+            "attention, linear maps and norms of a known build."
+        )
 
 
 @contextmanager
 def _layer_lengths(decoder: nn.Module | None) -> Iterator[list[int]]:
     """Note the length of the sequence that enters each layer of `decoder` the first time."""
-    layers = getattr(decoder, "layers", None)
-    layers = list(layers) if isinstance(layers, nn.ModuleList) else []
+    layers = [] if decoder is None else decoder_layers(decoder)
     lengths = [0] * len(layers)
 
     def hook(place: int) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs.get("hidden_states")
-            if not lengths[place] and isinstance(states, Tensor):
-                lengths[place] = states.shape[1]
+            if not lengths[place]:
+                lengths[place] = tokens_entering(layers[place], args, kwargs)
 
         return note
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tokenprune.errors import InputError, OptionError, UnsupportedModelError
+from tokenprune.upstream.loading import image_mark, load_pretrained, n_unknown, process, prompt_counts, text_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,8 +54,6 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
         OptionError: there is no such model or device, or the model cannot be loaded.
         UnsupportedModelError: it does not turn images and text into text.
     """
-    import transformers
-
     if device == "cuda" and not torch.cuda.is_available():
         raise OptionError("device cuda was asked for, but torch sees no CUDA device")
     path = Path(name)
@@ -67,15 +66,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise UnsupportedModelError(
-                f"{name} is a {config.model_type} model, which does not turn images and text into text"
-            )
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        if not hasattr(processor, "image_processor"):
-            raise UnsupportedModelError(f"{name} has no processor for images")
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=kind).eval().to(device)
+        model, processor = load_pretrained(name, dtype=kind, device=device)
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a checkpoint can be wrong in as many ways as there are loaders
@@ -137,19 +128,13 @@ def prepare(loaded: Loaded, image: "Image.Image", question: str, **processing: A
     Raises:
         InputError: the model's processor refuses them.
     """
-    processor, weight = loaded.processor, next(loaded.model.parameters())
-    mark = getattr(processor, "image_token", None) or "<image>"
+    mark, weight = image_mark(loaded.processor), next(loaded.model.parameters())
     if mark in question:
         raise InputError(f"the question must not hold {mark}, which stands for the image")
-    text = f"{mark}\n{question}"
     try:
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
-            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        begins = getattr(processor.tokenizer, "bos_token", None)  # templates write it themselves
-        special = {"add_special_tokens": False} if begins and text.startswith(begins) else {}
-        inputs = processor(images=image, text=text, return_tensors="pt", **special, **processing)
+        inputs = process(loaded.processor, image, question, **processing)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # processors refuse odd sizes and shapes each in their own way
         raise InputError(
             f"the processor of {loaded.name} refuses this picture or question: {one_line(error)}"
@@ -160,28 +145,20 @@ def prepare(loaded: Loaded, image: "Image.Image", question: str, **processing: A
 def in_known_words(processor: Any, question: str) -> tuple[str, int]:
     """The question as it is or, where a small vocabulary lacks some of it, in lower case with marks set apart; and how
     many of its words are unknown even so."""
-    tokenizer = processor.tokenizer
-
-    def unknown(text: str) -> int:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return 0 if tokenizer.unk_token_id is None else int(ids.count(tokenizer.unk_token_id))
-
     simple = " ".join(re.findall(r"\w+|[^\w\s]", question.lower()))
-    best = min(question, simple, key=unknown)
-    return best, unknown(best)
+    best = min(question, simple, key=lambda text: n_unknown(processor, text))
+    return best, n_unknown(processor, best)
 
 
 def decode(loaded: Loaded, ids: Any) -> str:
     """Generated ids of one row as text, up to the end of the sequence."""
-    eos = getattr(loaded.model.generation_config, "eos_token_id", None)
-    ends = set(eos if isinstance(eos, list) else [eos])
-    row = [int(number) for number in ids]
-    row = row[: next((place for place, number in enumerate(row) if number in ends), len(row))]
-    return " ".join(loaded.processor.tokenizer.decode(row, skip_special_tokens=True).split())
+    return text_of(loaded.model, loaded.processor, ids)
 
 
 def n_visual(model: Any, inputs: Mapping[str, Any]) -> int:
-    """Placeholders of visual tokens in a prompt."""
-    names = ("image_token_id", "image_patch_id", "image_token_index")
-    ids = {value for name in names if isinstance(value := getattr(model.config, name, None), int)}
-    return int(sum((inputs["input_ids"] == number).sum() for number in ids))
+    """Placeholders of visual tokens in a prompt.
+
+    Raises:
+        UnsupportedModelError: the prompt or the id of the placeholders cannot be told.
+    """
+    return prompt_counts(model, inputs)[1]

@@ -17,7 +17,7 @@ import ctypes
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import OptionError
+from tokenprune.upstream.generating import stored_by_layer
 
 MIB = 2.0**20
 
@@ -257,26 +258,18 @@ def kv_mib(cache: object) -> float:
 
     Args:
         cache: a cache of transformers (anything with `layers`); of an encoder-decoder cache both halves count.
+
+    Raises:
+        UnsupportedModelError: it is not made of layers.
     """
-    return _stored_mib(_layers(cache))
+    return _mib(leaf for layer in stored_by_layer(cache) for leaf in layer)
 
 
 def kv_mib_by_layer(cache: object) -> tuple[float, ...]:
     """The same for each layer of the cache; a storage that layers share counts in each of them."""
-    return tuple(_stored_mib([layer]) for layer in _layers(cache))
+    return tuple(map(_mib, stored_by_layer(cache)))
 
 
-def _layers(cache: object) -> list[object]:
-    halves = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-    parts = [half for half in halves if half is not None] or [cache]
-    return [layer for part in parts for layer in getattr(part, "layers", [])]
-
-
-def _stored_mib(layers: Sequence[object]) -> float:
-    storages: dict[int, int] = {}
-    names = ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states")
-    for leaf in tree_leaves([getattr(layer, name, None) for layer in layers for name in names]):
-        if isinstance(leaf, Tensor):
-            storage = leaf.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values()) / MIB
+def _mib(tensors: Iterable[Tensor]) -> float:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) / MIB

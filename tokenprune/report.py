@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.comparison import (
     SHOWN_ROWS,
@@ -26,7 +26,7 @@ from tokenprune.comparison import (
     latencies,
 )
 from tokenprune.errors import OptionError
-from tokenprune.generation import GREEDY, Generation, Inspection, inspect_generation, time_generation
+from tokenprune.generation import Generation, Inspection, inspect_generation, time_generation
 from tokenprune.measure import rounds
 from tokenprune.progress import progress
 from tokenprune.signals import Trace, Traffic
@@ -45,18 +45,10 @@ from tokenprune.sites import (
 )
 from tokenprune.tables import Table, as_html, as_markdown, as_text, number, plain
 from tokenprune.traffic import TRAFFIC_HEADER, traffic_rows, traffic_sentence
+from tokenprune.upstream.generating import PROMPTS, end_ids, not_inputs, prompt_of
 
 WIDTH = 100
 SHOWN_LAYERS = 40
-NOT_INPUTS = {
-    *GREEDY,
-    "max_new_tokens",
-    "max_length",
-    "logits_processor",
-    "generation_config",
-    "past_key_values",
-    "labels",
-}
 
 
 class SessionLike(Protocol):
@@ -101,7 +93,8 @@ class Report:
         break_even: an estimate of the number of visual tokens from which on pruning pays here, and which stage takes
             the dense time; None if nothing was measured or there was no visual token.
         traffic: bytes of keys and values that the last generation read, where a method counts them.
-        remarks: what the methods could not do everywhere in this model, and how many heads its blocks keep.
+        remarks: what the methods could not do everywhere in this model, how many heads its blocks keep, and what could
+            not be measured, with the reason.
     """
 
     model: str
@@ -231,9 +224,10 @@ def build(session: SessionLike, inputs: Any = None, *, max_new_tokens: int = 16,
     selection = [sum(trace.overhead_ms for trace in run) for run in traces]
     costs = (*tokens, *latencies(timed, selection), *amounts(**inspected))
     setting = {**_machine(session.model), "repeats": repeats, "max_new_tokens": max_new_tokens}
-    eos = getattr(getattr(session.model, "generation_config", None), "eos_token_id", None)
     layers = layers_of(sites, **inspected)
-    drifted = drift(**inspected, eos=eos)
+    drifted = drift(**inspected, eos=end_ids(session.model))
+    lacking = dict.fromkeys(remark for seen_of in inspected.values() for remark in seen_of.remarks)
+    said["remarks"] = (*said["remarks"], *lacking)
     return Report(model, methods, sites, setting, costs, drifted, layers, break_even(costs), session.traffic, **said)
 
 
@@ -287,12 +281,12 @@ def _check(model: nn.Module, inputs: Any, max_new_tokens: int, repeats: int) -> 
         raise OptionError(
             f"inputs must map argument names to tensors, as what a processor returns does, got {type(inputs).__name__}"
         )
-    if not any(isinstance(inputs.get(name), Tensor) for name in ("input_ids", "inputs_embeds")):
+    if prompt_of(inputs) is None:
         raise OptionError(
-            "inputs hold no prompt: a tensor `input_ids` or `inputs_embeds` is needed (with a processor: "
+            f"inputs hold no prompt: a tensor {' or '.join(PROMPTS)} is needed (with a processor: "
             f'return_tensors="pt"); got {sorted(map(str, inputs)) or "nothing"}'
         )
-    if taken := sorted(NOT_INPUTS.intersection(inputs)):
+    if taken := not_inputs(inputs):
         raise OptionError(
             f"inputs must not hold {', '.join(taken)}: a report runs the prompt from its start and decides itself how "
             "to generate; leave that out"

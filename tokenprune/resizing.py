@@ -5,7 +5,6 @@ given smaller pixels by their image processor, and their position embeddings are
 encoder, where it can. A model that was trained on one resolution answers worse then than one trained on many.
 """
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.loading import Loaded, n_visual, prepare
 from tokenprune.schedule import count
+from tokenprune.upstream.loading import ask_to_interpolate, interpolators, smaller_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +36,8 @@ def resized_inputs(loaded: Loaded, image: "Image.Image", question: str, *, keep:
     scale = math.sqrt(wanted / whole) if whole else 1.0
     width, height = (max(1, round(side * scale)) for side in image.size)
     ways: list[tuple[Any, dict[str, Any]]] = [(image.resize((width, height)), {})]
-    if _interpolated(loaded.model) and (smaller := _smaller(loaded, scale)) is not None:
+    smaller = smaller_pixels(loaded.model, loaded.processor, scale) if interpolators(loaded.model) else None
+    if smaller is not None:
         ways.append((image, smaller))
     found = []
     for picture, options in ways:
@@ -54,40 +55,14 @@ def resized_inputs(loaded: Loaded, image: "Image.Image", question: str, *, keep:
     return best[1]
 
 
-def _smaller(loaded: Loaded, scale: float) -> dict[str, Any] | None:
-    """Options of an image processor with a fixed `size`, for pixels so much smaller in whole patches."""
-    images, vision = loaded.processor.image_processor, getattr(loaded.model.config, "vision_config", None)
-    patch, size = getattr(vision, "patch_size", None), getattr(images, "size", None)
-    if not isinstance(patch, int) or not size:
-        return None
-    names = ("height", "width", "shortest_edge")
-    sides = {name: size[name] for name in names if name in size and isinstance(size[name], int)}
-    if not sides:
-        return None
-    smaller = {name: patch * max(1, round(side * scale / patch)) for name, side in sides.items()}
-    side = min(smaller.values())
-    crop = {"crop_size": {"height": smaller.get("height", side), "width": smaller.get("width", side)}}
-    return {"size": smaller, **(crop if getattr(images, "crop_size", None) else {})}
-
-
-def _interpolated(model: nn.Module) -> list[nn.Module]:
-    """Modules that can interpolate their position embeddings, if asked to."""
-    name = "interpolate_pos_encoding"
-    return [
-        module
-        for module in model.modules()
-        if callable(getattr(module, name, None)) and name in inspect.signature(module.forward).parameters
-    ]
-
-
 @contextmanager
 def interpolating(model: nn.Module) -> Iterator[None]:
     """Within the block the vision encoder interpolates its position embeddings to the size of what it is given."""
 
     def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "interpolate_pos_encoding": True}
+        return args, ask_to_interpolate(kwargs)
 
-    handles = [module.register_forward_pre_hook(ask, with_kwargs=True) for module in _interpolated(model)]
+    handles = [module.register_forward_pre_hook(ask, with_kwargs=True) for module in interpolators(model)]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from tokenprune.api import patch
 from tokenprune.comparison import drift
 from tokenprune.errors import OptionError, TokenPruneError, UnsupportedModelError
 from tokenprune.generation import Generation, Inspection, inspect_generation, time_generation
-from tokenprune.loading import Loaded, decode, n_visual, prepare
+from tokenprune.loading import Loaded, decode, prepare
 from tokenprune.measure import Timing, rounds
 from tokenprune.methods.base import Method
 from tokenprune.progress import progress
@@ -21,6 +21,8 @@ from tokenprune.resizing import interpolating, resized_inputs
 from tokenprune.schedule import check_keep
 from tokenprune.side_by_side import Comparison, Row
 from tokenprune.specs import parse_methods, takes
+from tokenprune.upstream.generating import end_ids
+from tokenprune.upstream.loading import prompt_counts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,9 +162,10 @@ def compare(
         one = shown[int(name)]
         with _in_force(loaded.model, one):
             timed[int(name)].append(time_generation(loaded.model, one.inputs[0], max_new_tokens=max_new_tokens))
+    said = dict.fromkeys(remark for runs in seen for run in runs for remark in run.remarks)
     rows = [_row(loaded, *found, seen[0], expected) for found in zip(shown, seen, timed, strict=True)]
     setting = {"max_new_tokens": max_new_tokens, "repeats": repeats}
-    return Comparison(loaded.label, tuple(questions), tuple(expected), tuple(rows), tuple(notes), setting)
+    return Comparison(loaded.label, tuple(questions), tuple(expected), tuple(rows), (*notes, *said), setting)
 
 
 def _in_force(model: Any, candidate: Candidate) -> AbstractContextManager[Any]:
@@ -180,16 +183,14 @@ def _row(
     dense: Sequence[Inspection],
     expected: Sequence[str],
 ) -> Row:
-    eos = getattr(loaded.model.generation_config, "eos_token_id", None)
-    drifts = [drift(theirs, ours, eos=eos) for theirs, ours in zip(dense, seen, strict=True)]
+    drifts = [drift(theirs, ours, eos=end_ids(loaded.model)) for theirs, ours in zip(dense, seen, strict=True)]
     answers, wanted = (tuple(decode(loaded, one.new_ids[0]) for one in side) for side in (seen, dense))
-    visual = n_visual(loaded.model, candidate.inputs[0])
-    n_text = candidate.inputs[0]["input_ids"].shape[1] - visual
+    length, visual = prompt_counts(loaded.model, candidate.inputs[0])
     decoding = [run.decode_ms for run in timed if run.decode_ms is not None]
     return Row(
         method=candidate.name,
         keep=candidate.keep,
-        visual_tokens=statistics.fmean(seen[0].layer_tokens) - n_text if seen[0].layer_tokens else visual,
+        visual_tokens=statistics.fmean(seen[0].layer_tokens) - (length - visual) if seen[0].layer_tokens else visual,
         prefill_share=_prefill_share(seen[0], dense[0]),
         agreement=statistics.fmean(one.equal_tokens[0] / one.compared_tokens[0] for one in drifts),
         same_answers=statistics.fmean(map(str.__eq__, answers, wanted)),

@@ -119,7 +119,7 @@ def self_check(adapter: DecoderAdapter) -> None:
     seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=weight.device).tril()
     seen = seen & kept & padding[:, None, :].bool()
     mask = hidden_mask(seen, additive=facts.eager, dtype=weight.dtype)
-    dense = call_decoder(decoder, embeds=embeds, mask=mask, positions=positions, use_cache=False)
+    dense = call_decoder(decoder, embeds=embeds, mask=mask, positions=positions)
     compare("prefill", prefill[0, kept[:-1]], dense[0, :-1][kept[:-1]])
     compare("prefill of the padded row", prefill[1, pad:][kept[pad:-1]], dense[1, pad:-1][kept[pad:-1]])
     compare("decoding step", step[:, 0], dense[:, -1])

@@ -12,6 +12,7 @@ every mask that is built above the decoder comes out as for the unpruned sequenc
 """
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,17 +134,26 @@ class Ledger:
         """How many more tokens than slots there are in a layer."""
         return self.at(layer).dropped
 
-    def crop(self, n_gone: int, physical: Any) -> None:
-        """Forget the last `n_gone` tokens; `physical` gives the length of a layer in slots.
+    def crop(self, n_gone: int, physical: Any) -> Callable[[], None]:
+        """What forgets the last `n_gone` tokens, to be called once they are out of the cache.
+
+        Args:
+            n_gone: how many.
+            physical: gives the length of a layer in slots.
 
         Raises:
-            InputError: that would cut into pruned tokens; nothing was changed.
+            InputError: that would cut into pruned tokens.
         """
         lengths = [int(physical(start)) for start in self.starts]
-        self.parts = tuple(
+        parts = tuple(
             slots.cropped(n_slots=max(0, n_slots - n_gone)) for slots, n_slots in zip(self.parts, lengths, strict=True)
         )
-        self.length = None if self.length is None else self.length - n_gone
+
+        def finish() -> None:
+            self.parts = parts
+            self.length = None if self.length is None else self.length - n_gone
+
+        return finish
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep some rows of the batch."""
@@ -153,6 +163,10 @@ class Ledger:
         heads = self.head_scores
         self.head_scores = None if heads is None else heads[rows.to(heads.device)]
         self.scores = {probe: scores[rows.to(scores.device)] for probe, scores in self.scores.items()}
+
+    def is_stale(self, cache: Any) -> bool:
+        """Whether somebody has emptied `cache` since."""
+        return bool(self.length) and all(stored_length(layer) == 0 for layer in layers_of(cache))
 
     def check(self, cache: Any) -> None:
         """Check that the layers of `cache` are as long as is written down here.

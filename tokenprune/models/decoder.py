@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenprune.errors import InputError, OptionError
 from tokenprune.models import eviction, layers, masks
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.cache import ledger_of
+from tokenprune.models.cache import Ledger, ledger_of
 from tokenprune.models.forward import CURRENT, Call, Forward, Segment, current, first_segments
 from tokenprune.models.planning import plan_inside
 from tokenprune.models.selection import (
@@ -39,6 +39,7 @@ from tokenprune.upstream.caches import (
     cache_in,
     check_cache,
     check_classes,
+    forget,
     layers_of,
     no_cache,
     past_length,
@@ -70,6 +71,7 @@ class DecoderAdapter:
         self.decoder = decoder
         self.row = family
         self.facts = DecoderFacts(decoder)
+        self._unpacks = self.facts.flash
         check_classes()
         check_builder()
         check_decoder(decoder, planes=n_planes(root) > 0)
@@ -163,6 +165,9 @@ class DecoderAdapter:
     def _shorten(self, engine: Engine, state: Forward | None, given: DecoderCall) -> bool:
         """Change what the decoder is given; False where it may stay as it is."""
         ledger = ledger_of(given.cache)
+        if ledger is not None and ledger.is_stale(given.cache):
+            forget(given.cache)
+            ledger = None
         with_ids = given.embeds is None and given.ids is not None
         if given.embeds is None and given.ids is not None and state is not None and not self.row.ids:
             given.embeds = self._shape_of(given.ids)  # a model of text hands ids to its decoder
@@ -173,8 +178,7 @@ class DecoderAdapter:
         layered = bool(engine.layer_reducers())
         if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
-        if ledger is not None:
-            ledger.check(given.cache)
+        self._check_call(given, ledger)
         started = time.perf_counter()
         state = Forward(engine, Prompt(), None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
@@ -198,6 +202,31 @@ class DecoderAdapter:
         if with_ids:
             given.embeds = None
         return True
+
+    def _check_call(self, given: DecoderCall, ledger: Ledger | None) -> None:
+        """Check what a call brings against what is known.
+
+        Raises:
+            InputError: the cache is not what the mask or its own ledger says, or attention was changed to one that needs
+                hooks of its own.
+        """
+        if self.facts.flash and not self._unpacks:
+            raise InputError(
+                f"{self.facts.called} runs {self.facts.implementation!r} now, which it did not when it was patched; call "
+                "tokenprune.patch after set_attn_implementation"
+            )
+        if ledger is not None:
+            ledger.check(given.cache)
+            return
+        assert given.embeds is not None
+        past, mask = past_length(given.cache), given.mask
+        total = past + given.embeds.shape[1]
+        if past and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > total:
+            raise InputError(
+                f"the attention mask covers {mask.shape[1]} tokens, and the KV cache and this call hold {total}: a "
+                "pruned cache that was built anew out of its tensors no longer knows what was pruned; copy it with "
+                "copy.deepcopy, or cut it with cache.crop"
+            )
 
     def _shape_of(self, ids: Tensor) -> Tensor:
         """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that the decoder computes in."""
@@ -332,7 +361,7 @@ class DecoderAdapter:
             ledger.length = call.past + call.length
         if cache is None and (state.steering or not kept_all):
             cache = cache_in(output)
-            if cache is None and self.facts.caches(given.use_cache):
+            if cache is None and self.facts.caches(given.caches):
                 raise no_cache(self.facts.called, output)
         if cache is not None and (not kept_all or (ledger is None and (state.scoring or state.steering))):
             ledger = state.ledger(call)

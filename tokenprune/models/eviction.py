@@ -98,7 +98,9 @@ def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
     parts = []
     for layer, keep in enumerate(plan.keep):
         slots = ledger.at(layer)
-        parts.append(_shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total))
+        parts.append(
+            _shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total)
+        )
     ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
 
 

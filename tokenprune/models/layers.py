@@ -52,6 +52,23 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
     return enter
 
 
+def unpacking_hook(engine: Engine) -> Any:
+    """The hook of a layer with flash attention, which takes gaps in positions for several sequences packed into a row.
+
+    Positions are in the rotary embeddings by then, so the layer goes without.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = current(engine)
+        if state is None or state.call is None:
+            return None
+        given = LayerCall.read(module, args, kwargs)
+        given.positions = None
+        return given.arguments()
+
+    return enter
+
+
 def restoring_hook(engine: Engine) -> Any:
     """The hook after the last layer of a decoder that counts on its unpruned length right there."""
 

@@ -133,9 +133,7 @@ def offsets_of(mask: Any, cache: Any, facts: DecoderFacts, length: int) -> dict[
     To be asked before the decoder runs, while the cache answers in tokens.
     """
     kinds: list[str | None] = sorted(mask) if isinstance(mask, dict) else [None]
-    return {
-        kind: 0 if facts.is_recurrent(kind) else first_key(cache, length, facts.layer_of(kind)) for kind in kinds
-    }
+    return {kind: 0 if facts.is_recurrent(kind) else first_key(cache, length, facts.layer_of(kind)) for kind in kinds}
 
 
 def prune_mask(mask: Any, layout: Layout, cache: Any, facts: DecoderFacts, offsets: dict[str | None, int]) -> Any:
@@ -165,7 +163,14 @@ def prune_mask(mask: Any, layout: Layout, cache: Any, facts: DecoderFacts, offse
 
 
 def layer_mask(
-    mask: Any, layout: Layout, cache: Any, facts: DecoderFacts, offsets: dict[str | None, int], *, layer: int, like: Tensor
+    mask: Any,
+    layout: Layout,
+    cache: Any,
+    facts: DecoderFacts,
+    offsets: dict[str | None, int],
+    *,
+    layer: int,
+    like: Tensor,
 ) -> Any:
     """What one decoder layer is to get as `attention_mask`, in the form that its attention takes.
 

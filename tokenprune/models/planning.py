@@ -67,9 +67,12 @@ def plan_inside(
     """
     reducers = engine.layer_reducers()
     check_entrance(engine, facts)
-    if not reducers:
+    if not reducers and not facts.flash:
         return Inside()
     modules = find_layers(decoder, facts)
+    last: list[Hook | Swap] = [Hook(module, "pre", between.unpacking_hook(engine)) for module in modules if facts.flash]
+    if not reducers:
+        return Inside(tuple(last))
     cuts = plan_cuts(reducers, len(modules))
     guard, plan = plan_text(reducers, facts, n_layers=len(modules), has_images=has_images)
     probes = plan_probes(cuts, modules, plan)
@@ -88,7 +91,7 @@ def plan_inside(
         hooks += plan_projections(engine, attention, modules)
         if attention.threshold is not None:
             check_planes(facts)
-    return Inside(tuple(hooks), probes, guard, plan, attention)
+    return Inside((*hooks, *last), probes, guard, plan, attention)
 
 
 def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module]) -> AttentionPlan | None:

@@ -62,9 +62,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     heads = None
     if state.steering and state.attention is not None:
         heads = heads_of(state, state.attention, layer=layer)
-        output = attention.prompt(
-            state, state.call, real, module, heads, query, key, value, mask, *args, **kwargs
-        )
+        output = attention.prompt(state, state.call, real, module, heads, query, key, value, mask, *args, **kwargs)
     elif args or (known := _step(state, state.call, layer, module, query, key, value, mask, kwargs)) is None:
         output = real(module, query, key, value, mask, *args, **kwargs)
     else:
@@ -72,9 +70,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     if state.scoring or any(map(len, state.visual)):
         started, softcap = time.perf_counter(), softcap_of(real, kwargs)
         for probe in state.probes.get(layer, ()):
-            scores = _scores(
-                state, state.call, layer, probe, query, key, mask, scale_of(query, kwargs), softcap, heads
-            )
+            scores = _scores(state, state.call, layer, probe, query, key, mask, scale_of(query, kwargs), softcap, heads)
             _note(state, state.call, layer, probe, scores)
         state.probe_ms += (time.perf_counter() - started) * 1e3
     return output

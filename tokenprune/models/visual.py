@@ -91,9 +91,9 @@ def _sizes(root: nn.Module, family: Family, prompt: Prompt, total: int, *, video
     stacked = family.rows_are_images or (video and family.frame_tokens is None)
     if (sizes := prompt.encoded_sizes(video=video, stacked=stacked)) is not None:
         return sizes
-    if joins and prompt.image_sizes is not None:
+    if joins and prompt.pixel_sizes is not None:
         unit = pixels_per_token(root)
-        return [(h // unit) * (w // unit) for h, w in prompt.image_sizes]
+        return [(h // unit) * (w // unit) for h, w in prompt.pixel_sizes]
     n_images = prompt.n_images(video=video) if stacked else None
     return [total // n_images] * n_images if n_images and total % n_images == 0 else []
 

@@ -6,7 +6,7 @@ A pruned cache holds fewer slots than the sequence has tokens. Its class becomes
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,9 @@ _STATE = "_tokenprune_slots"
 _MODULE = "transformers.cache_utils"
 _LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
 _ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-_KINDS = "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
+_KINDS = (
+    "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
+)
 
 
 class Slotted(Protocol):
@@ -42,8 +44,8 @@ class Slotted(Protocol):
         """How many more tokens than slots there are in a layer."""
         ...
 
-    def crop(self, n_gone: int, physical: Any) -> None:
-        """Forget the last tokens; `physical` gives the length of a layer in slots."""
+    def crop(self, n_gone: int, physical: Any) -> Callable[[], None]:
+        """What forgets the last tokens; `physical` gives the length of a layer in slots."""
         ...
 
     def take_rows(self, rows: Tensor) -> None:
@@ -97,14 +99,14 @@ class _PrunedCache:
         slots: Slotted = getattr(self, _STATE)
         length = int(self.get_seq_length())
         n_gone = length - cropped_length(length, tokens_to_remove)
-        slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
+        finish = slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
         super().crop(-n_gone)  # type: ignore[misc]
+        finish()
 
     def reset(self) -> None:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
-        delattr(self, _STATE)
-        self.__class__ = type(self).__mro__[2]
+        forget(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows as beam search does."""
@@ -158,6 +160,12 @@ def record(cache: Any, slots: Slotted) -> None:
         cls: Any = type(cache)
         cache.__class__ = _pruned_class(cls)
     setattr(cache, _STATE, slots)
+
+
+def forget(cache: Any) -> None:
+    """Make a pruned cache an ordinary one."""
+    delattr(cache, _STATE)
+    cache.__class__ = type(cache).__mro__[2]
 
 
 def is_cache(thing: object) -> bool:

@@ -30,7 +30,7 @@ DECODER_ROLES: Mapping[str, tuple[str, ...]] = {
     "mask": ("attention_mask",),
     "positions": ("position_ids",),
     "cache": ("cache", "past_key_values"),
-    "use_cache": ("use_cache",),
+    "caches": ("use_cache",),
     "plane_tokens": ("visual_pos_masks",),
     "planes": ("deepstack_visual_embeds",),
 }
@@ -41,7 +41,7 @@ LAYER_ROLES: Mapping[str, tuple[str, ...]] = {
     "cache": ("cache", "past_key_values"),
 }
 _DECODER_NEEDS = ("embeds", "mask", "positions", "cache")
-_LAYER_NEEDS = ("mask", "rope", "cache")
+_LAYER_NEEDS = ("mask", "cache")  # and "rope", but for those whose positions are in the embeddings
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -78,7 +78,9 @@ def _roles_in(roles: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 _DECODER_WORDS, _LAYER_WORDS = _roles_in(DECODER_ROLES), _roles_in(LAYER_ROLES)
 
 
-def _sorted_out(given: Mapping[str, Any], words: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+def _sorted_out(
+    given: Mapping[str, Any], words: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """Values by role, the names that they came by, and what has no role."""
     values: dict[str, Any] = {}
     names: dict[str, str] = {}
@@ -159,7 +161,7 @@ class DecoderCall:
         mask: the attention mask in any of its forms.
         positions: `[B, L]` or `[3 or 4, B, L]`, or None.
         cache: the KV cache, or None.
-        use_cache: whether one is wanted; None: as the config says.
+        caches: whether one is wanted; None: as the config says.
         plane_tokens: `[B, L]` bool, which tokens DeepStack's features belong to, or None.
         planes: DeepStack's features for the first layers, `[n, D]` each, or None.
         others: what else was given, by upstream's names.
@@ -171,7 +173,7 @@ class DecoderCall:
     mask: Any = None
     positions: Tensor | None = None
     cache: Any = None
-    use_cache: bool | None = None
+    caches: bool | None = None
     plane_tokens: Tensor | None = None
     planes: list[Tensor] | None = None
     others: dict[str, Any] = field(default_factory=dict)
@@ -242,11 +244,9 @@ class DecoderCall:
         self.planes = changed
 
 
-def call_decoder(
-    decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None, use_cache: bool = True
-) -> Tensor:
-    """Hidden states `[B, L, D]` that a decoder gives."""
-    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, use_cache=use_cache)
+def call_decoder(decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
+    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without."""
+    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
     output = decoder(**call.arguments())
     return states_of(output, type(decoder).__name__)
 

@@ -201,7 +201,9 @@ def _vision(root: nn.Module) -> Any:
     config: Any = root.config
     vision = getattr(config, "vision_config", None)
     if vision is None:
-        raise missing("config of the vision encoder", of=type(config).__name__, wanted=["vision_config"], seen=vars(config))
+        raise missing(
+            "config of the vision encoder", of=type(config).__name__, wanted=["vision_config"], seen=vars(config)
+        )
     return vision
 
 

@@ -90,10 +90,10 @@ def generate_greedily(
     ids = getattr(output, _IDS, None)
     if not isinstance(ids, Tensor):
         raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=_names(output))
-    if n_seen != max_new_tokens:
+    if not n_seen:
         raise UnsupportedModelError(
-            f"generate of {type(model).__name__} was to choose {max_new_tokens} tokens one by one, and {_TAP} saw "
-            f"{n_seen}, so that its steps cannot be told apart; transformers {version_of()}"
+            f"generate of {type(model).__name__} took {_TAP} and never called it, so its steps cannot be told apart; "
+            f"transformers {version_of()}"
         )
     cache, remark = _cache_of(output, wanted=_wants_cache(model, inputs))
     return Generated(ids[:, -max_new_tokens:], cache, remark)
@@ -131,7 +131,7 @@ def stored_by_layer(cache: Any) -> list[list[Tensor]]:
     """
     parts = _halves(cache) or [cache]
     if lacking := [type(part).__name__ for part in parts if not hasattr(part, "layers")]:
-        raise missing("layers", of=f"the KV cache {lacking[0]}", wanted=["layers"], seen=vars(parts[0]))
+        raise missing("layers", of=f"the KV cache {lacking[0]}", wanted=["layers"], seen=dir(parts[0]))
     layers = [layer for part in parts for layer in part.layers]
     return [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in layers]
 
@@ -155,13 +155,14 @@ def logits_in(output: Any) -> Tensor:
 
 def decoder_apart(model: nn.Module) -> tuple[nn.Module | None, str]:
     """The text decoder of a model, whose calls tell the stages of a generation apart; or None and a sentence on why."""
-    decoder = text_decoder(model)
+    decoder, name = text_decoder(model), type(model).__name__
     if decoder is None or decoder is model:
-        return None, f"The stages before the first token were not told apart: {type(model).__name__} has no text decoder."
+        return None, f"The stages before the first token were not told apart: {name} shows no text decoder apart."
     if all(getattr(getattr(part, "config", None), "vision_config", None) is not None for part in (model, decoder)):
+        holder = type(decoder).__name__
         return None, (
-            "The stages before the first token were not told apart: the text decoder that "
-            f"{type(model).__name__} names, {type(decoder).__name__}, holds the vision encoder."
+            f"The stages before the first token were not told apart: {name} names {holder} as its text decoder, which "
+            "holds the vision encoder."
         )
     return decoder, ""
 
@@ -182,7 +183,8 @@ def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     names = [] if args else [name for name in parameters_of(layer) if name in kwargs]
     states = kwargs[names[0]] if names else first_of_kwargs(args, kwargs)
     if not isinstance(states, Tensor) or states.ndim != 3:
-        raise missing("hidden states", of=f"a call of {type(layer).__name__}", wanted=["a tensor [B, L, D]"], seen=kwargs)
+        called = f"a call of {type(layer).__name__}"
+        raise missing("hidden states", of=called, wanted=["a first argument [B, L, D]"], seen=kwargs)
     return states.shape[1]
 
 

@@ -39,7 +39,9 @@ def _arguments(build: Any) -> str:
     return found
 
 
-def dense_mask(facts: DecoderFacts, mask: Tensor | None, cache: Any, *, past: int, embeds: Tensor, positions: Tensor) -> Any:
+def dense_mask(
+    facts: DecoderFacts, mask: Tensor | None, cache: Any, *, past: int, embeds: Tensor, positions: Tensor
+) -> Any:
     """The masks that the decoder would build for the unpruned sequence, by the public function that ``generate`` uses
     for it: a tensor, None, or a dict of these by kind of layer.
 

@@ -85,7 +85,7 @@ class Prompt:
         return None
 
     @property
-    def image_sizes(self) -> list[tuple[int, int]] | None:
+    def pixel_sizes(self) -> list[tuple[int, int]] | None:
         """Height and width of each image in pixels, where they are told."""
         sizes = self.given.get(_SIZES)
         return None if sizes is None else [(int(h), int(w)) for h, w in torch.as_tensor(sizes).tolist()]

@@ -190,7 +190,9 @@ def _growing_layer() -> Any:
 
 @functools.cache
 def _layer_class() -> Any:
-    return type("PlanesLayer", (_PlanesLayer, _growing_layer()), {"__module__": __name__, "__doc__": _PlanesLayer.__doc__})
+    return type(
+        "PlanesLayer", (_PlanesLayer, _growing_layer()), {"__module__": __name__, "__doc__": _PlanesLayer.__doc__}
+    )
 
 
 def __getattr__(name: str) -> Any:
