@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenprune.models.families import FAMILIES
-from tokenprune.models.towers import TOWERS
+from tokenprune.upstream.encoders import TOWERS
+from tokenprune.upstream.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "demos" / "model" / "README.md")
@@ -221,6 +221,24 @@ def encoders() -> str:
     return table(["encoder", "library", "classes that hold the blocks"], rows)
 
 
+def versions() -> str:
+    """The versions of the libraries below that the oracles of the families were run on."""
+    path = RESULTS / "minors.json"
+    if not path.exists():
+        return "Not measured yet."
+    content = json.loads(path.read_text())
+    libraries: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        libraries.setdefault(row["library"], []).append(row)
+    cells = []
+    for library, rows in libraries.items():
+        named = [row["version"] + ("" if row["status"] == "passed" else f" ({row['status']})") for row in rows]
+        counts = sorted({row["passed"] for row in rows if row["status"] == "passed"})
+        cells.append([f"`{library}`", ", ".join(named), "-".join(map(str, counts[:1] + counts[1:][-1:]))])
+    line = f"[`minors.json`](bench/results/minors.json), `make minors`; {content['date'][:10]}."
+    return table(["library", "versions", "tests on each"], cells) + "\n\n" + line
+
+
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 
 
@@ -326,6 +344,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality_vit": quality_vit,
     "families": families,
     "encoders": encoders,
+    "versions": versions,
 }
 
 

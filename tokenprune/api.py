@@ -13,19 +13,19 @@ from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, 
 from tokenprune.methods import METHODS, Method
 from tokenprune.methods.base import options_of
 from tokenprune.models.base import Adapter
+from tokenprune.models.block_reducers import SITE as INSIDE_ENCODER
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.encoder import EncoderAdapter
 from tokenprune.models.multimodal import MultimodalAdapter
-from tokenprune.models.passage import SITE as INSIDE_ENCODER
-from tokenprune.models.towers import TOWERS, encoder_refusal, find_encoder
+from tokenprune.models.towers import find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
 from tokenprune.upstream.attention import tensor_parallel
 from tokenprune.upstream.calls import text_decoder
-from tokenprune.upstream.check import TESTED, needs_proof, note_proof, version_of
+from tokenprune.upstream.check import needs_proof, note_proof, tested, version_of
+from tokenprune.upstream.encoders import TOWERS, encoder_refusal
 from tokenprune.upstream.families import FAMILIES, family_of, is_encoder_decoder, refusal, takes_images, untabled
 
 _POSITIONS = ("original", "packed")
-_BEYOND = f"install transformers {TESTED[0]} to {TESTED[-1]}, or give self_check=False at your own risk"
 
 
 def list_methods() -> tuple[str, ...]:
@@ -216,7 +216,11 @@ def _prove_newer(adapter: DecoderAdapter, earlier: set[Session]) -> None:
         with ExitStack() as stack:
             for one in earlier:
                 stack.enter_context(one.suspended())
-            _prove(adapter, f"transformers {version_of()} is newer than the tested ones, and {called}", _BEYOND)
+            _prove(
+                adapter,
+                f"transformers {version_of()} is newer than the tested ones, and {called}",
+                f"install {tested()}, or give self_check=False at your own risk",
+            )
         note_proof(adapter.decoder)
 
 
@@ -234,7 +238,8 @@ def _prove(adapter: DecoderAdapter, subject: str, supported: str) -> None:
         raise UnsupportedModelError(f"{subject} failed the self-check: {error}; {supported}") from error
     except Exception as error:
         raise UnsupportedModelError(
-            f"{subject} its decoder cannot be called as one that is known ({type(error).__name__}: {error}); {supported}"
+            f"{subject} its decoder cannot be called as one that is known ({type(error).__name__}: {error}); "
+            f"{supported}"
         ) from error
 
 

@@ -6,6 +6,7 @@ hides the dropped tokens from all others; nothing of the pruning code takes part
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
 from tokenprune.models.decoder import DecoderAdapter
+from tokenprune.models.half_block import still
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import share
 from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic
@@ -30,26 +32,30 @@ class CheckError(TokenPruneError, AssertionError):
 
 
 @dataclass(frozen=True)
-class _EveryOther:
-    """A stand-in for a method: keeps every second token."""
+class _EveryNth:
+    """A placeholder for a method: keeps the first of every `step` tokens."""
 
-    name: str = "every other"
+    step: int
+    name: str = "every nth"
     biased: bool = False
 
     def __call__(self, signals: Signals) -> Keep:
         n_rows, n_tokens = signals.features.shape[:2]
-        return Keep(torch.arange(0, n_tokens, 2, device=signals.features.device).expand(n_rows, -1))
+        index = torch.arange(0, n_tokens, self.step, device=signals.features.device, dtype=torch.int64)
+        return Keep(index.expand(n_rows, -1))
 
 
+@dataclass(frozen=True)
 class _Probe:
-    """A stand-in for a session."""
+    """A placeholder for a session with one method before the decoder."""
 
-    active = True
-    forced = True
-    positions = "original"
+    reducer: _EveryNth
+    active: bool = True
+    forced: bool = True
+    positions: str = "original"
 
-    def reducers(self, site: str) -> tuple[_EveryOther, ...]:
-        return (_EveryOther(),)
+    def reducers(self, site: str) -> tuple[_EveryNth, ...]:
+        return (self.reducer,)
 
     def layer_reducers(self) -> tuple[()]:
         return ()
@@ -75,12 +81,12 @@ def hidden_mask(seen: Tensor, *, additive: bool, dtype: torch.dtype) -> Tensor:
     )
 
 
-@torch.no_grad()
 def self_check(adapter: DecoderAdapter) -> None:
     """Check that the decoder of `adapter` can be pruned with the defaults: prefill and a decoding step of a ragged
     padded batch.
 
-    The decoder is run on two short rows of random embeddings, pruned with a cache, and in full without one (oracle O2).
+    The decoder is run on two short rows of random embeddings in evaluation mode: with all tokens kept (oracle O1), and
+    pruned with a cache against a full run without one (oracle O2).
 
     Args:
         adapter: the adapter of a model that is not patched.
@@ -88,6 +94,11 @@ def self_check(adapter: DecoderAdapter) -> None:
     Raises:
         CheckError: what the pruned decoder computes differs from the dense computation.
     """
+    with still(adapter.decoder):
+        _self_check(adapter)
+
+
+def _self_check(adapter: DecoderAdapter) -> None:
     decoder, facts = adapter.decoder, adapter.facts
     weight = next(decoder.parameters())
     length, pad, n_rows = 14, 3, 2
@@ -108,11 +119,17 @@ def self_check(adapter: DecoderAdapter) -> None:
             cache=cache,
         )
 
-    cache = new_cache(facts.config)
-    with adapter.probing(_Probe(), Prompt.of(ids, features=embeds)):
-        prefill = call(0, length, cache)
-    with adapter.probing(_Probe(), Prompt.of(ids[:, :1] * 0)):
-        step = call(length, length + 1, cache)
+    def two_calls(probe: _Probe | None) -> tuple[Tensor, Tensor]:
+        cache = new_cache(facts.config)
+        with nullcontext() if probe is None else adapter.probing(probe, Prompt.of(ids, features=embeds)):
+            prefill = call(0, length, cache)
+        with nullcontext() if probe is None else adapter.probing(probe, Prompt.of(ids[:, :1] * 0)):
+            return prefill, call(length, length + 1, cache)
+
+    for what, found, wanted in zip(("prefill", "step"), two_calls(_Probe(_EveryNth(1))), two_calls(None), strict=True):
+        compare(f"{what} with all tokens kept", found[0], wanted[0])  # what padding gives is nobody's business
+        compare(f"{what} of the padded row with all tokens kept", found[1, -1], wanted[1, -1])
+    prefill, step = two_calls(_Probe(_EveryNth(2)))
 
     kept = torch.ones(length + 1, dtype=torch.bool, device=weight.device)
     kept[6:11:2] = False

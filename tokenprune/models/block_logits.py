@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenprune.models.half_block import hooked, still
-from tokenprune.models.tower import Logits
+from tokenprune.models.half_block import hooked, reading, still
+from tokenprune.upstream.tower import Logits
 
 _FUSED = nn.functional.scaled_dot_product_attention
 _SOFTMAX = (torch.softmax, nn.functional.softmax, Tensor.softmax)
@@ -53,8 +53,8 @@ def disagreement(logits: Logits | None, block: nn.Module, x: Tensor, kwargs: dic
         return "it has no queries and keys that could be read"
     found: dict[str, Tensor] = {}
     hooks = [
-        logits.query.hook(lambda: True, partial(found.__setitem__, "query")),
-        logits.key.hook(lambda: True, partial(found.__setitem__, "key")),
+        reading(logits.query, lambda: True, partial(found.__setitem__, "query")),
+        reading(logits.key, lambda: True, partial(found.__setitem__, "key")),
     ]
     with still(block), hooked(hooks), _Watch() as watch:
         block.forward(x, **kwargs)

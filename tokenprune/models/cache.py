@@ -166,7 +166,8 @@ class Ledger:
 
     def is_stale(self, cache: Any) -> bool:
         """Whether somebody has emptied `cache` since."""
-        return bool(self.length) and all(stored_length(layer) == 0 for layer in layers_of(cache))
+        layers = layers_of(cache)
+        return bool(self.length) and bool(layers) and all(stored_length(layer) == 0 for layer in layers)
 
     def check(self, cache: Any) -> None:
         """Check that the layers of `cache` are as long as is written down here.

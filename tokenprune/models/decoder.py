@@ -13,19 +13,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.models import eviction, layers, masks
+from tokenprune.models import eviction, layers
 from tokenprune.models.base import Engine, Hook, Swap
-from tokenprune.models.cache import Ledger, ledger_of
-from tokenprune.models.forward import CURRENT, Call, Forward, Segment, current, first_segments
+from tokenprune.models.cache import ledger_of
+from tokenprune.models.ends import call_of, check_call, lengthened, mask_of, positions_of, shape_of, write_merged
+from tokenprune.models.forward import CURRENT, Forward, current, first_segments
 from tokenprune.models.planning import plan_inside
 from tokenprune.models.selection import (
     SITE,
     Merged,
-    all_positions,
     keep_rows,
     reduce_images,
     sizes_of,
@@ -33,7 +32,6 @@ from tokenprune.models.selection import (
     tokens_by_row,
 )
 from tokenprune.models.visual import find_images, refuse_unknown_features
-from tokenprune.reduction import gather
 from tokenprune.upstream.caches import (
     LAYERED,
     cache_in,
@@ -46,7 +44,7 @@ from tokenprune.upstream.caches import (
     record,
     window_of,
 )
-from tokenprune.upstream.calls import DecoderCall, check_decoder, lengthen_output
+from tokenprune.upstream.calls import DecoderCall, check_decoder
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import Family, n_planes, placeholder_id
 from tokenprune.upstream.masks import check_builder
@@ -72,9 +70,9 @@ class DecoderAdapter:
         self.row = family
         self.facts = DecoderFacts(decoder)
         self._unpacks = self.facts.flash
+        check_decoder(decoder, planes=n_planes(root) > 0)
         check_classes()
         check_builder()
-        check_decoder(decoder, planes=n_planes(root) > 0)
         for field in family.ids:
             placeholder_id(root, field)
 
@@ -170,7 +168,7 @@ class DecoderAdapter:
             ledger = None
         with_ids = given.embeds is None and given.ids is not None
         if given.embeds is None and given.ids is not None and state is not None and not self.row.ids:
-            given.embeds = self._shape_of(given.ids)  # a model of text hands ids to its decoder
+            given.embeds = shape_of(given.ids, like=self.decoder)  # a model of text hands ids to its decoder
         if given.embeds is None:
             if ledger is None:
                 return False
@@ -178,7 +176,7 @@ class DecoderAdapter:
         layered = bool(engine.layer_reducers())
         if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
-        self._check_call(given, ledger)
+        check_call(given, self.facts, ledger, unpacks=self._unpacks)
         started = time.perf_counter()
         state = Forward(engine, Prompt(), None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
@@ -194,43 +192,14 @@ class DecoderAdapter:
         if whole and (ledger is None or call.flat):  # any other mask was made for the unpruned sequence
             return False
         assert given.embeds is not None
-        given.mask = self._mask(call, first, like=given.embeds)
-        given.positions = self._positions(given, state, ledger and ledger.shift)
+        given.mask = mask_of(call, first, like=given.embeds)
+        given.positions = positions_of(given, state, ledger and ledger.shift)
         if first.keep is not None:
             given.shorten(first.keep)
             self._note_time(state, started)
         if with_ids:
             given.embeds = None
         return True
-
-    def _check_call(self, given: DecoderCall, ledger: Ledger | None) -> None:
-        """Check what a call brings against what is known.
-
-        Raises:
-            InputError: the cache is not what the mask or its own ledger says, or attention was changed to one that needs
-                hooks of its own.
-        """
-        if self.facts.flash and not self._unpacks:
-            raise InputError(
-                f"{self.facts.called} runs {self.facts.implementation!r} now, which it did not when it was patched; call "
-                "tokenprune.patch after set_attn_implementation"
-            )
-        if ledger is not None:
-            ledger.check(given.cache)
-            return
-        assert given.embeds is not None
-        past, mask = past_length(given.cache), given.mask
-        total = past + given.embeds.shape[1]
-        if past and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > total:
-            raise InputError(
-                f"the attention mask covers {mask.shape[1]} tokens, and the KV cache and this call hold {total}: a "
-                "pruned cache that was built anew out of its tensors no longer knows what was pruned; copy it with "
-                "copy.deepcopy, or cut it with cache.crop"
-            )
-
-    def _shape_of(self, ids: Tensor) -> Tensor:
-        """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that the decoder computes in."""
-        return torch.empty(*ids.shape, 0, dtype=next(self.decoder.parameters()).dtype, device=ids.device)
 
     @staticmethod
     def _note_time(state: Forward, started: float) -> None:
@@ -274,7 +243,7 @@ class DecoderAdapter:
                 state.traces += skipped((reducer.name for reducer in later), reason, site=layers.SITE)
         if not images and not texts:
             if ledger_of(cache) is not None or state.steering:
-                state.call = self._call(given, past)
+                state.call = call_of(given, self.facts, past)
             return
         check_cache(cache, layered=bool(later))
         self.facts.check_windows([window_of(layer) for layer in layers_of(cache)])
@@ -287,7 +256,7 @@ class DecoderAdapter:
         if not through and not later and ledger_of(cache) is None:
             return
         given.embeds = embeds
-        state.call = call = self._call(given, past)
+        state.call = call = call_of(given, self.facts, past)
         if later and prompt:
             state.visual = tokens_by_row(left, n_rows)
         if through:
@@ -305,41 +274,7 @@ class DecoderAdapter:
             eviction.begin(state, call, ledger_of(cache), prompt=prompt)
         state.entered = tuple(map(len, state.visual))
         if merged:
-            given.change_planes(partial(_write_merged, merged))
-
-    def _call(self, given: DecoderCall, past: int) -> Call:
-        embeds = given.embeds
-        assert embeds is not None
-        positions = all_positions(given.positions, past, embeds)
-        empty = embeds.new_empty(*embeds.shape[:2], 0)
-        text = positions[0] if positions.ndim == 3 else positions
-        return Call(given.mask, given.cache, empty, text, past, self.facts)
-
-    def _positions(self, given: DecoderCall, state: Forward, shift: Tensor | None) -> Tensor:
-        """Positions of all tokens of the call under the policy; the shift from now on is noted in the state."""
-        assert state.call is not None
-        assert given.embeds is not None
-        positions = all_positions(given.positions, state.call.past, given.embeds)
-        state.shift = shift
-        if shift is not None:
-            positions = positions - shift[:, None].to(positions.device)
-        if state.lowered is not None:
-            positions = positions - state.lowered
-            last = state.lowered[:, -1]
-            state.shift = last if shift is None else last + shift.to(last.device)
-        return positions
-
-    @staticmethod
-    def _mask(call: Call, segment: Segment, *, like: Tensor) -> Any:
-        """What the decoder gets as attention mask for its first segment."""
-        layout = segment.layout(call)
-        if layout.bias is not None:
-            if by_kind := call.facts.first_layers():
-                return {kind: segment.mask(call, layer=layer, like=like) for kind, layer in by_kind.items()}
-            return segment.mask(call, layer=0, like=like)
-        if call.mask is None and call.cache is not None and not layout.has_fillers:
-            return None
-        return masks.prune_mask(call.mask, layout, call.cache, call.facts, call.offsets)
+            given.change_planes(partial(write_merged, merged))
 
     def _lengthen(self, state: Forward | None, given: DecoderCall, output: Any) -> Any:
         """Give the decoder's output its unpruned length back and write the pruning down on the cache.
@@ -376,27 +311,3 @@ class DecoderAdapter:
         if ledger is not None and state.scoring:
             eviction.end(state, call, cache, ledger)
         return None if kept_all else lengthened(output, state, call)
-
-
-def _write_merged(merged: list[Merged], x: Tensor) -> None:
-    """Put the means of merged tokens into `x` `[B, L, D]`."""
-    for one in merged:
-        one.write(x)
-
-
-def lengthened(output: Any, state: Forward, call: Call) -> Any:
-    """What the decoder returned with the unpruned length: a dropped token has the state of the nearest kept one before
-    it."""
-
-    def lengthen(x: Tensor, segment: Segment) -> Tensor:
-        keep = segment.keep
-        if keep is None or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
-            return x
-        return gather(x, keep.source(length=call.length))
-
-    def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
-        return tuple(lengthen(x, segment) for x, segment in zip(states, seen, strict=True))
-
-    last = state.segments[-1]
-    return lengthen_output(output, lambda x: lengthen(x, last), by_layer)

@@ -2,7 +2,7 @@
 
 While a model is patched, a module of the attention's own class and with its whole state stands in every block in the
 place of the attention. Where heads are to leave it computes the attention out of the parts that the family's row names
-(:class:`tokenprune.models.tower.Attending`), and else what the attention computes. Where all rows keep the same heads
+(:class:`tokenprune.upstream.tower.Attending`), and else what the attention computes. Where all rows keep the same heads
 and the projections are plain linear layers, these are cut to the kept heads too.
 """
 
@@ -20,12 +20,13 @@ from torch.nn import functional
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models import passage
 from tokenprune.models.base import Engine, Hook, Swap
+from tokenprune.models.block_reducers import reducers_of
 from tokenprune.models.half_block import agree, first_of, hooked, still
 from tokenprune.models.heads import Heads, count_heads, heads_of, note_magnitude
-from tokenprune.models.passage import SITE
-from tokenprune.models.tower import Attending, Logits, Tower, averaged, child
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import not_plain
+from tokenprune.upstream.encoders import BlockCall
+from tokenprune.upstream.tower import Attending, Logits, Tower, averaged, child, is_wrapped
 
 _OTHER = "its attention is not made of the projections, norms and biases found in it"
 
@@ -98,8 +99,8 @@ class FewerHeads:
 
     def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Heads | None) -> _Attended:
         """The attention of `heads` (None: of all) for the arguments of its forward."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        x = given[self.names[0]]
+        call = BlockCall(self.tower, self.names, args, kwargs)
+        x = call.states
         index = None
         if heads is not None and heads.common is not None and self.whole() is None:
             index = heads.index[0].to(x.device)
@@ -110,9 +111,9 @@ class FewerHeads:
             query, key = (
                 attrgetter(name)(self.module)(one) for name, one in zip(self.parts.norms, (query, key), strict=True)
             )
-        rope, unturned = _by_head(given.get(self.tower.rope), heads, len(x)), key
+        rope, unturned = _by_head(call.rope, heads, len(x)), key
         query, key = self.logits.turned(query, rope), self.logits.turned(key, rope)
-        mask = _by_head(given.get(self.tower.mask), heads, len(x))
+        mask = _by_head(call.mask, heads, len(x))
         states, weights = self._attended(query, key, value, mask)
         magnitude = states.detach().float().abs().sum((2, 3))
         output: Any = self._put_out(states, heads, index)
@@ -148,7 +149,7 @@ class FewerHeads:
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the heads give, `[B, n, N, K]`, and where the attention is not fused their probabilities too."""
         dropout = self.parts.dropout(self.module) if self.module.training else 0.0
-        if not self.parts.paired or self.module.config._attn_implementation != "eager":
+        if not self.parts.plain(self.module):
             states = functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout, scale=self.logits.scale
             )
@@ -197,7 +198,7 @@ def plan_heads(
         OptionError: two methods want heads to leave.
         UnsupportedModelError: an attention cannot do with fewer heads.
     """
-    methods = [(reducer.name, cast(Any, reducer).method) for reducer in engine.reducers(SITE)]
+    methods = [(reducer.name, reducer.method) for reducer in reducers_of(engine)]
     plans = [(name, plan) for name, method in methods if (plan := method.attention_plan(len(blocks))) is not None]
     if not plans:
         return {}
@@ -231,8 +232,7 @@ def plan_heads(
 
 def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
     """Why an attention is not what `fewer` makes of its parts, "" where it is."""
-    own = fewer.module.__dict__
-    if "forward" in own or "_hf_hook" in own:
+    if is_wrapped(fewer.module):
         return "its attention has a forward of its own"
     if fewer.parts.n_heads != total:
         return f"it has {fewer.parts.n_heads} heads, and block 0 has {total}"

@@ -7,7 +7,7 @@ whatever scales, norms and gates the branches hold, and for no others: whether a
 running it (:func:`has_halves`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.models.base import Hook
+from tokenprune.upstream.tower import Keys
 
 
 def first_of(output: Any) -> Tensor:
     """The hidden states among what a block returns."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def reading(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
+    """A hook that hands a block's keys (or queries) to `found` where they are wanted."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if wanted():
+            found(keys.read(first_argument(args, kwargs)))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if output is not None and wanted():
+            found(keys.read(output))
+
+    return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
 
 
 def become(x: Tensor, other: Tensor) -> None:
@@ -75,11 +95,12 @@ def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwa
     n_left, entered = x.shape[1] - 1, list[int]()
 
     def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args[0] is not x:  # else its branches stand side by side
-            become(args[0], args[0][:, :n_left].clone())
+        given = first_argument(args, kwargs)
+        if given is not x:  # else its branches stand side by side
+            become(given, given[:, :n_left].clone())
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0].shape[1])
+        entered.append(first_argument(args, kwargs).shape[1])
 
     with still(block):
         wanted = first_of(block.forward(x, **kwargs))[:, :n_left]

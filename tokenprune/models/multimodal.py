@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.models.base import Engine, Hook, Swap
+from tokenprune.models.block_reducers import SITE, reducers_of, restores
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.encoder import EncoderAdapter
-from tokenprune.models.passage import SITE, BlockReducer, restores
-from tokenprune.models.tower import child
-from tokenprune.models.towers import towers_of
+from tokenprune.models.half_block import first_argument
 from tokenprune.ops.equal import equal_tokens
 from tokenprune.reduction import gather
 from tokenprune.signals import Trace
+from tokenprune.upstream.encoders import ONE_TO_ONE, n_used, projector_of, tower_of
 
 _PACKED = "its vision tower packs the patches of all images into one sequence, with windows or groups of patches in it"
 _SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none stands for one patch"
-FAMILIES = ("llava", "paligemma", "vipllava")
-"""Families each of whose visual tokens is one patch of a tower that can be reduced."""
 PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
 
@@ -60,23 +58,16 @@ class MultimodalAdapter:
         self.decoder = decoder
         root = decoder.root
         name, what = decoder.family, "tokens cannot be merged inside the vision tower of"
-        found = [
-            pair
-            for path in ("vision_tower", "vision_model")
-            if (part := child(root, path)) is not None
-            for pair in towers_of(part)
-        ]
-        projector = child(root, "multi_modal_projector")
-        if name not in FAMILIES or len(found) != 1 or projector is None:
-            reason = _PACKED if name in PACKED else _SHUFFLED if decoder.row.ids else "it has none"
+        if name not in ONE_TO_ONE:
+            reason = _PACKED if name in PACKED else _SHUFFLED if decoder.row.ids else "it has none that is known"
             raise UnsupportedModelError(
-                f"{what} {type(root).__name__} ({name}): {reason}; families where they can are {', '.join(FAMILIES)}"
+                f"{what} {type(root).__name__} ({name}): {reason}; families where they can are {', '.join(ONE_TO_ONE)}"
             )
-        host, tower = found[0]
+        host, tower = tower_of(root)
         if reason := tower.refusal(host):
             raise UnsupportedModelError(f"{what} {type(root).__name__}: {reason}")
-        self.projector: nn.Module = projector
-        self.encoder = EncoderAdapter(host, tower, n_used=_n_used(root.config, len(tower.blocks(host))))
+        self.projector = projector_of(root)
+        self.encoder = EncoderAdapter(host, tower, n_used=n_used(root, name, len(tower.blocks(host))))
 
     @property
     def family(self) -> str:
@@ -102,7 +93,7 @@ class MultimodalAdapter:
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not restores(cast(tuple[BlockReducer, ...], engine.reducers(SITE))):
+        if not restores(reducers_of(engine)):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
@@ -111,7 +102,7 @@ class MultimodalAdapter:
         def equalise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not isinstance(output, Tensor) or not engine.active:
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_argument(args, kwargs)
             return gather(output, equal_tokens(x).first) if x.shape[:2] == output.shape[:2] else None
 
         return [
@@ -119,9 +110,3 @@ class MultimodalAdapter:
             *self.encoder.hooks(cast(Engine, _End(engine, encoder=True)), alone=False),
             Hook(self.projector, "first", equalise),
         ]
-
-
-def _n_used(config: Any, n_blocks: int) -> int:
-    """How many blocks of the tower take part in what the projector gets."""
-    layers = getattr(config, "vision_feature_layer", -1)
-    return max(layer % (n_blocks + 1) for layer in (layers if isinstance(layers, list | tuple) else [layers]))

@@ -7,50 +7,19 @@ a caller goes around the host's forward, by the first block; the last block ends
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenprune import ops
 from tokenprune.errors import InputError
 from tokenprune.models.base import Engine
+from tokenprune.models.block_reducers import SITE, BlockReducer, check_answer
 from tokenprune.models.heads import Heads
-from tokenprune.models.tower import Logits
-from tokenprune.reduction import Keep, Merge, Reduction, gather
+from tokenprune.reduction import Merge, Reduction, gather
 from tokenprune.signals import BlockSignals, Budget, Trace
-
-SITE = "encoder_block"
-
-
-class BlockReducer(Protocol):
-    """A method that takes part inside encoder blocks, as the session hands it over."""
-
-    @property
-    def name(self) -> str:
-        """Name of the method."""
-        ...
-
-    @property
-    def method(self) -> Any:
-        """The method: it has `removals` and `encoder_block`."""
-        ...
-
-
-def is_proportional(reducers: tuple[BlockReducer, ...]) -> bool:
-    """Whether attention is to count a token by its size."""
-    return any(getattr(reducer.method, "proportional", False) for reducer in reducers)
-
-
-def restores(reducers: tuple[BlockReducer, ...]) -> bool:
-    """Whether what leaves the encoder gets all its tokens back."""
-    return all(getattr(reducer.method, "restore", True) for reducer in reducers)
-
-
-def is_scored(reducers: tuple[BlockReducer, ...]) -> bool:
-    """Whether a method goes by the attention that tokens gather."""
-    return any(reducer.method.scored for reducer in reducers)
+from tokenprune.upstream.tower import Logits
 
 
 @dataclass
@@ -116,6 +85,12 @@ class Passage:
         """`x` `[B, n_left, D]` with all tokens back, `[B, length, D]`."""
         return x if self.assign is None else gather(x, self.assign)
 
+    @property
+    def shorter(self) -> set[int]:
+        """Lengths that hidden states had on the way, without the one that they entered with."""
+        counts = {trace.n_out[0] + self.n_prefix for trace in self.traces if trace.n_out}
+        return counts - {self.length}
+
     def size_mask(self, x: Tensor) -> Tensor | None:
         """What sizes add to the attention logits, `[B, 1, 1, n_left]`; None where all sizes are 1."""
         return None if self.sizes is None else self.sizes.log()[:, None, None].to(x.dtype)
@@ -161,7 +136,7 @@ class Passage:
         signals = BlockSignals(number, self.keys, self.sizes, protected, importance)
         answer = reducer.method.encoder_block(signals, budget)
         if not type(reducer.method).__module__.startswith("tokenprune."):  # ours are tested
-            _check(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
+            check_answer(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
         x = self._take(answer, x, getattr(reducer.method, "backend", "auto"))
         assign = self.assign
         assert assign is not None
@@ -213,50 +188,28 @@ class Passage:
         return x
 
 
-def _check(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_prefix: int) -> None:
-    """Check what a method answered. On a GPU only shapes are looked at: the rest would wait for it.
-
-    Raises:
-        InputError: it is no reduction of `shape` tokens to `n_out` that leaves the first `n_prefix` alone.
-    """
-    due = f"a Keep or a Merge of {shape[0]} rows of {shape[1]} tokens to {n_out} was due"
-    who = f"method {name!r} at site {SITE!r} returned"
-    if not isinstance(answer, Keep | Merge) or answer.valid is not None:
-        raise InputError(f"{who} {type(answer).__name__}{' with gaps' if isinstance(answer, Keep) else ''}; {due}")
-    index = answer.index
-    if index.shape != (shape[0], n_out) or index.dtype != torch.int64:
-        raise InputError(f"{who} an index {index.dtype} {list(index.shape)}; {due}")
-    if isinstance(answer, Merge) and (answer.assign.shape != shape or answer.assign.dtype != torch.int64):
-        raise InputError(f"{who} groups {answer.assign.dtype} {list(answer.assign.shape)}; {due}")
-    if index.device.type != "cpu":
-        return
-    places = index.numpy()
-    inside = (places[:, :1] >= 0).all() and (places[:, -1:] < shape[1]).all()
-    prefix = not n_prefix or (places[:, n_prefix - 1] == n_prefix - 1).all()  # none fits before it but those
-    if not inside or not prefix or (places[:, 1:] <= places[:, :-1]).any():
-        raise InputError(
-            f"{who} positions {index[0].tolist()} for the first row; {due}: ascending, and the first {n_prefix} "
-            "(class, distillation, registers) among them"
-        )
-    if not isinstance(answer, Merge):
-        return
-    groups = answer.assign.numpy()
-    own = (groups[np.arange(shape[0])[:, None], places] == np.arange(n_out)).all()
-    if not own or (groups[:, n_prefix:] < n_prefix).any():
-        raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")
-
-
 @dataclass
-class _Forward:
-    """State of one forward of one patched encoder; `direct` where its first block opened it."""
+class Forward:
+    """State of one forward of one patched encoder.
+
+    Attributes:
+        owner: whose forward it is.
+        outer: the forward that it takes place in.
+        direct: whether its first block opened it.
+        passage: the pass that is going on.
+        begun: whether the first block ran.
+        last: the pass that is going on, or was last.
+    """
 
     owner: Engine
-    outer: "_Forward | None"
+    outer: "Forward | None"
     direct: bool
     passage: Passage | None = None
+    begun: bool = False
+    last: Passage | None = None
 
 
-_CURRENT: ContextVar[_Forward | None] = ContextVar("tokenprune_encoder", default=None)
+_CURRENT: ContextVar[Forward | None] = ContextVar("tokenprune_encoder", default=None)
 
 
 def open_forward(engine: Engine, *, direct: bool) -> None:
@@ -264,13 +217,15 @@ def open_forward(engine: Engine, *, direct: bool) -> None:
     outer = _CURRENT.get()
     while outer is not None and outer.owner is engine:
         outer = outer.outer
-    _CURRENT.set(_Forward(engine, outer, direct))
+    _CURRENT.set(Forward(engine, outer, direct))
 
 
-def close_forward(engine: Engine) -> None:
-    """End the forward of `engine` if there is one."""
-    if (state := _CURRENT.get()) is not None and state.owner is engine:
-        _CURRENT.set(state.outer)
+def close_forward(engine: Engine) -> Forward | None:
+    """End the forward of `engine` if there is one, and tell what it was."""
+    if (state := _CURRENT.get()) is None or state.owner is not engine:
+        return None
+    _CURRENT.set(state.outer)
+    return state
 
 
 def begin(engine: Engine, passage: Passage | None) -> None:
@@ -283,7 +238,8 @@ def begin(engine: Engine, passage: Passage | None) -> None:
         open_forward(engine, direct=True)
         state = _CURRENT.get()
     assert state is not None
-    state.passage = passage
+    state.passage = state.last = passage
+    state.begun = True
 
 
 def end(engine: Engine) -> None:

@@ -288,7 +288,8 @@ def check_entrance(engine: Engine, facts: DecoderFacts) -> None:
     if biased and not (facts.fused or facts.eager):
         raise OptionError(
             f"method {biased[0]!r} was asked for size_bias=True, which adds to the logits of sdpa or eager attention, "
-            f'and the model runs {facts.implementation!r}; load it with attn_implementation="sdpa" or leave size_bias=False'
+            f'and the model runs {facts.implementation!r}; load it with attn_implementation="sdpa" or leave '
+            "size_bias=False"
         )
     if engine.positions == "packed" and not before and (inside := engine.layer_reducers()):
         raise OptionError(
@@ -322,6 +323,6 @@ def check_attention(facts: DecoderFacts) -> None:
     if not (facts.fused or facts.eager or facts.flash):
         raise OptionError(
             f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
-            f"attention, and the model runs {facts.implementation!r}; load it with another attn_implementation or use a "
-            "method that prunes before the decoder"
+            f"attention, and the model runs {facts.implementation!r}; load it with another attn_implementation or use "
+            "a method that prunes before the decoder"
         )

@@ -1,7 +1,7 @@
 """Importance scores out of a layer's attention, whatever its implementation.
 
 One function is registered as an attention function (:mod:`tokenprune.upstream.attention`), which probed attention
-modules see as their implementation. The function calls the real implementation for the output, so that this stays bit-identical,
+modules see as their implementation. It calls the real implementation for the output, so that this stays bit-identical,
 and computes the scores beside it from the queries and keys; decoding steps on a CPU get both from one computation.
 """
 

@@ -40,6 +40,11 @@ def attention_importance(
     Padding is left out of everything, its rows and its columns; its scores are 0. A query that sees nothing contributes
     nothing. What a row gets depends on its valid tokens alone. Products and sums are taken in fp32 whatever the dtype.
 
+    A NaN or an infinity is told: if a query that counts (a valid one; for `"last_query"` the last of them) sees a key
+    whose product with it is not finite in any head, or a NaN or +inf in `seen`, the scores of all valid tokens of that
+    row of the batch are NaN. The product is not finite where the query or the key holds a NaN or an infinity. What
+    stands in padding, in queries that do not count and in keys that no such query sees changes nothing.
+
     The torch version holds at most 64 MB beside its arguments up to 4,096 keys, whatever the number of heads: 21 MB
     without page-rank, 50 MB with it, since probabilities are held over its steps, and 12 MB more with `seen`. Longer
     rows add what one head's keys take in fp32. It works on one row of the batch after the other, and on a GPU it
@@ -50,10 +55,11 @@ def attention_importance(
         key: `[B, Hkv, Lk, K]`, of the same dtype; `H` is a multiple of `Hkv`, query head `h` reads key head `h // G`.
         scale: factor of the logits, usually `K ** -0.5`.
         causal: whether a query sees only the keys up to its own position.
-        valid: `[B, Lk]` bool, the tokens that are not padding; all of them by default.
+        valid: `[B, Lk]` bool, the tokens that are not padding; all of them by default. It may stand on another device.
         window: a query sees only keys with `query position - key position < window`; all by default.
         seen: `[B or 1, 1, Lq, Lk]`, which keys a query sees, in place of `causal` and `window`: bool, or a float that
-            is added to the logits before the temperature, where -inf and the lowest of its dtype hide a key.
+            is added to the logits before the temperature, where -inf and the lowest of its dtype hide a key. It may
+            stand on another device.
         reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
         temperature: divides the logits, for all reductions.
         softcap: c of products times `scale` that become `c tanh(product / c)` (Gemma 2), before `seen` is added and the
@@ -65,7 +71,7 @@ def attention_importance(
 
     Raises:
         OptionError: `scale`, `window`, `reduction`, `temperature`, `softcap` or `backend` is out of range.
-        InputError: a shape, dtype or device is wrong, or `"pagerank"` is asked for fewer queries than keys.
+        InputError: a shape or dtype is wrong, query and key are on two devices, or `"pagerank"` is asked for fewer queries than keys.
         BackendError: the explicit backend cannot run here, or not with these arguments.
     """
     _check_options(scale, window, reduction, temperature)
@@ -76,11 +82,11 @@ def attention_importance(
             f"attention_importance needs as many queries as keys for 'pagerank', got {query.shape[2]} and "
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
+    valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
     kernel = find_kernel("attention_importance", "attention_importance", backend, key)
     rule = attention_rows.Rule(scale, temperature, causal, window, softcap)
     if kernel is not None and query.shape[3] <= kernel.WIDEST:
-        result: Tensor = kernel.launch(query, key, valid, seen, *rule, reduction)
-        return result
+        return _tell(kernel.launch(query, key, valid, seen, *rule, reduction), valid)
     if backend == "triton":
         raise BackendError(
             f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
@@ -90,12 +96,18 @@ def attention_importance(
         single = query.shape[2] == 1 and reduction != "pagerank" and seen is None
         if single and attention_rows.is_small(query, key):
             scores = attention_rows.one_query(query, key, valid, rule)
-            return scores.div_(query.shape[1]) if reduction == "last_query" else scores
+            return _tell(scores.div_(query.shape[1]) if reduction == "last_query" else scores, valid)
         scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
         for i in range(len(key)):
             mask, row_valid = None if seen is None else seen[i % len(seen), 0], None if valid is None else valid[i]
             scores[i] = attention_rows.score(query[i], key[i], row_valid, mask, rule, reduction)
-    return scores
+    return _tell(scores, valid)
+
+
+def _tell(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Scores with NaN for all valid tokens of a row where one of them is NaN: which ones were is up to the backend."""
+    broken = scores.isnan().any(1, keepdim=True)
+    return scores.masked_fill_(broken if valid is None else broken & valid, torch.nan)
 
 
 def _check_options(scale: float, window: int | None, reduction: str, temperature: float) -> None:
@@ -123,17 +135,17 @@ def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tenso
             f"got {query.dtype} {list(query.shape)} on {query.device}, {key.dtype} {list(key.shape)} on {key.device}."
         )
     rows, tokens = [key.shape[0], key.shape[2]], query.shape[2]
-    if valid is not None and (valid.dtype != torch.bool or list(valid.shape) != rows or valid.device != key.device):
+    if valid is not None and (valid.dtype != torch.bool or list(valid.shape) != rows):
         raise InputError(
-            f"attention_importance needs valid as torch.bool {rows} on {key.device}, to go with the key; "
-            f"got {valid.dtype} {list(valid.shape)} on {valid.device}."
+            f"attention_importance needs valid as torch.bool {rows}, to go with the key; "
+            f"got {valid.dtype} {list(valid.shape)}."
         )
     if seen is None:
         return
     right = seen.dtype == torch.bool or seen.is_floating_point()
     shapes = [[n, 1, tokens, key.shape[2]] for n in (key.shape[0], 1)]
-    if not right or list(seen.shape) not in shapes or seen.device != key.device:
+    if not right or list(seen.shape) not in shapes:
         raise InputError(
-            f"attention_importance needs seen of torch.bool or a float dtype, {shapes[0]} or {shapes[1]} on "
-            f"{key.device}; got {seen.dtype} {list(seen.shape)} on {seen.device}."
+            f"attention_importance needs seen of torch.bool or a float dtype, {shapes[0]} or {shapes[1]}; "
+            f"got {seen.dtype} {list(seen.shape)}."
         )

@@ -42,7 +42,8 @@ class Rule(NamedTuple):
         return self.scale / (self.temperature if self.softcap is None else self.softcap)
 
     def cap(self, logits: Tensor) -> Tensor:
-        """Products times the factor as logits over the temperature, in place."""
+        """Products times the factor as logits over the temperature, in place; NaN for those that are not finite."""
+        logits.add_(logits, alpha=0)  # 0 times an infinity is a NaN, which neither a cap nor a softmax hides.
         return logits if self.softcap is None else logits.tanh_().mul_(self.softcap / self.temperature)
 
 

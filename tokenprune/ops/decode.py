@@ -56,13 +56,18 @@ def decode_attention(
     - With a soft cap (Gemma 2, arXiv 2408.00118, section 2) logits become `softcap * tanh(logits / softcap)` before the
       softmax, those of both planes as those of the high ones. It keeps the order of the logits: the values that a head
       reads are chosen by the logits before it.
+    - A NaN or an infinity is told: where a kept head's product with a valid key is not finite, whatever the cap, the
+      head's output and magnitude and the scores of all valid keys of that row are NaN. A value that is read and is not
+      finite makes the outputs of all kept heads of its group that read any value not finite. What stands in keys that
+      are not valid, in pruned heads and in values that no head of the group reads changes nothing.
 
     Args:
         query: `[B, H, 1, K]`, any float dtype.
         key: `[B, Hkv, L, K]`, of the query's dtype or as planes; head `h` uses KV head `h // (H / Hkv)`.
         value: likewise, tensor or planes independently of the keys.
         scale: factor of the logits.
-        valid: `[B, L]` or `[B, Hkv, L]` bool, the keys that exist; all of them by default.
+        valid: `[B, L]` or `[B, Hkv, L]` bool, the keys that exist; all of them by default. It, `heads` and `n_values`
+            may stand on another device.
         heads: `[H]` or `[B, H]` bool, the heads that are kept; all of them by default.
         n_values: values that each head reads, at least 1 (more than are valid: all): an int, or int64 `[B]`, whose
             values are not checked. All of them by default.
@@ -87,6 +92,7 @@ def decode_attention(
     if kept is not None:
         kept = kept.expand(batch, n_heads)
     _check_options(query, key, value, n_values, threshold)
+    n_values = n_values.to(query.device) if isinstance(n_values, Tensor) else n_values
     check_softcap("decode_attention", softcap)
     kernel = find_kernel("decode_attention", "decode_attention", backend, query)
     step = _decode if kernel is None else kernel.launch
@@ -99,7 +105,7 @@ def _decode(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
     heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None, softcap: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The specification: everything at its full length, what is not read multiplied by 0."""
+    """The specification: everything at its full length, what is not read filled with 0."""
     batch, n_heads, _, width = query.shape
     groups, length = key.shape[1:3]
     per_group = n_heads // groups
@@ -116,21 +122,20 @@ def _decode(
         recomputed = kept & (_softmax(_cap(logits, softcap)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
         if isinstance(key, Planes):
             logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
-    weight = _softmax(_cap(logits, softcap)) * kept.unsqueeze(-1)
-
     chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
+    weight = _softmax(_cap(logits, softcap)).masked_fill(~chosen, 0.0)
     if n_values is not None:
         chosen = chosen & _largest(logits, n_values)
-    used = weight * chosen
-    output = used @ _read(value, low, mask)
+    used, read = weight.masked_fill(~chosen, 0.0), chosen.any(2)
+    output = used @ _read(value, low, read)
     if threshold is not None and isinstance(value, Planes):
-        output = torch.where(recomputed.unsqueeze(-1), used @ _read(value, True, mask), output)
-    output = output * kept.unsqueeze(-1)
+        output = torch.where(recomputed.unsqueeze(-1), used @ _read(value, True, read), output)
+    output = output.masked_fill(~chosen.any(-1, keepdim=True), 0.0)
 
     n_valid = mask.sum(-1) * kept.any(-1)
     key_bytes = n_valid * _row_bytes(key, low) + n_valid * recomputed.any(-1) * _low_bytes(key)
     n_low = (chosen & recomputed.unsqueeze(-1)).any(2).sum(-1)
-    value_bytes = chosen.any(2).sum(-1) * _row_bytes(value, low) + n_low * _low_bytes(value)
+    value_bytes = read.sum(-1) * _row_bytes(value, low) + n_low * _low_bytes(value)
     return (
         output.view(query.shape).to(query.dtype),
         weight.sum((1, 2)),
@@ -148,7 +153,9 @@ def _read(x: Tensor | Planes, low: bool, mask: Tensor | None = None) -> Tensor:
 
 
 def _logits(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    return (query @ key.transpose(-1, -2)).masked_fill(~mask.unsqueeze(2), -torch.inf)
+    """Products, NaN for those that are not finite, which a cap or a softmax might hide; -inf for keys not valid."""
+    logits = query @ key.transpose(-1, -2)
+    return logits.add_(logits, alpha=0).masked_fill_(~mask.unsqueeze(2), -torch.inf)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -210,23 +217,23 @@ def _check_shapes(query: Tensor, key: Tensor | Planes, value: Tensor | Planes) -
 
 
 def _expand(name: str, x: Tensor | None, query: Tensor, shapes: list[tuple[int, ...]]) -> Tensor | None:
-    if x is not None and (x.dtype != torch.bool or tuple(x.shape) not in shapes or x.device != query.device):
+    """The mask on the device of the query."""
+    if x is None:
+        return None
+    if x.dtype != torch.bool or tuple(x.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise InputError(
-            f"decode_attention needs {name} as torch.bool {wanted} on {query.device}; "
-            f"got {x.dtype} {list(x.shape)} on {x.device}."
-        )
-    return x
+        raise InputError(f"decode_attention needs {name} as torch.bool {wanted}; got {x.dtype} {list(x.shape)}.")
+    return x.to(query.device)
 
 
 def _check_options(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, n_values: int | Tensor | None, threshold: float | None
 ) -> None:
     if isinstance(n_values, Tensor):
-        if n_values.dtype != torch.int64 or n_values.shape != query.shape[:1] or n_values.device != query.device:
+        if n_values.dtype != torch.int64 or n_values.shape != query.shape[:1]:
             raise OptionError(
-                f"decode_attention needs n_values as an int or as torch.int64 [{len(query)}] on {query.device}; "
-                f"got {n_values.dtype} {list(n_values.shape)} on {n_values.device}."
+                f"decode_attention needs n_values as an int or as torch.int64 [{len(query)}]; "
+                f"got {n_values.dtype} {list(n_values.shape)}."
             )
     elif n_values is not None:
         check_count("decode_attention", "n_values", n_values, 1, 2**31 - 1)

@@ -1,7 +1,7 @@
 """Calls of text decoders and of their layers, read into neutral words and written back.
 
-A hook sees keyword arguments under upstream's names. :class:`DecoderCall` and :class:`LayerCall` hold the same values by
-their roles; ``arguments`` gives them back under the names they came by or, where they were not given, by those of the
+A hook sees keyword arguments under upstream's names. :class:`DecoderCall` and :class:`LayerCall` hold the same values
+by their roles; ``arguments`` gives them back under the names they came by or, where they were not given, by those of the
 forward's signature. A role may have several names (the KV cache was renamed in transformers 5.24): a caller may use
 any of them, since hooks run before transformers' own renaming does.
 
@@ -146,7 +146,8 @@ def _refuse_unknown(name: str, module: nn.Module, value: Any) -> None:
     if tensors:
         raise UnsupportedModelError(
             f"{type(module).__name__} was called with {name!r} (a {type(value).__name__} with a tensor of shape "
-            f"{list(tensors[0].shape)}), whose tokens cannot be told, so nothing was pruned; transformers {version_of()}"
+            f"{list(tensors[0].shape)}), and it is not known for which tokens; nothing was pruned (transformers "
+            f"{version_of()})"
         )
 
 

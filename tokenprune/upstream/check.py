@@ -29,6 +29,11 @@ def version_of(library: str = "transformers") -> str:
         return "(not installed)"
 
 
+def tested() -> str:
+    """The tested versions, in words."""
+    return f"transformers {TESTED[0]} to {TESTED[-1]}"
+
+
 def is_newer_than_tested() -> bool:
     """Whether the minor of the installed transformers is newer than the newest tested one."""
 
@@ -49,7 +54,9 @@ def note_proof(decoder: object) -> None:
     _PROVEN.add(type(decoder))
 
 
-def missing(role: str, *, of: str, wanted: Iterable[str], seen: Iterable[object] = ()) -> UnsupportedModelError:
+def missing(
+    role: str, *, of: str, wanted: Iterable[str], seen: Iterable[object] = (), library: str = "transformers"
+) -> UnsupportedModelError:
     """The error for something that is not there under any name known.
 
     Args:
@@ -57,10 +64,12 @@ def missing(role: str, *, of: str, wanted: Iterable[str], seen: Iterable[object]
         of: where.
         wanted: the names that it is known by.
         seen: the names that are there.
+        library: the package that it belongs to.
     """
+    proven = f"; tested are {tested()}" if library == "transformers" else ""
     return UnsupportedModelError(
-        f"{of} has no {role} that is known: looked for {', '.join(wanted)}; transformers {version_of()} has "
-        f"{', '.join(map(str, seen)) or 'none'}; tested are transformers {TESTED[0]} to {TESTED[-1]}"
+        f"{of} has no {role} that is known: looked for {', '.join(wanted)}; {library} {version_of(library)} has "
+        f"{', '.join(map(str, seen)) or 'none'}{proven}"
     )
 
 
@@ -73,7 +82,8 @@ def need(module: str, name: str, *, role: str) -> Any:
     try:
         found: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise missing(role, of=module, wanted=[name], seen=[f"no such name ({error})"]) from error
+        library = module.partition(".")[0]
+        raise missing(role, of=module, wanted=[name], seen=[f"no such name ({error})"], library=library) from error
     return found
 
 

@@ -92,8 +92,9 @@ class _PlanesLayer:
         """Keep some tokens; unless the newest ones stay where they are, they are quantized before.
 
         Args:
-            index: `[B, M]` int64, slots to keep, ascending.
+            index: `[B, M]` int64, slots to keep, ascending. It may stand on another device.
         """
+        index = index.to(self.keys.device)
         tail = self.keys.shape[-2]
         end = self.get_seq_length()
         newest = torch.arange(end - tail, end, device=index.device)

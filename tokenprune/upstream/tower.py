@@ -1,4 +1,8 @@
-"""What has to be known of a kind of vision encoder: one declarative row each."""
+"""What has to be known of a kind of vision encoder: one declarative row each, and how its roles are found.
+
+A role is found by looking, when a model is patched; one that is not there under any name known raises, and the error
+says what is there.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -9,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.base import Hook
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.reduction import gather
+from tokenprune.upstream.check import missing
 
 _TRIED = 6  # patches that a block is tried on
 
@@ -29,19 +34,6 @@ class Keys:
     module: nn.Module
     kind: str
     read: Callable[[Tensor], Tensor]
-
-    def hook(self, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
-        """A hook that hands the keys to `found` where they are wanted."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if wanted():
-                found(self.read(args[0]))
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if output is not None and wanted():
-                found(self.read(output))
-
-        return Hook(self.module, self.kind, before if self.kind == "pre" else after)
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,7 @@ class Attending:
         last: what follows the output projection.
         dropout: how likely a probability is dropped in training.
         paired: whether it gives its probabilities too where an implementation has them, and else None.
+        plain: whether it has its probabilities now: its implementation is not fused.
     """
 
     inward: tuple[str, ...]
@@ -88,6 +81,7 @@ class Attending:
     last: tuple[str, ...] = ()
     dropout: Callable[[Any], float] = lambda attention: 0.0
     paired: bool = False
+    plain: Callable[[Any], bool] = lambda attention: False
 
 
 @dataclass(frozen=True)
@@ -111,6 +105,7 @@ class Tower:
         sample_rope: rotary embeddings for patches `[N, D]`, to try a block on; None where the host has none.
         pooled: whether a host's own forward returns what comes of its prefix alone.
         refusal: why the host cannot be reduced, "" where it can.
+        implementation: name of the host's attention implementation.
     """
 
     name: str
@@ -129,14 +124,54 @@ class Tower:
     sample_rope: Callable[[Any, Tensor], Any] = lambda host, x: None
     pooled: Callable[[Any], bool] = lambda host: False
     refusal: Callable[[Any], str] = lambda host: ""
+    implementation: Callable[[Any], str] = lambda host: "sdpa"
 
     def blocks(self, host: nn.Module) -> list[nn.Module]:
-        """The blocks of a host, in order."""
-        for path in self.paths:
-            found = child(host, path)
-            if found is not None:
-                return list(found.children())
-        return []
+        """The blocks of a host, in order.
+
+        Raises:
+            UnsupportedModelError: there are none where they are looked for.
+        """
+        found = next((list(one.children()) for path in self.paths if (one := child(host, path)) is not None), [])
+        if not found:
+            raise self.lacking("list of blocks", host, self.paths)
+        return found
+
+    def second_half(self, block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """A block's norm before the MLP and its MLP, None where it is made of other parts altogether.
+
+        Raises:
+            UnsupportedModelError: it has some of the parts, but not those.
+        """
+        found = [child(block, path) for path in self.parts]
+        if all(part is None for part in found):
+            return None
+        norm, mlp = found[2:]
+        if norm is None or mlp is None:
+            role, path = ("norm before the MLP", self.parts[2]) if norm is None else ("MLP", self.parts[3])
+            raise self.lacking(role, block, [path])
+        return norm, mlp
+
+    def check_arguments(self, host: nn.Module, block: nn.Module, *, counts: bool) -> None:
+        """Check that a block's forward takes what reducing its tokens needs.
+
+        Args:
+            host: the encoder.
+            block: the block.
+            counts: whether its attention is to count tokens by their sizes, through its mask.
+
+        Raises:
+            UnsupportedModelError: an argument is missing.
+        """
+        wanted = [("argument for an attention mask, which sizes of tokens take (proportional=False works)", self.mask)]
+        wanted = wanted if counts else []
+        if self.rope and self._rope(host, torch.zeros(1, 1)) is not None:
+            wanted.append(("argument for rotary embeddings", self.rope))
+        seen = inspect.signature(block.forward).parameters
+        for role, name in wanted:
+            if name not in seen:
+                of = f"the forward of {type(block).__name__}"
+                raise missing(role, of=of, wanted=[name], seen=seen, library=self.library)
 
     def sample(self, host: nn.Module, block: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
         """Random hidden states for a block, and what else it takes, with no mask."""
@@ -147,9 +182,16 @@ class Tower:
             device = torch.device(next((one for one in devices if one is not None), "cpu"))
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(2, n_tokens, self.width(host), generator=generator).to(device, weight.dtype)
-        rope = self.sample_rope(host, x[0, -_TRIED:]) if self.rope else None
+        rope = self._rope(host, x[0, -_TRIED:])
         kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
         return x, kwargs if rope is None else {**kwargs, self.rope: rope}
+
+    def lacking(self, role: str, module: nn.Module, wanted: Any) -> UnsupportedModelError:
+        """The error for a part of a module that is not there under any name known."""
+        return missing(role, of=type(module).__name__, wanted=wanted, seen=seen_in(module), library=self.library)
+
+    def _rope(self, host: nn.Module, x: Tensor) -> Any:
+        return self.sample_rope(host, x) if self.rope else None
 
 
 def child(module: Any, path: str) -> nn.Module | None:
@@ -159,6 +201,29 @@ def child(module: Any, path: str) -> nn.Module | None:
     except AttributeError:
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def look_up(thing: Any, *names: str, role: str, library: str = "transformers") -> Any:
+    """The first of the attributes `names` that `thing` has.
+
+    Raises:
+        UnsupportedModelError: it has none of them.
+    """
+    for name in names:
+        if hasattr(thing, name):
+            return getattr(thing, name)
+    raise missing(role, of=type(thing).__name__, wanted=names, seen=seen_in(thing), library=library)
+
+
+def seen_in(thing: Any) -> list[str]:
+    """Names of what a module holds (submodules, parameters, attributes), or of the fields of a config."""
+    names = [*vars(thing), *getattr(thing, "_modules", ()), *getattr(thing, "_parameters", ())]
+    return [name for name in names if not name.startswith("_")]
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a module's forward is not that of its class, such as where accelerate brings its weights in."""
+    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def heads_averaged(n_heads: int) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,20 @@
 """Vision encoders of timm: the rows, and the encoders that are refused, with the reason."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.models.tower import Attending, Keys, Logits, Tower, averaged, child
+from tokenprune.upstream.check import need
+from tokenprune.upstream.tower import Attending, Keys, Logits, Tower, averaged, child, look_up
+
+_found = partial(look_up, library="timm")
+_ROLES = {
+    "num_heads": "number of heads",
+    "scale": "factor of the attention logits",
+    "qkv": "projection of queries, keys and values",
+}
 
 
 def _keys(block: Any) -> Keys | None:
@@ -17,13 +26,19 @@ def _keys(block: Any) -> Keys | None:
     return None
 
 
-def _beit_keys(block: Any) -> Keys:
+def _role(attention: Any, name: str) -> Any:
+    return _found(attention, name, role=_ROLES[name])
+
+
+def _beit_keys(block: Any) -> Keys | None:
     """Keys from the attention's input: BEiT multiplies with the weights of its projection, not through the module."""
-    attention = block.attn
+    attention: Any = child(block, "attn")
+    if attention is None:
+        return None
 
     def read(x: Tensor) -> Tensor:
-        weight = attention.qkv.weight
-        weight = weight.view(3, attention.num_heads, -1, weight.shape[1])[1].mean(0)  # its keys have no bias
+        weight = _role(attention, "qkv").weight
+        weight = weight.view(3, _role(attention, "num_heads"), -1, weight.shape[1])[1].mean(0)  # its keys have no bias
         return nn.functional.linear(x, weight).float()
 
     return Keys(attention, "pre", read)
@@ -34,18 +49,17 @@ def _logits(block: Any) -> Logits | None:
     if child(block, "attn.q_norm") is not None and child(block, "attn.k_norm") is not None:  # [B, H, N, K]
         attention = block.attn
         query, key = (Keys(norm, "post", lambda x: x) for norm in (attention.q_norm, attention.k_norm))
-        return Logits(query, key, float(attention.scale), lambda x, rope: _rotate(attention, x, rope))
+        return Logits(query, key, float(_role(attention, "scale")), partial(_rotate, attention))
     if child(block, "q_norm") is not None and child(block, "sub_norm") is None:  # parallel: [B, N, H, K]
         query, key = (Keys(norm, "post", lambda x: x.transpose(1, 2)) for norm in (block.q_norm, block.k_norm))
-        return Logits(query, key, float(block.scale))
+        return Logits(query, key, float(_role(block, "scale")))
     return None
 
 
 def _rotate(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
-    from timm.layers import apply_rot_embed_cat
-
-    n_prefix = attention.num_prefix_tokens
-    rotated = apply_rot_embed_cat(x[:, :, n_prefix:], rope, half=getattr(attention, "rotate_half", False))
+    rotate = need("timm.layers", "apply_rot_embed_cat", role="rotation of queries and keys")
+    n_prefix = _prefix(attention)
+    rotated = rotate(x[:, :, n_prefix:], rope, half=getattr(attention, "rotate_half", False))
     return torch.cat([x[:, :, :n_prefix], rotated], 2)
 
 
@@ -54,13 +68,13 @@ def _beit_logits(block: Any) -> Logits:
 
     def part(number: int) -> Keys:
         def read(x: Tensor) -> Tensor:
-            bias = attention.q_bias if number == 0 else None  # its keys have no bias
-            projected = nn.functional.linear(x, attention.qkv.weight.chunk(3)[number], bias)
-            return projected.view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+            bias = None if number else _found(attention, "q_bias", role="bias of the queries")  # its keys have none
+            projected = nn.functional.linear(x, _role(attention, "qkv").weight.chunk(3)[number], bias)
+            return projected.view(*x.shape[:2], _role(attention, "num_heads"), -1).transpose(1, 2)
 
         return Keys(attention, "pre", read)
 
-    return Logits(part(0), part(1), float(attention.scale))
+    return Logits(part(0), part(1), float(_role(attention, "scale")))
 
 
 def _attending(attention: Any) -> Attending | str:
@@ -72,6 +86,7 @@ def _attending(attention: Any) -> Attending | str:
             return f"its attention has a {name} of all heads before its output projection"
     fused = getattr(attention, "qkv", None) is not None
     names = ("q_bias", "k_bias", "v_bias")
+    _dropout(attention)
     return Attending(
         ("qkv",) if fused else ("q_proj", "k_proj", "v_proj"),
         "proj",
@@ -79,46 +94,53 @@ def _attending(attention: Any) -> Attending | str:
         biases=names if fused and getattr(attention, "q_bias", None) is not None else (),
         norms=("q_norm", "k_norm") if child(attention, "k_norm") is not None else (),
         last=("proj_drop",),
-        dropout=lambda attention: float(attention.attn_drop.p),
+        dropout=_dropout,
     )
+
+
+def _dropout(attention: Any) -> float:
+    return float(_found(attention, "attn_drop", role="dropout of the attention").p)
 
 
 def _patches(host: Any) -> int:
     if getattr(host, "dynamic_img_size", False):
         return 0
-    return int(getattr(host.patch_embed, "num_patches", 0) or 0)
+    embed = _found(host, "patch_embed", role="embeddings of patches")
+    return int(getattr(embed, "num_patches", 0) or 0)
 
 
 def _width(host: Any) -> int:
-    return int(host.embed_dim)
+    return int(_found(host, "embed_dim", role="width"))
 
 
 def _prefix(host: Any) -> int:
-    return int(host.num_prefix_tokens)
+    return int(_found(host, "num_prefix_tokens", role="number of tokens before the patches"))
 
 
 def _pooled(host: Any) -> bool:
-    return host.global_pool == "token" and getattr(host, "attn_pool", None) is None
+    return getattr(host, "global_pool", None) == "token" and getattr(host, "attn_pool", None) is None
 
 
 def _sample_rope(host: Any, x: Tensor) -> Tensor | None:
-    if getattr(host, "rope", None) is None:
+    if _found(host, "rope", role="rotary embeddings") is None:
         return None
-    attention = host.blocks[0].attn
-    width = 2 * attention.proj.in_features // attention.num_heads
+    attention = _found(host.blocks[0], "attn", role="attention")
+    width = 2 * _found(attention, "proj", role="output projection").in_features // _role(attention, "num_heads")
     return torch.linspace(-1, 1, len(x) * width, dtype=x.dtype, device=x.device).view(len(x), -1)
 
 
 def _refuse_checkpointing(host: Any) -> str:
-    if getattr(host, "grad_checkpointing", False):
+    if _found(host, "grad_checkpointing", role="flag of gradient checkpointing"):
         return "gradient checkpointing would run its blocks a second time without their place in the forward; turn " \
             "it off with model.set_grad_checkpointing(False)"  # fmt: skip
     return ""
 
 
 def _refuse_beit(host: Any) -> str:
-    tables = [getattr(block.attn, "relative_position_bias_table", None) for block in host.blocks]
-    if host.rel_pos_bias is not None or any(table is not None for table in tables):
+    role = "table of relative positions"
+    attentions = [_found(block, "attn", role="attention") for block in _found(host, "blocks", role="list of blocks")]
+    tables = [_found(attention, "relative_position_bias_table", role=role) for attention in attentions]
+    if any(table is not None for table in (_found(host, "rel_pos_bias", role=role), *tables)):
         return (
             "its attention adds a table of relative positions of the whole grid, which cannot follow tokens that are "
             "merged"

@@ -1,0 +1,114 @@
+"""Both ends of a decoder's call: what it is given for the tokens that go on, and what it returns for all of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import InputError
+from tokenprune.models import masks
+from tokenprune.models.cache import Ledger
+from tokenprune.models.forward import Call, Forward, Segment
+from tokenprune.models.selection import Merged, all_positions
+from tokenprune.reduction import gather
+from tokenprune.upstream.caches import past_length
+from tokenprune.upstream.calls import DecoderCall, lengthen_output
+from tokenprune.upstream.facts import DecoderFacts
+
+
+def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *, unpacks: bool) -> None:
+    """Check what a call of a decoder brings against what is known.
+
+    Args:
+        given: the call.
+        facts: the decoder's.
+        ledger: what its cache knows of itself, if it is a pruned one.
+        unpacks: whether flash attention was seen when the decoder was patched.
+
+    Raises:
+        InputError: the cache is not what the mask or its own ledger says, or attention was changed to one that needs
+            hooks of its own.
+    """
+    if facts.flash and not unpacks:
+        raise InputError(
+            f"{facts.called} runs {facts.implementation!r} now, which it did not when it was patched; call "
+            "tokenprune.patch after set_attn_implementation"
+        )
+    if ledger is not None:
+        ledger.check(given.cache)
+        return
+    assert given.embeds is not None
+    past, mask = past_length(given.cache), given.mask
+    total = past + given.embeds.shape[1]
+    if past and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > total:
+        raise InputError(
+            f"the attention mask covers {mask.shape[1]} tokens, and the KV cache and this call hold {total}: a "
+            "pruned cache that was built anew out of its tensors no longer knows what was pruned; copy it with "
+            "copy.deepcopy, or cut it with cache.crop"
+        )
+
+
+def shape_of(ids: Tensor, *, like: nn.Module) -> Tensor:
+    """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that `like` computes in."""
+    return torch.empty(*ids.shape, 0, dtype=next(like.parameters()).dtype, device=ids.device)
+
+
+def call_of(given: DecoderCall, facts: DecoderFacts, past: int) -> Call:
+    """A call of a decoder in terms of the unpruned sequence."""
+    embeds = given.embeds
+    assert embeds is not None
+    positions = all_positions(given.positions, past, embeds)
+    empty = embeds.new_empty(*embeds.shape[:2], 0)
+    text = positions[0] if positions.ndim == 3 else positions
+    return Call(given.mask, given.cache, empty, text, past, facts)
+
+
+def mask_of(call: Call, segment: Segment, *, like: Tensor) -> Any:
+    """What the decoder gets as attention mask for its first segment."""
+    layout = segment.layout(call)
+    if layout.bias is not None:
+        if by_kind := call.facts.first_layers():
+            return {kind: segment.mask(call, layer=layer, like=like) for kind, layer in by_kind.items()}
+        return segment.mask(call, layer=0, like=like)
+    if call.mask is None and call.cache is not None and not layout.has_fillers:
+        return None
+    return masks.prune_mask(call.mask, layout, call.cache, call.facts, call.offsets)
+
+
+def positions_of(given: DecoderCall, state: Forward, shift: Tensor | None) -> Tensor:
+    """Positions of all tokens of the call under the policy; the shift from now on is noted in the state."""
+    assert state.call is not None
+    assert given.embeds is not None
+    positions = all_positions(given.positions, state.call.past, given.embeds)
+    state.shift = shift
+    if shift is not None:
+        positions = positions - shift[:, None].to(positions.device)
+    if state.lowered is not None:
+        positions = positions - state.lowered
+        last = state.lowered[:, -1]
+        state.shift = last if shift is None else last + shift.to(last.device)
+    return positions
+
+
+def write_merged(merged: list[Merged], x: Tensor) -> None:
+    """Put the means of merged tokens into `x` `[B, L, D]`."""
+    for one in merged:
+        one.write(x)
+
+
+def lengthened(output: Any, state: Forward, call: Call) -> Any:
+    """What the decoder returned with the unpruned length: a dropped token has the state of the nearest kept one before
+    it."""
+
+    def lengthen(x: Tensor, segment: Segment) -> Tensor:
+        keep = segment.keep
+        if keep is None or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
+            return x
+        return gather(x, keep.source(length=call.length))
+
+    def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
+        return tuple(lengthen(x, segment) for x, segment in zip(states, seen, strict=True))
+
+    last = state.segments[-1]
+    return lengthen_output(output, lambda x: lengthen(x, last), by_layer)
