@@ -13,7 +13,9 @@ import torch
 
 Record = Callable[..., None]
 
-sys.path.insert(0, str(Path(__file__).parent))  # benchmarks share helpers
+# Benchmarks share helpers among them, and with the tests `upstream`: the names of what transformers renames.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 
 def _cpu_model() -> str:

@@ -26,6 +26,7 @@ import torch
 from test_prefill import CUDA, DEVICE, DTYPE, IMAGE, SHAPE, TEXT, Prompt, forward, make_model, prefill, ratio, summary
 from test_prefill import twin as twin_of
 from torch import nn
+from upstream import cache_of
 
 import tokenprune
 from tokenprune.flops import decoder_flops_g
@@ -92,7 +93,7 @@ class Variant:
         self.preset, self.importance, self.lengths = preset, importance, scheduled(method, sizes)
         self.prompt, self.model = make_frames(n_visual, sizes[0], n_rows), twin_of(dense)
         self.session = tokenprune.patch(self.model, method)
-        cache = self.run().past_key_values
+        cache = cache_of(self.run())
         assert stored(cache) == self.lengths
         assert self.session.traces[-1].n_out == (0,) * n_rows
         self.kv_mib = kv_mib(cache)
@@ -118,7 +119,7 @@ def test_aim(
         embeds = torch.randn(n_rows, length, SHAPE["hidden_size"], device=DEVICE, dtype=DTYPE)
         calls[length] = lambda embeds=embeds: forward(dense, {"inputs_embeds": embeds})
     times = alternate(calls, repeats=repeats, warmup=int(CUDA), device=DEVICE)  # on a CPU they are warm by now
-    dense_kv_mib, dense_flops_g = kv_mib(prefill(dense, whole).past_key_values), flops_g(calls["dense"])
+    dense_kv_mib, dense_flops_g = kv_mib(cache_of(prefill(dense, whole))), flops_g(calls["dense"])
     rows = []
     for variant in variants:
         steps = zip(*(times[length].samples for length in variant.lengths), strict=True)

@@ -17,7 +17,7 @@ import tokenprune
 from tokenprune.measure import alternate
 from tokenprune.models.cache import ledger_of
 from tokenprune.models.ends import check_call
-from tokenprune.upstream.calls import DecoderCall
+from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 
 CALLS = 100  # of the checks in one timing, which is too short by itself

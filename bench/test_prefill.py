@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache, LlavaConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from upstream import cache_of, encoder_output, with_cache, with_features
 
 import tokenprune
 from tokenprune.measure import Timing, alternate
@@ -73,9 +73,8 @@ class Prompt:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward, with a new cache."""
-        images = BaseModelOutputWithPooling(pooler_output=list(self.features))
         mask = None if bool(self.mask.all()) else self.mask  # as generate() does
-        return {"input_ids": self.ids, "attention_mask": mask, "mm_encoder_outputs": {"image": images}}
+        return {"input_ids": self.ids, "attention_mask": mask, **with_features(encoder_output(list(self.features)))}
 
 
 def make_prompt(*sizes: int) -> Prompt:
@@ -118,7 +117,7 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def cache_of(model: Any) -> DynamicCache:
+def new_cache(model: Any) -> DynamicCache:
     """A new KV cache."""
     return DynamicCache(config=model.config)
 
@@ -127,7 +126,7 @@ def prefill(model: Any, prompt: Prompt) -> Any:
     """Forward over a prompt as ``generate`` runs it."""
     positions = (prompt.mask.cumsum(-1) - 1).clamp(min=0)
     return model(
-        **prompt.inputs(), position_ids=positions, past_key_values=cache_of(model), use_cache=True, logits_to_keep=1
+        **prompt.inputs(), position_ids=positions, **with_cache(new_cache(model)), use_cache=True, logits_to_keep=1
     )
 
 
@@ -149,7 +148,7 @@ def ideal_inputs(model: Any, prompt: Prompt, kept: list[Tensor]) -> dict[str, An
 
 def forward(model: Any, inputs: dict[str, Any]) -> Any:
     """Forward with a new cache."""
-    return model(**inputs, past_key_values=cache_of(model), use_cache=True, logits_to_keep=1)
+    return model(**inputs, **with_cache(new_cache(model)), use_cache=True, logits_to_keep=1)
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -244,7 +243,7 @@ class Decoder:
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
+            **with_cache(self.cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -269,8 +268,8 @@ def test_decode(dense: nn.Module, record: Callable[..., None], sizes: tuple[int,
     assert_same(first, plain)
     positions = prompt.mask.sum(-1, keepdim=True)
     padded = len(sizes) > 1
-    theirs = Decoder(dense, plain.past_key_values, inputs["attention_mask"] if padded else None, positions)
-    ours = Decoder(patched, first.past_key_values, prompt.mask if padded else None, positions)
+    theirs = Decoder(dense, cache_of(plain), inputs["attention_mask"] if padded else None, positions)
+    ours = Decoder(patched, cache_of(first), prompt.mask if padded else None, positions)
     assert_same(ours.step(), theirs.step())
     physical = [cache.layers[0].keys.shape[2] for cache in (ours.cache, theirs.cache)]
     assert physical[0] == physical[1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlavaConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from upstream import FEATURES, encoder_output, with_features
 
 import tokenprune
 from tokenprune.generation import GREEDY
@@ -44,11 +44,10 @@ def make_inputs() -> dict[str, Any]:
     ids = torch.randint(IMAGE + 1, 1000, (1, N_VISUAL + N_TEXT))
     ids[:, N_TEXT // 2 : N_TEXT // 2 + N_VISUAL] = IMAGE
     features = torch.randn(N_VISUAL, WIDTH, device=DEVICE, dtype=DTYPE)
-    outputs = {"image": BaseModelOutputWithPooling(pooler_output=[features])}
     return {
         "input_ids": ids.to(DEVICE),
         "attention_mask": torch.ones_like(ids).to(DEVICE),
-        "mm_encoder_outputs": outputs,
+        **with_features(encoder_output([features])),
     }
 
 
@@ -83,7 +82,7 @@ def test_report(record: Callable[..., None]) -> None:
         dense_ms, pruned_ms = _sides(watch.samples_ms[2:])  # the first two runs look, they are not timed
 
         def run() -> Any:
-            fresh = {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+            fresh = {**inputs, FEATURES: dict(inputs[FEATURES])}
             return model.generate(**fresh, **GREEDY, max_new_tokens=NEW_TOKENS)
 
         def run_dense() -> Any:

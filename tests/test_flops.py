@@ -21,8 +21,8 @@ def test_formula_agrees_with_both_counters_within_two_percent(family: str, imple
     formula = decoder_flops_g(decoder, rows=rows, lengths=[length] * len(decoder.layers))
     assert formula is not None
     with torch.no_grad():
-        with FlopCounterMode(display=False) as torchs:
-            model(**fresh(inputs), logits_to_keep=1)
+        with FlopCounterMode(display=False) as torchs:  # torch 2.14 counts no fused attention on a CPU
+            tiny(family, "eager")(**fresh(inputs), logits_to_keep=1)
         ours = flops_g(lambda: model(**fresh(inputs), logits_to_keep=1))
     head = 2 * rows * model.lm_head.weight.numel() / 1e9
     assert formula + head == pytest.approx(torchs.get_total_flops() / 1e9, rel=0.02)

@@ -22,7 +22,7 @@ from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import share
 from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic
 from tokenprune.upstream.caches import new_cache
-from tokenprune.upstream.calls import call_decoder
+from tokenprune.upstream.decoder_call import call_decoder
 from tokenprune.upstream.families import placeholder_id
 from tokenprune.upstream.prompts import Prompt
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from data import Sample
+from names import upstream
 from scoring import SCORES
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.errors import InputError
 from tokenprune.loading import Loaded, decode, one_line
@@ -152,7 +152,9 @@ def _forced(model: Any, inputs: dict[str, Any], expected: Tensor) -> list[float]
         words = expected[:, :-1].clamp(min=0)
         mask = inputs["attention_mask"]
         mask = torch.cat([mask, mask.new_ones(words.shape)], dim=1)
-        rest = model(input_ids=words, attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+        rest = model(
+            input_ids=words, attention_mask=mask, **upstream.with_cache(upstream.cache_of(first)), use_cache=True
+        )
         logits = torch.cat([logits, rest.logits], dim=1)
     right = ((logits.argmax(-1) == expected) | (expected == -100)).all(dim=1)
     return [float(one) for one in right]
@@ -192,5 +194,6 @@ def _encode(model: Any, inputs: dict[str, Any], side: int | None) -> dict[str, A
         return_dict=True,
         **options,
     )
-    output = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[i] for i in image_of.tolist()])
-    return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": {"image": output}}
+    pooled = upstream.pooled_of(features)
+    output = upstream.encoder_output([pooled[i] for i in image_of.tolist()])
+    return {"input_ids": ids, "attention_mask": mask, **upstream.with_features(output)}

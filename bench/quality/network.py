@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from names import upstream
 from packing import N_IMAGE, Packed
 from questions import EOS, IMAGE_TOKEN, PAD, VOCABULARY, WORD_ID
 from scenes import BACKGROUND_COLOUR, BACKGROUND_DIGIT, COLOURS, GRID, IMAGE, PATCH
@@ -121,9 +122,13 @@ class Trainee(nn.Module):
         inner = self.llava.model
         text = inner.language_model
         x = torch.cat((inner.multi_modal_projector(hidden[:, 1:]), text.embed_tokens(packed.ids)), 1)
-        rotary = text.rotary_emb(x, packed.position_ids)
+        given = {
+            upstream.MASK: packed.bias,
+            upstream.POSITIONS: packed.position_ids,
+            upstream.ROTARY: text.rotary_emb(x, packed.position_ids),
+        }
         for layer in text.layers:
-            x = layer(x, attention_mask=packed.bias, position_ids=packed.position_ids, position_embeddings=rotary)
+            x = layer(x, **given)
         return self.llava.lm_head(text.norm(x[:, N_IMAGE:]))
 
     def compile_layers(self) -> None:

@@ -44,7 +44,8 @@ from tokenprune.upstream.caches import (
     record,
     window_of,
 )
-from tokenprune.upstream.calls import DecoderCall, check_decoder
+from tokenprune.upstream.calls import check_decoder
+from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import Family, n_planes, placeholder_id
 from tokenprune.upstream.masks import check_builder

@@ -12,7 +12,7 @@ from tokenprune.models.forward import Call, Forward, Segment
 from tokenprune.models.selection import Merged, all_positions
 from tokenprune.reduction import gather
 from tokenprune.upstream.caches import past_length
-from tokenprune.upstream.calls import DecoderCall, lengthen_output
+from tokenprune.upstream.decoder_call import DecoderCall, lengthen_output
 from tokenprune.upstream.facts import DecoderFacts
 
 

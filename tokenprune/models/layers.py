@@ -18,7 +18,7 @@ from tokenprune.models.forward import Call, Forward, current
 from tokenprune.models.masks import layer_mask
 from tokenprune.reduction import Keep, gather, pack
 from tokenprune.signals import LayerSignals, Stage, Trace
-from tokenprune.upstream.calls import LayerCall, first_of_kwargs
+from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64)

@@ -6,23 +6,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.errors import OptionError
 from tokenprune.models import layers as between
 from tokenprune.models import projections
 from tokenprune.models.base import Engine, Hook, LayerReducer, Swap
+from tokenprune.models.checking import (
+    Cuts,
+    check_attention,
+    check_checkpointing,
+    check_decoder,
+    check_entrance,
+    check_planes,
+)
 from tokenprune.models.eviction import check_layers
 from tokenprune.models.forward import Forward, current
 from tokenprune.models.probe import swap
-from tokenprune.signals import AttentionPlan, CachePlan, Probe, Stage, TextGuard
-from tokenprune.upstream.attention import attention_of, checkpoints, has_sinks
-from tokenprune.upstream.caches import new_cache
+from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
+from tokenprune.upstream.attention import attention_of, has_sinks
 from tokenprune.upstream.calls import check_layer
 from tokenprune.upstream.facts import DecoderFacts, layers_of
-from tokenprune.upstream.families import n_planes
 from tokenprune.upstream.prompts import Prompt
-from tokenprune.upstream.quantized_cache import use_planes
-
-Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
 
 
 @dataclass(frozen=True)
@@ -123,19 +126,6 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
     return wanting[0][1]
 
 
-def check_checkpointing(*modules: nn.Module) -> None:
-    """Check that the layers of a decoder that leaves something out of every attention run once.
-
-    Raises:
-        UnsupportedModelError: one of `modules` has gradient checkpointing on.
-    """
-    if any(map(checkpoints, modules)):
-        raise UnsupportedModelError(
-            "heads, values or bits cannot be left out with gradient checkpointing, which would run layers a second "
-            "time without their place in the forward; turn it off with model.gradient_checkpointing_disable()"
-        )
-
-
 def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]) -> Any:
     """The hook of a decoder that looks whether its attention was changed, or checkpointing turned on, since."""
 
@@ -148,21 +138,6 @@ def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]
             check_checkpointing(*(one for one in (module, *modules) if one.training))
 
     return check
-
-
-def check_planes(facts: DecoderFacts) -> None:
-    """Check that the cache that ``generate`` makes for a decoder can keep tokens in two planes of four bits.
-
-    Raises:
-        OptionError: it cannot.
-    """
-    try:
-        use_planes(new_cache(facts.config))
-    except UnsupportedModelError as error:
-        raise OptionError(
-            f"quantize was asked for, and of the cache that generate makes for {facts.called} {error}; give "
-            "quantize=None"
-        ) from error
 
 
 def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:
@@ -275,54 +250,3 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
                 if probe not in wanted.get(layer, ()):
                     wanted[layer] = (*wanted.get(layer, ()), probe)
     return wanted
-
-
-def check_entrance(engine: Engine, facts: DecoderFacts) -> None:
-    """Check that what is asked for at a decoder's entrance can be had.
-
-    Raises:
-        OptionError: it cannot.
-    """
-    before = engine.reducers("before_llm")
-    biased = [reducer.name for reducer in before if reducer.biased]
-    if biased and not (facts.fused or facts.eager):
-        raise OptionError(
-            f"method {biased[0]!r} was asked for size_bias=True, which adds to the logits of sdpa or eager attention, "
-            f'and the model runs {facts.implementation!r}; load it with attn_implementation="sdpa" or leave '
-            "size_bias=False"
-        )
-    if engine.positions == "packed" and not before and (inside := engine.layer_reducers()):
-        raise OptionError(
-            f'positions="packed" renumbers what is left before the decoder, and method {inside[0].name!r} drops tokens '
-            'inside it, where positions are part of the keys already; use positions="original"'
-        )
-
-
-def check_decoder(root: nn.Module, facts: DecoderFacts, cuts: Cuts) -> None:
-    """Check that tokens can leave the decoder of `root` before the layers of `cuts`.
-
-    Raises:
-        OptionError: they cannot.
-    """
-    check_attention(facts)
-    planes = n_planes(root)
-    if cuts and min(cuts) < planes:
-        raise OptionError(
-            f"method {cuts[min(cuts)][0][0].name!r} wants to prune after layer {min(cuts) - 1}, but the vision encoder "
-            f"adds features to the visual tokens of layers 0 to {planes - 1} (DeepStack); prune after layer "
-            f"{planes - 1} or later"
-        )
-
-
-def check_attention(facts: DecoderFacts) -> None:
-    """Check that tokens can leave between layers with the attention implementation of a decoder.
-
-    Raises:
-        OptionError: they cannot.
-    """
-    if not (facts.fused or facts.eager or facts.flash):
-        raise OptionError(
-            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
-            f"attention, and the model runs {facts.implementation!r}; load it with another attn_implementation or use "
-            "a method that prunes before the decoder"
-        )

@@ -1,8 +1,8 @@
 """Query and output projections that compute kept heads only.
 
 While a model is patched, a :class:`SlicedLinear` takes the place of the query projection of an attention, and another
-one that of its output projection. The query projection decides: with fewer heads coming out of it, the attention runs on
-fewer heads, and the output projection sees by the width of its input which columns are wanted.
+one that of its output projection. The query projection decides: with fewer heads coming out of it, the attention runs
+on fewer heads, and the output projection sees by the width of its input which columns are wanted.
 """
 
 import copy

@@ -174,9 +174,8 @@ def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:
     """Which entries are among the `n_values` largest of their row, ties to the lowest index."""
     n_values = n_values.view(-1, 1, 1, 1) if isinstance(n_values, Tensor) else n_values
     order = logits.argsort(dim=-1, descending=True, stable=True)
-    return (
-        torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).to(order).expand_as(order)) < n_values
-    )
+    rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, rank) < n_values
 
 
 def _row_bytes(x: Tensor | Planes, low: bool) -> int:

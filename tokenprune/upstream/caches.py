@@ -6,6 +6,7 @@ A pruned cache holds fewer slots than the sequence has tokens. Its class becomes
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -58,24 +59,27 @@ class _PrunedCache:
 
     layers: list[Any]
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Length of the sequence: in tokens outside the decoder, in slots within it."""
         slots: Slotted = getattr(self, _STATE)
-        layer_idx = next(i for i in range(layer_idx, len(self.layers)) if hasattr(self.layers[i], _LENGTH))
-        physical = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return physical if slots.inside else physical + slots.dropped_at(layer_idx)
+        given = (*args, *kwargs.values())  # one argument, whatever it is called
+        layer = next(i for i in range(given[0] if given else 0, len(self.layers)) if hasattr(self.layers[i], _LENGTH))
+        physical = super().get_seq_length(layer)  # type: ignore[misc]
+        return physical if slots.inside else physical + slots.dropped_at(layer)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Any, int]:
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
         """Length and offset of the keys that a mask has to cover, counted as in :meth:`get_seq_length`."""
         slots: Slotted = getattr(self, _STATE)
+        given: tuple[int, int] = _in_order(super().get_mask_sizes, args, kwargs)  # type: ignore[misc]
         if slots.inside:
-            sizes: tuple[Any, int] = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+            sizes: tuple[Any, int] = super().get_mask_sizes(*given)  # type: ignore[misc]
             return sizes
-        past = int(self.get_seq_length(layer_idx))
-        window = window_of(self.layers[layer_idx])
+        n_queries, layer = given
+        past = int(self.get_seq_length(layer))
+        window = window_of(self.layers[layer])
         if window is None or past < window:
-            return past + query_length, 0
-        return window - 1 + query_length, past - window + 1
+            return past + n_queries, 0
+        return window - 1 + n_queries, past - window + 1
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Store new states.
@@ -94,11 +98,11 @@ class _PrunedCache:
         """Copy and pickle by the name of the class that the cache came from."""
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens, as on an unpruned cache."""
         slots: Slotted = getattr(self, _STATE)
         length = int(self.get_seq_length())
-        n_gone = length - cropped_length(length, tokens_to_remove)
+        n_gone = length - cropped_length(length, *args, *kwargs.values())
         finish = slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
         super().crop(-n_gone)  # type: ignore[misc]
         finish()
@@ -108,21 +112,30 @@ class _PrunedCache:
         super().reset()  # type: ignore[misc]
         forget(self)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
         """Take rows as beam search does."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        getattr(self, _STATE).take_rows(beam_idx)
+        super().reorder_cache(*args, **kwargs)  # type: ignore[misc]
+        getattr(self, _STATE).take_rows(*args, *kwargs.values())
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
         """Keep some rows."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        getattr(self, _STATE).take_rows(indices)
+        super().batch_select_indices(*args, **kwargs)  # type: ignore[misc]
+        getattr(self, _STATE).take_rows(*args, *kwargs.values())
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
         """Repeat every row."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        super().batch_repeat_interleave(*args, **kwargs)  # type: ignore[misc]
         slots = getattr(self, _STATE)
+        repeats = (*args, *kwargs.values())[0]
         slots.take_rows(torch.arange(slots.n_rows, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+
+
+def _in_order(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call in the order of the signature."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    return tuple(bound.arguments.values())
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
 from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
-from tokenprune.upstream.calls import first_of_kwargs, parameters_of, text_decoder
+from tokenprune.upstream.calls import parameters_of, text_decoder
 from tokenprune.upstream.check import missing, need, version_of
+from tokenprune.upstream.layer_call import first_of_kwargs
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,

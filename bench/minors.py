@@ -1,0 +1,267 @@
+"""Run the oracles of the families on other versions of the libraries below, each installed into a folder of its own.
+
+    python bench/minors.py                                  # all that README names: see LIBRARIES
+    python bench/minors.py transformers                     # the newest patch release of every minor, oldest to newest
+    python bench/minors.py transformers --versions 5.25.0   # one version: before its minor goes to TESTED
+
+A version that is not the installed one is put before the installed packages by PYTHONPATH: nothing is reinstalled. Exit
+status 1: tests fail on a version that counts as tested; 2: none fails, but one could not be installed. A transformers
+newer than every minor in ``tokenprune.upstream.check.TESTED`` is tried too, and told about in a line of its own, but
+does not change the status: nobody has said yet that it works.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tokenprune.upstream.check import TESTED
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED, FAILED, MISSING = "passed", "FAILED", "not installed"
+
+# Files under tests/, and which of their tests; none named: all.
+DECODERS: dict[str, tuple[str, ...]] = {
+    "test_pixels": (),
+    "test_oracle": (
+        "test_pruned_generation_equals_a_dense_run_on_the_kept_tokens",
+        "test_keeping_everything_is_bit_identical_also_through_the_gathering_code",
+    ),
+    "test_layers": (
+        "test_tokens_that_left_are_unseen_by_later_layers",
+        "test_hidden_states_and_caches_are_as_short_as_the_schedule_says",
+    ),
+    "test_layers_generation": ("test_static_cache", "test_a_second_turn_of_text_goes_on_with_the_pruned_cache"),
+    "test_aim": ("test_merging_and_pruning_together",),
+    "test_spatten": (
+        "test_text_leaves_prompt_and_cache_as_the_simulation_says",
+        "test_visual_tokens_leave_layer_by_layer",
+    ),
+    "test_vit_inside": ("test_generation_equals_a_dense_run_on_one_token_a_group",),
+}
+ENCODERS: dict[str, tuple[str, ...]] = {
+    "test_vit": (
+        "test_tome_is_the_paper_written_out",
+        "test_features_and_intermediates_keep_their_shape_and_agree_with_the_forward",
+        "test_unpatching_leaves_the_encoder_as_it_was",
+    ),
+    "test_vit_spatten": ("test_the_cascade_is_a_dense_run_that_hides_what_left",),
+    "test_vit_heads": ("test_rows_that_keep_different_heads_are_dense_runs_with_zeros",),
+}
+ARITHMETIC: dict[str, tuple[str, ...]] = {
+    "test_oracle": ("test_pruned_generation_equals_a_dense_run_on_the_kept_tokens",),
+    "test_vit": ("test_tome_is_the_paper_written_out",),
+    "test_ops_top_k": (),
+    "test_ops_max_min": ("test_torch_follows_the_naive_loop", "test_triton_follows_torch"),
+    "test_ops_merging": ("test_matching_follows_the_naive_loop", "test_merging_follows_the_naive_loop"),
+    "test_ops_decode": ("test_torch_follows_the_naive_loop",),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library below and how its versions are tried.
+
+    Attributes:
+        tests: what runs on each version.
+        installs: further arguments of ``pip install``, in the order in which they are tried until the version can be
+            imported.
+        options: further arguments of pytest.
+    """
+
+    tests: dict[str, tuple[str, ...]]
+    installs: tuple[tuple[str, ...], ...]
+    options: tuple[str, ...] = ()
+
+    def selection(self) -> list[str]:
+        """The tests by their node ids."""
+        names = [(file, name) for file, names in self.tests.items() for name in names or ("",)]
+        return [f"tests/{file}.py::{name}" if name else f"tests/{file}.py" for file, name in names]
+
+
+OLD_TIMM = "ignore:`torch.jit.interface` is deprecated:FutureWarning"  # what torch says to timm 1.0.20
+LIBRARIES = {
+    # With dependencies of its own only where it cannot do with those installed.
+    "transformers": Library(DECODERS, (("--no-deps",), ())),
+    "timm": Library(ENCODERS, (("--no-deps",),), ("-k", "timm", "-W", OLD_TIMM)),
+    # The interpreter of Triton 3.6, which torch 2.11 brings, cannot do with numpy 2.4.
+    "torch": Library(
+        ARITHMETIC,
+        (("torchvision", "numpy<2.4"),),
+        ("-k", "not test_oracle or llava or qwen2_5_vl or qwen3_5 or gemma3"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a version ended: tests `passed`, the `seconds` they took, and the last words of pytest or pip."""
+
+    library: str
+    version: str
+    status: str
+    words: str
+    passed: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        words = f"{self.passed} passed in {self.seconds:.0f} s" if self.status == PASSED else self.words
+        return f"{self.library:<12} {self.version:<8} {self.status:<8} {words}"
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has said yet that this version works."""
+        minor = tuple(map(int, TESTED[-1].split(".")))
+        return self.library == "transformers" and Version(self.version.removesuffix(".*")).release[:2] > minor
+
+
+def floor(library: str) -> Version:
+    """The oldest version that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in (*project["dependencies"], *project["optional-dependencies"]["test"]):
+        requirement = Requirement(line)
+        if requirement.name == library:
+            return Version(next(part.version for part in requirement.specifier if part.operator == ">="))
+    raise LookupError(f"pyproject.toml sets no floor for {library}")
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pip and keep what it says."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def wanted(library: str) -> list[str]:
+    """The versions that are tried where none are named: of each minor the newest patch release, or first and last.
+
+    Where the registry does not answer, `5.17.*` stands in place of a version: installing it will say why.
+    """
+    said = re.search(r"^Available versions: (.*)$", pip("index", "versions", library).stdout, flags=re.MULTILINE)
+    offered = sorted(map(Version, said[1].split(", "))) if said else []
+    oldest, here = floor(library), metadata.version(library).partition("+")[0]
+    minors = {version.release[:2]: str(version) for version in offered if version >= oldest}
+    if library == "transformers":
+        return list(minors.values()) or [f"{minor}.*" for minor in TESTED]
+    if library == "timm":
+        return [str(oldest), *list(minors.values())[-1:]]
+    return [minors.get(oldest.release[:2], f"{oldest}.*"), here]  # a newer torch than the locked one is raised by hand
+
+
+def environment(folder: Path | None) -> dict[str, str]:
+    """The environment of a process that sees the packages in `folder` first."""
+    path = {} if folder is None else {"PYTHONPATH": str(folder)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **path}
+
+
+def seen(library: str, folder: Path | None) -> str:
+    """The version that a process with `folder` imports, or the last line of why it cannot."""
+    command = [sys.executable, "-c", f"import {library}; print({library}.__version__.partition('+')[0])"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(folder))
+    return (done.stdout if done.returncode == 0 else done.stderr).strip().rpartition("\n")[2]
+
+
+def install(library: str, version: str, folder: Path) -> str:
+    """Put a version into `folder`, unless it is there; the reason where that cannot be, empty where it could."""
+    if fnmatch(found := seen(library, folder), version):
+        return ""
+    for options in LIBRARIES[library].installs:
+        done = pip("install", "--quiet", "--upgrade", "--target", str(folder), f"{library}=={version}", *options)
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            return errors[-1] if errors else f"pip ended with status {done.returncode}"
+        if fnmatch(found := seen(library, folder), version):
+            return ""
+    return f"what is imported after installing it: {found}"
+
+
+def attempt(library: str, version: str, folder: Path) -> Row:
+    """Install a version under `folder` and run the tests on it; what they print goes to a log beside it."""
+    place = None if seen(library, None) == version else folder / library / version
+    if place is not None and (reason := install(library, version, place)):
+        return Row(library, version, MISSING, reason)
+    command = [str(Path(sys.executable).with_name("pytest")), "-q", *LIBRARIES[library].selection()]
+    command += LIBRARIES[library].options
+    log = folder / library / f"{version}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with log.open("w") as file:
+        status = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(place), check=False
+        ).returncode
+    seconds = round(time.monotonic() - start, 1)
+    words = next((line.strip("= ") for line in reversed(log.read_text().splitlines()) if line.strip("= ")), "no output")
+    passed = int((re.search(r"(\d+) passed", words) or ("", "0"))[1])
+    return Row(library, version, PASSED if status == 0 and passed else FAILED, words, passed, seconds)
+
+
+def tell(rows: list[Row], seconds: float) -> int:
+    """Print the sum of it, and versions that nobody has tested yet in lines of their own; the exit status."""
+    counts = Counter(row.status for row in rows)
+    parts = ", ".join(f"{counts[status]} {status}" for status in (FAILED, MISSING, PASSED) if counts[status])
+    names = ", ".join(dict.fromkeys(row.library for row in rows))
+    print(f"{names} {rows[0].version} to {rows[-1].version}: of {len(rows)} versions {parts} in {seconds:.1f}s")
+    for row in rows:
+        if row.is_new and row.status == PASSED:
+            print(f"NEWEST {row.library} {row.version} passed: its minor may go to tokenprune.upstream.check.TESTED")
+        elif row.is_new:
+            print(f"NEWEST {row.library} {row.version} {row.status}: {row.words}")
+    bad = {row.status for row in rows if not row.is_new}
+    return 1 if FAILED in bad else 2 if MISSING in bad else 0
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Put rows into a results file, in place of those of the same libraries."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    libraries = {row.library for row in rows}
+    kept = [row for row in before if row["library"] not in libraries] + [asdict(row) for row in rows]
+    content = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": {name: metadata.version(name) for name in LIBRARIES},
+        "rows": sorted(kept, key=lambda row: list(LIBRARIES).index(row["library"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> int:
+    """Try the versions of one library or of all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(LIBRARIES)}; default: all")
+    parser.add_argument("--versions", help="versions of the one library named, with commas between")
+    parser.add_argument("--output", type=Path, help="results file to put the rows into")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "minors", help="where versions are installed")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="versions tried at a time")
+    options = parser.parse_args()
+    libraries = options.libraries or list(LIBRARIES)
+    if unknown := set(libraries) - set(LIBRARIES):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(LIBRARIES)}")
+    if options.versions and len(libraries) != 1:
+        parser.error("--versions goes with one library")
+    named = options.versions.split(",") if options.versions else None
+    pairs = [(library, version) for library in libraries for version in named or wanted(library)]
+    start, rows = time.monotonic(), []
+    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
+        for row in pool.map(lambda pair: attempt(*pair, options.folder.resolve()), pairs):
+            print(row, flush=True)
+            rows.append(row)
+    if options.output:
+        write(options.output, rows)
+    return tell(rows, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What a text decoder is called with and what it returns, in neutral words.
+
+:class:`DecoderCall` holds the values of a call by their roles; ``arguments`` gives them back under the names they came
+by or, where they were not given, by those of the forward's signature.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from tokenprune.reduction import Keep
+from tokenprune.upstream.calls import DECODER_ROLES, DECODER_WORDS, bind, refuse_unknown, sorted_out, written
+from tokenprune.upstream.check import missing
+
+
+@dataclass
+class DecoderCall:
+    """What a text decoder is called with.
+
+    Attributes:
+        module: the decoder.
+        embeds: `[B, L, D]`, or None where it is called with ids.
+        ids: `[B, L]`, or None.
+        mask: the attention mask in any of its forms.
+        positions: `[B, L]` or `[3 or 4, B, L]`, or None.
+        cache: the KV cache, or None.
+        caches: whether one is wanted; None: as the config says.
+        plane_tokens: `[B, L]` bool, which tokens DeepStack's features belong to, or None.
+        planes: DeepStack's features for the first layers, `[n, D]` each, or None.
+        others: what else was given, by upstream's names.
+    """
+
+    module: nn.Module
+    embeds: Tensor | None = None
+    ids: Tensor | None = None
+    mask: Any = None
+    positions: Tensor | None = None
+    cache: Any = None
+    caches: bool | None = None
+    plane_tokens: Tensor | None = None
+    planes: list[Tensor] | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+    _names: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
+        """What `module` is being called with."""
+        values, names, others = sorted_out(bind(module.forward, args, kwargs), DECODER_WORDS)
+        return cls(module, **values, others=others, _names=names)
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as keyword arguments."""
+        given = dict(self.others)
+        for role in DECODER_ROLES:
+            value = getattr(self, role)
+            if role in self._names or value is not None:
+                given[self._names.get(role) or written(role, DECODER_ROLES, self.module)] = value
+        return given
+
+    def shorten(self, keep: Keep) -> None:
+        """Shorten every per-token argument; the mask is not among them.
+
+        Raises:
+            InputError: several sequences are packed into a row.
+            UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
+        """
+        assert self.embeds is not None
+        per_token = self.embeds.shape[:2]
+        for name, value in self.others.items():
+            if isinstance(value, Tensor) and value.shape[:2] == per_token:
+                self.others[name] = keep.apply(value)
+            else:
+                refuse_unknown(name, self.module, value)
+        if self.plane_tokens is not None and self.planes is not None:
+            self._shorten_planes(keep)
+        elif self.planes is not None:
+            refuse_unknown(self._names["planes"], self.module, self.planes)
+        if self.positions is not None:
+            self.positions = keep.apply(self.positions, dim=self.positions.ndim - 1)
+        self.embeds = keep.apply(self.embeds)
+        if self.ids is not None:
+            self.ids = keep.apply(self.ids)
+
+    def _shorten_planes(self, keep: Keep) -> None:
+        """A plane has one row for each visual token of the batch."""
+        visual = self.plane_tokens
+        assert visual is not None
+        assert self.planes is not None
+        number = (visual.flatten().cumsum(0) - 1).view_as(visual)
+        left = keep.apply(visual)
+        left = left if keep.valid is None else left & keep.valid.to(left.device)
+        rows = keep.apply(number)[left]
+        self.planes = [plane[rows.to(plane.device)] for plane in self.planes]
+        self.plane_tokens = left
+
+    def change_planes(self, change: Callable[[Tensor], None]) -> None:
+        """Let `change` write into each plane, laid out as `[B, L, D]`."""
+        visual = self.plane_tokens
+        if visual is None or self.planes is None:
+            return
+        changed = []
+        for plane in self.planes:
+            whole = plane.new_zeros(*visual.shape, plane.shape[-1])
+            whole[visual.to(plane.device)] = plane
+            change(whole)
+            changed.append(whole[visual.to(plane.device)])
+        self.planes = changed
+
+
+def call_decoder(decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
+    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without."""
+    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
+    output = decoder(**call.arguments())
+    return states_of(output, type(decoder).__name__)
+
+
+def states_of(output: Any, called: str) -> Tensor:
+    """The last hidden states among what a decoder returned.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
+    found = next((value for value in values if isinstance(value, Tensor) and value.ndim == 3), None)
+    if found is None:
+        seen = output.keys() if isinstance(output, Mapping) else [type(output).__name__]
+        raise missing("hidden states", of=f"what {called} returns", wanted=["a tensor [B, L, D]"], seen=seen)
+    return found
+
+
+def lengthen_output(output: Any, last: Callable[[Tensor], Tensor], by_layer: Callable[[tuple[Any, ...]], Any]) -> Any:
+    """What a decoder returned with the unpruned length.
+
+    Args:
+        output: a tuple, or a ``ModelOutput``, which is changed.
+        last: what to do with hidden states behind the last layer.
+        by_layer: what to do with a tuple of tensors, one for each layer.
+    """
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return last(value)
+        return by_layer(value) if isinstance(value, tuple) and value and isinstance(value[0], Tensor) else value
+
+    if isinstance(output, tuple):
+        return tuple(map(change, output))
+    for name, value in list(output.items()):
+        if isinstance(value, Tensor | tuple):
+            output[name] = change(value)
+    return output
