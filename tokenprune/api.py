@@ -173,7 +173,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         raise UnsupportedModelError(f"{name} cannot be pruned: {refused[1]}; {supported}")
     if (reason := encoder_refusal(model)) is not None:
         raise UnsupportedModelError(f"{name} cannot be reduced: {reason}; {supported}")
-    if not takes_images(model) and (encoder := find_encoder(model)) is not None:
+    if family_of(model) is None and not takes_images(model) and (encoder := find_encoder(model)) is not None:
         return encoder
     if is_encoder_decoder(model):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models are pruned; {supported}")

@@ -44,7 +44,7 @@ from tokenprune.upstream.caches import (
     record,
     window_of,
 )
-from tokenprune.upstream.calls import check_decoder
+from tokenprune.upstream.calls import check_decoder, check_root
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import Family, n_planes, placeholder_id
@@ -71,6 +71,7 @@ class DecoderAdapter:
         self.row = family
         self.facts = DecoderFacts(decoder)
         self._unpacks = self.facts.flash
+        check_root(root)
         check_decoder(decoder, planes=n_planes(root) > 0)
         check_classes()
         check_builder()

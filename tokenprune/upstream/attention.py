@@ -17,6 +17,7 @@ from tokenprune.upstream.check import missing, need
 
 NAME = "tokenprune"
 _FIELD = "config"
+_GROUPS = "num_key_value_groups"
 _QUERY, _OUTPUT = "q_proj", "o_proj"
 PROJECTIONS = (_QUERY, _OUTPUT)
 """Names of the projections of queries and of the output in an attention module."""
@@ -58,6 +59,16 @@ class RegroupedAttention:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+def check_grouping(module: nn.Module) -> None:
+    """Check that how many queries a key serves is known of an attention.
+
+    Raises:
+        UnsupportedModelError: it is not.
+    """
+    if not hasattr(module, _GROUPS):
+        raise missing("number of queries of each key", of=type(module).__name__, wanted=[_GROUPS], seen=vars(module))
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:

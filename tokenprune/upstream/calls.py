@@ -102,6 +102,15 @@ def check_decoder(decoder: nn.Module, *, planes: bool) -> None:
     _check(decoder, wanted, DECODER_ROLES)
 
 
+def check_root(root: nn.Module) -> None:
+    """Check that the forward of the module that calls a decoder takes the text as it is known.
+
+    Raises:
+        UnsupportedModelError: a role is missing.
+    """
+    _check(root, ("ids", "embeds"), DECODER_ROLES)
+
+
 def check_layer(layer: nn.Module) -> None:
     """Check that the forward of a decoder layer takes all that pruning between layers works with.
 
@@ -113,6 +122,7 @@ def check_layer(layer: nn.Module) -> None:
 
 _SAID = {
     "embeds": "argument for embeddings",
+    "ids": "argument for token ids",
     "mask": "argument for the attention mask",
     "positions": "argument for positions",
     "cache": "argument for the KV cache",
