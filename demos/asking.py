@@ -142,9 +142,10 @@ def decoder_inputs(model: Any) -> Iterator[list[Tensor]]:
     caught: list[Tensor] = []
 
     def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        embeds = kwargs.get("inputs_embeds")
-        if not caught and isinstance(embeds, Tensor):
-            caught.append(embeds[0].detach())
+        tensors = [one for one in kwargs.values() if isinstance(one, Tensor)]
+        embeds = [one for one in tensors if one.is_floating_point() and one.ndim == 3]  # masks have two or four axes
+        if not caught and embeds:
+            caught.append(embeds[0][0].detach())
 
     handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from upstream import FEATURES, encoder_output, with_features
 
 CONFIGS: dict[str, Any] = json.loads((Path(__file__).parent / "tiny_configs.json").read_text())["families"]
 FAMILIES = tuple(CONFIGS)
@@ -87,23 +87,19 @@ def _row_ids(family: str, row: Row, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _encoded(family: str, images: list[Tensor], seeds: list[int]) -> BaseModelOutputWithPooling:
+def _encoded(family: str, images: list[Tensor], seeds: list[int]) -> Any:
     if family in STACKED:
         same = len({len(image) for image in images}) == 1
         pooled: Any = torch.stack(images) if same else torch.cat(images)[None]
     else:
         pooled = images
     if family == "qwen3_vl":
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-        planes = [[image.roll(layer + 1, -1) * 0.5 for image in images] for layer in range(2)]
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=planes)
+        return encoder_output(
+            pooled, planes=[[image.roll(layer + 1, -1) * 0.5 for image in images] for layer in range(2)]
+        )
     if family == "ovis2":
-        from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures
-
-        indicators = torch.randn(5, DIM, generator=torch.Generator().manual_seed(3))
-        return BaseModelOutputWithVisualIndicatorFeatures(pooler_output=pooled, visual_indicator_features=indicators)
-    return BaseModelOutputWithPooling(pooler_output=pooled)
+        return encoder_output(pooled, indicators=torch.randn(5, DIM, generator=torch.Generator().manual_seed(3)))
+    return encoder_output(pooled)
 
 
 def batch(
@@ -128,7 +124,7 @@ def batch(
     images = [image for row, seed in zip(rows, seeds, strict=True) for image in features_of(row, seed=seed)]
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
     if images:
-        inputs["mm_encoder_outputs"] = {"image": _encoded(family, images, list(seeds))}
+        inputs |= with_features(_encoded(family, images, list(seeds)))
     visual = (input_ids == IMAGE).long()
     if family in MROPE and images:
         grids = [part for row in rows for part in row if isinstance(part, tuple)]
@@ -147,10 +143,10 @@ def batch(
 
 
 def fresh(inputs: dict[str, Any], *, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """A copy for one call: transformers writes into `mm_encoder_outputs`. `dtype` converts the features."""
+    """A copy for one call: transformers writes into the features given beforehand. `dtype` converts them."""
     copied = copy.deepcopy(inputs)
     if dtype is not None:
-        for output in copied.get("mm_encoder_outputs", {}).values():
+        for output in copied.get(FEATURES, {}).values():
             for key, value in output.items():
                 output[key] = _cast(value, dtype)
     return copied

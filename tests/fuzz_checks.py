@@ -10,7 +10,7 @@ from oracle import check_steps
 from oracle_layers import alive_by_layer, layered_logits, layers_of
 from oracle_planes import as_stored, stored_by
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from upstream import cache_of, encoder_output, with_features
 
 import tokenprune
 from tokenprune.schedule import count
@@ -156,8 +156,8 @@ class Oracle:
             return found
         first = sum(counts[:row])
         mine = self.features[first : first + counts[row]]
-        encoded = BaseModelOutputWithPooling(pooler_output=mine if self.family in STACKED else list(mine))
-        return Batch({**found.inputs, "mm_encoder_outputs": {"image": encoded}}, found.pads, found.rows)
+        given = with_features(encoder_output(mine if self.family in STACKED else list(mine)))
+        return Batch({**found.inputs, **given}, found.pads, found.rows)
 
     def check(self, session: tokenprune.Session, steps: list[Tensor], ids: Tensor, cache: Any) -> None:
         """Each of `steps` `[B, V]`: logits after the prompt and the first of `ids` `[B, n]` that were generated."""
@@ -182,7 +182,7 @@ def check_logits(
     Behind the prompt only where no decoding step makes a choice of its own.
     """
     generated, packed = case.mode == "generate", case.positions == "packed"
-    cache = getattr(out, "past_key_values", None)  # some models make one before their decoder runs, others in it
+    cache = cache_of(out)  # some models make one before their decoder runs, others in it
     planes = any(hasattr(layer, "planes") for layer in getattr(cache, "layers", ()))
     assert left_out.planes or not planes
     chooses = left_out.values or left_out.text
@@ -204,4 +204,4 @@ def check_logits(
         n = STEPS if planes and left_out.threshold == 1.0 and not chooses else 1
         steps = list(out.logits[:n]) if generated else [out.logits[:, -1]]
         ids = out.sequences[:, length:] if generated else torch.empty(len(oracle.prompt.pads), 0, dtype=torch.int64)
-        oracle.check(session, steps, ids, out.past_key_values if planes else None)
+        oracle.check(session, steps, ids, cache if planes else None)

@@ -217,11 +217,11 @@ def main() -> None:
     """Print what becomes of each name: cases by outcome, then one line a name."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME")
-    say = sys.stdout.write
-    wanted = golden()
+    names = parser.parse_args().names
+    say, wanted = sys.stdout.write, golden()
     say("".join(f"unfit: {case}: {why}\n" for case, one in wanted.items() if (why := unfit(case, one))))
     lines = [f"{'name':<32}" + "".join(f"{kind:>9}" for kind in KINDS) + f"{'seconds':>9}"]
-    for name in parser.parse_args().names:
+    for name in names:
         start = time.perf_counter()
         found = outcomes(name, wanted)
         kinds = Counter(outcome.split()[0].rstrip(":") for outcome in found.values())

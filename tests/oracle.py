@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from families import MROPE, Batch, batch, fresh
 from torch import Tensor, nn
+from upstream import DEEPSTACK, EMBEDS, MASK, POSITIONS, USE_CACHE, VISUAL_PLACES, with_cache
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,18 +51,18 @@ def only_kept(model: nn.Module, kept: Tensor, *, packed: bool = False) -> Iterat
     decoder = model.get_decoder()
 
     def shorten(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        embeds, positions = kwargs[EMBEDS], kwargs.get(POSITIONS)
         length = embeds.shape[1]
         if positions is None:
             positions = torch.arange(length)[None]
-        changed = dict(kwargs, inputs_embeds=embeds[:, kept], past_key_values=None, use_cache=False)
-        changed["position_ids"] = torch.arange(len(kept))[None] if packed else positions[..., kept]
-        changed["attention_mask"] = explicit_mask(module, kwargs.get("attention_mask"), kept, length)
-        if kwargs.get("visual_pos_masks") is not None:
-            visual = kwargs["visual_pos_masks"][0]
+        changed = {**kwargs, EMBEDS: embeds[:, kept], **with_cache(None), USE_CACHE: False}
+        changed[POSITIONS] = torch.arange(len(kept))[None] if packed else positions[..., kept]
+        changed[MASK] = explicit_mask(module, kwargs.get(MASK), kept, length)
+        if kwargs.get(VISUAL_PLACES) is not None:
+            visual = kwargs[VISUAL_PLACES][0]
             left = torch.isin(visual.nonzero()[:, 0], kept)
-            changed["visual_pos_masks"] = visual[None, kept]
-            changed["deepstack_visual_embeds"] = [plane[left] for plane in kwargs["deepstack_visual_embeds"]]
+            changed[VISUAL_PLACES] = visual[None, kept]
+            changed[DEEPSTACK] = [plane[left] for plane in kwargs[DEEPSTACK]]
         return (), changed
 
     handle = decoder.register_forward_pre_hook(shorten, with_kwargs=True)
@@ -73,9 +74,9 @@ def only_kept(model: nn.Module, kept: Tensor, *, packed: bool = False) -> Iterat
 
 def reference_logits(model: nn.Module, family: str, row: Batch, kept: Tensor, *, packed: bool = False) -> Tensor:
     """Logits `[m, V]` of the kept tokens of a single unpadded row, by the unpatched model."""
-    inputs = {**fresh(row.inputs), "use_cache": False}
+    inputs = {**fresh(row.inputs), USE_CACHE: False}
     if family not in MROPE:
-        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1
+        inputs[POSITIONS] = inputs[MASK].cumsum(-1) - 1
     with only_kept(model, kept, packed=packed), torch.no_grad():
         return model(**inputs).logits[0]
 

@@ -14,6 +14,7 @@ import torch
 from families import MROPE, Batch, Row, fresh
 from oracle import additive
 from torch import Tensor, nn
+from upstream import DEEPSTACK, EMBEDS, HIDDEN, MASK, POSITIONS, USE_CACHE, VISUAL_PLACES, with_cache
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -57,38 +58,38 @@ def hidden_by_layer(
     masks: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        embeds, positions = kwargs[EMBEDS], kwargs.get(POSITIONS)
         length = embeds.shape[1]
         masks.clear()
-        masks.extend(full_masks(module, kwargs.get("attention_mask"), length))
-        changed = dict(kwargs, past_key_values=None, use_cache=False)
-        changed["position_ids"] = torch.arange(length)[None] if positions is None else positions
-        changed["attention_mask"] = {} if isinstance(kwargs.get("attention_mask"), dict) else masks[0][None, None]
+        masks.extend(full_masks(module, kwargs.get(MASK), length))
+        changed = {**kwargs, **with_cache(None), USE_CACHE: False}
+        changed[POSITIONS] = torch.arange(length)[None] if positions is None else positions
+        changed[MASK] = {} if isinstance(kwargs.get(MASK), dict) else masks[0][None, None]
         kinds = getattr(module.config, "layer_types", None)
-        if (kinds and len(set(kinds)) > 1) or isinstance(kwargs.get("attention_mask"), dict):
-            changed["attention_mask"] = dict.fromkeys(set(kinds or []), masks[0][None, None])
+        if (kinds and len(set(kinds)) > 1) or isinstance(kwargs.get(MASK), dict):
+            changed[MASK] = dict.fromkeys(set(kinds or []), masks[0][None, None])
         if merge is not None:
-            changed["inputs_embeds"] = merge(embeds)
-            if kwargs.get("deepstack_visual_embeds") is not None:
-                visual = kwargs["visual_pos_masks"]
+            changed[EMBEDS] = merge(embeds)
+            if kwargs.get(DEEPSTACK) is not None:
+                visual = kwargs[VISUAL_PLACES]
                 planes = []
-                for plane in kwargs["deepstack_visual_embeds"]:
+                for plane in kwargs[DEEPSTACK]:
                     whole = torch.zeros(1, length, plane.shape[-1])
                     whole[visual] = plane
                     planes.append(merge(whole)[visual])
-                changed["deepstack_visual_embeds"] = planes
+                changed[DEEPSTACK] = planes
         return (), changed
 
     def layer_hook(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = args[0] if args else kwargs[HIDDEN]
             seen = masks[layer] & (alive[layer][None, :] | torch.eye(len(alive[layer]), dtype=torch.bool))
             mask = additive(seen, hidden.dtype)[None, None]
             if sizes is not None:
                 mask = torch.where(seen, sizes.log()[None, :].expand_as(seen), mask)
             elif decoder.config._attn_implementation != "eager":
                 mask = seen[None, None]
-            return args, dict(kwargs, attention_mask=mask.view(1, 1, *seen.shape))
+            return args, {**kwargs, MASK: mask.view(1, 1, *seen.shape)}
 
         return hook
 
@@ -106,10 +107,10 @@ def layered(
     model: nn.Module, family: str, row: Batch, alive: list[Tensor], *, attentions: bool = False, **options: Any
 ) -> Any:
     """Output of the unpatched model for a single unpadded row."""
-    inputs = {**fresh(row.inputs), "use_cache": False, "output_attentions": attentions}
+    inputs = {**fresh(row.inputs), USE_CACHE: False, "output_attentions": attentions}
     if family not in MROPE:
         first = int(family.startswith("paligemma"))  # what it counts positions from
-        inputs["position_ids"] = inputs["attention_mask"].cumsum(-1) - 1 + first
+        inputs[POSITIONS] = inputs[MASK].cumsum(-1) - 1 + first
     with hidden_by_layer(model, alive, **options), torch.no_grad():
         return model(**inputs)
 

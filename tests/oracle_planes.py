@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from oracle_layers import layers_of
 from torch import Tensor, nn
+from upstream import with_cache
 
 from tokenprune.ops import dequantize_planes
 
@@ -58,7 +59,7 @@ def as_stored(model: nn.Module, stored: Stored, alive: list[Tensor]) -> Iterator
     given = _Given(stored, alive)
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, dict(kwargs, past_key_values=given)
+        return args, {**kwargs, **with_cache(given)}
 
     handles = [
         layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers_of(model.get_decoder()) if stored

@@ -14,6 +14,7 @@ from test_generation import ONE_IMAGE, ONE_SIZE, conversation, second_turn
 from test_layers import N_LAYERS, first_cut, pair, spread
 from test_pixels import CASES as PIXELS
 from test_pixels import pixel_batch
+from upstream import FEATURES, cache_of, with_cache
 
 import tokenprune
 from tokenprune import AIM, DivPrune, FastV, OptionError, PyramidDrop, ops
@@ -270,15 +271,15 @@ def test_a_second_turn_sees_the_groups_of_both(family, cache):
     length = ragged.inputs["input_ids"].shape[1]
     from transformers import StaticCache
 
-    store = {"past_key_values": StaticCache(config=model.config, max_cache_len=64)} if cache == "static" else {}
+    store = with_cache(StaticCache(config=model.config, max_cache_len=64)) if cache == "static" else {}
     first, traces = generate(model, ragged.inputs, 3, **store), session.traces
     ids = torch.cat([first.sequences, second_turn(family, ragged, first, 2, (2, 3))], 1)
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, ids.shape[1] - length, dtype=torch.long)], 1)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": first.past_key_values,
-        "mm_encoder_outputs": batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs["mm_encoder_outputs"],
+        **with_cache(cache_of(first)),
+        FEATURES: batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs[FEATURES],
     }
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()

@@ -10,6 +10,7 @@ from families import EVEN, FAMILIES, MROPE, batch, fresh, generate, implementati
 from test_state import Same, logits, same_run, snapshot
 from torch import Tensor, nn
 from transformers import DynamicCache
+from upstream import cache_of, encoder_output, pooled_in, with_cache, with_features
 
 import tokenprune
 from tokenprune import (
@@ -175,7 +176,7 @@ def test_a_backend_that_cannot_run_here_is_named_and_never_replaced(monkeypatch)
     cache = DynamicCache(config=model.config)
     with pytest.raises(BackendError, match=says("backend='triton'", "CUDA", "'torch'", "'auto'")):  # noqa: PT012
         session = tokenprune.patch(model, "divprune", keep=0.5, backend="triton")
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
     assert type(cache) is DynamicCache
     assert cache.get_seq_length() == 0
     assert session.traces == ()
@@ -321,7 +322,7 @@ def test_a_compiled_model_is_refused_with_what_to_do(how):
 def poisoned(inputs: dict[str, Any], *, image: int, token: int, value: float) -> dict[str, Any]:
     """`inputs` with one value of one token of one image replaced."""
     inputs = fresh(inputs)
-    inputs["mm_encoder_outputs"]["image"].pooler_output[image][token, 3] = value
+    pooled_in(inputs)[image][token, 3] = value
     return inputs
 
 
@@ -335,14 +336,14 @@ def test_features_that_are_not_finite_are_refused_by_site_and_row(value, method)
     traces, before, cache = session.traces, snapshot(model), DynamicCache(config=model.config)
     bad = poisoned(prompt.inputs, image=2, token=1, value=value)  # the third image is the only one of the second row
     with pytest.raises(InputError, match=says("before_llm", "row 1", "NaN or infinite")):
-        logits(model, bad, past_key_values=cache)
+        logits(model, bad, **with_cache(cache))
     with pytest.raises(InputError, match=says("before_llm", "row 1")):
         generate(model, bad, 2)
     assert snapshot(model) == before
     assert session.traces is traces
     assert type(cache) is DynamicCache
     assert cache.get_seq_length() == 0
-    assert torch.equal(logits(model, prompt.inputs, past_key_values=cache), first)
+    assert torch.equal(logits(model, prompt.inputs, **with_cache(cache)), first)
     assert same_run(generate(model, prompt.inputs, 2), wanted)
 
 
@@ -354,17 +355,17 @@ def test_a_pruned_cache_goes_on_after_an_image_that_was_refused():
 
     def chat(bad: bool) -> Tensor:
         cache = DynamicCache(config=model.config)
-        logits(model, first.inputs, past_key_values=cache)
+        logits(model, first.inputs, **with_cache(cache))
         if bad:
             before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
             state = {name: Same(value) for name, value in vars(cache).items()}
             with pytest.raises(InputError, match="before_llm"):
-                logits(model, poisoned(turn, image=0, token=0, value=float("nan")), past_key_values=cache)
+                logits(model, poisoned(turn, image=0, token=0, value=float("nan")), **with_cache(cache))
             assert {name: Same(value) for name, value in vars(cache).items()} == state
             for layer, (keys, values) in zip(cache.layers, before, strict=True):
                 assert torch.equal(layer.keys, keys)
                 assert torch.equal(layer.values, values)
-        return logits(model, turn, past_key_values=cache)
+        return logits(model, turn, **with_cache(cache))
 
     assert torch.equal(chat(bad=True), chat(bad=False))
 
@@ -387,7 +388,7 @@ def test_a_prompt_without_an_image_is_left_alone_and_the_trace_says_so(family):
         session = tokenprune.patch(model, ["uniform", "divprune"], keep=0.5)
         out = model(**inputs)
         assert torch.equal(out.logits, wanted)
-        assert type(out.past_key_values) is DynamicCache
+        assert type(cache_of(out)) is DynamicCache
         assert [(trace.method, trace.status, trace.reason) for trace in session.traces] == [
             ("uniform", "skipped", "no image in this call"),
             ("divprune", "skipped", "no image in this call"),
@@ -410,7 +411,7 @@ def test_an_image_after_a_prompt_without_one_is_pruned():
 
 def test_a_row_without_an_image_beside_one_with_an_image_keeps_all_of_its_text():
     model, prompt = tiny("llava"), batch("llava", ((3, (3, 4), 4), (9,)))
-    alone = logits(model, batch("llava", ((9,),), seeds=(1,)).inputs | {"mm_encoder_outputs": {}})
+    alone = logits(model, batch("llava", ((9,),), seeds=(1,)).inputs | with_features())
     session = tokenprune.patch(model, "divprune", keep=0.5)
     positions = (prompt.inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     out = logits(model, {**prompt.inputs, "position_ids": positions})
@@ -444,7 +445,7 @@ def test_an_int_of_at_least_all_tokens_keeps_all(method, keep):
 def test_an_image_all_of_whose_tokens_are_equal_is_pruned_like_any_other(value, options):
     model, prompt = tiny("llava"), batch("llava", EVEN)
     inputs = fresh(prompt.inputs)
-    inputs["mm_encoder_outputs"]["image"].pooler_output = [torch.full((12, 32), value)] * 2
+    inputs |= with_features(encoder_output([torch.full((12, 32), value)] * 2))
     session = tokenprune.patch(model, "divprune", **options)
     assert logits(model, inputs).isfinite().all()
     (trace,) = session.traces
@@ -474,17 +475,17 @@ def test_a_mask_that_is_too_short_for_a_pruned_cache_is_refused():
     model, prompt = tiny("llava"), batch("llava")
     tokenprune.patch(model, Random(keep=0.5))
     cache = DynamicCache(config=model.config)
-    logits(model, prompt.inputs, past_key_values=cache)
+    logits(model, prompt.inputs, **with_cache(cache))
     length, step = cache.get_seq_length(), torch.tensor([[7], [8], [9]])
     short = torch.ones(3, cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)
     with (
         pytest.raises(InputError, match=says("attention_mask", f"{short.shape[1]} columns", str(length))),
         torch.no_grad(),
     ):
-        model(input_ids=step, attention_mask=short, past_key_values=cache)
+        model(input_ids=step, attention_mask=short, **with_cache(cache))
     mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
     with torch.no_grad():
-        assert model(input_ids=step, attention_mask=mask, past_key_values=cache).logits.isfinite().all()
+        assert model(input_ids=step, attention_mask=mask, **with_cache(cache)).logits.isfinite().all()
     assert cache.get_seq_length() == length + 1
 
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from test_pixels import plain
 from test_state import hook_counts
 from torch import Tensor, nn
+from upstream import FEATURES
 
 import tokenprune
 
@@ -130,7 +131,7 @@ def check(family: str, case: Case, seen: Counter[str]) -> None:
     prompt = batch(family, case.rows)
     n_images = sum(isinstance(part, tuple) for row in case.rows for part in row)
     if case.pixels:
-        del prompt.inputs["mm_encoder_outputs"]
+        del prompt.inputs[FEATURES]
         prompt.inputs.update(plain(list(range(n_images))))
     wanted = run(dense, case, prompt)
     if case.pixels:

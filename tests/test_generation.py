@@ -21,7 +21,8 @@ from families import (
 )
 from oracle import check_steps, kept_of_row, reference_logits
 from torch.nn import functional
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+from upstream import CACHE, FEATURES, accepted_caches, cache_of, with_cache, with_features
 
 import tokenprune
 
@@ -52,7 +53,7 @@ def test_static_cache(family):
     dense, model, session = pair(family)
     ragged = batch(family)
     out = generate(model, ragged.inputs, 4, cache_implementation="static")
-    assert isinstance(out.past_key_values, StaticCache)
+    assert isinstance(cache_of(out), StaticCache)
     check_steps(dense, family, out, session.traces, ragged, 4)
 
 
@@ -166,9 +167,7 @@ def test_a_manual_loop(family):
                 family in MROPE
             ):  # left to itself with a mask, the dense model makes positions for the whole sequence and raises
                 extra = {"position_ids": (extra["position_ids"] + model.model.rope_deltas).expand(3, -1, -1)}
-            out = model(
-                input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **extra
-            )
+            out = model(input_ids=new, attention_mask=mask, **with_cache(cache_of(out)), use_cache=True, **extra)
     result = type("Out", (), {"sequences": sequences, "logits": logits})
     check_steps(dense, family, result, session.traces, ragged, 3)
 
@@ -186,7 +185,7 @@ def test_a_manual_loop_without_mask_and_positions(family):
             logits.append(out.logits[:, -1])
             new = out.logits[:, -1, :IMAGE].argmax(-1, keepdim=True)
             sequences = torch.cat([sequences, new], 1)
-            out = model(input_ids=new, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=new, **with_cache(cache_of(out)), use_cache=True)
     result = type("Out", (), {"sequences": sequences, "logits": logits})
     check_steps(dense, family, result, session.traces, single, 3)
 
@@ -257,8 +256,8 @@ def test_a_second_turn_of_text_goes_on_with_the_pruned_cache(family):
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": first.past_key_values,
-        "mm_encoder_outputs": {},
+        **with_cache(cache_of(first)),
+        **with_features(),
     }
     if family in ("paligemma", "paligemma2", "gemma3"):
         inputs["token_type_ids"] = torch.ones_like(ids) if "pali" in family else (ids == IMAGE).long()
@@ -285,19 +284,18 @@ def test_a_second_turn_with_a_new_image_prunes_that_image_too(family, cache, pac
     dense, model, session = pair(family, positions="packed" if packed else "original")
     ragged = batch(family)
     length = ragged.inputs["input_ids"].shape[1]
-    store = {"past_key_values": StaticCache(config=model.config, max_cache_len=64)} if cache == "static" else {}
+    store = with_cache(StaticCache(config=model.config, max_cache_len=64)) if cache == "static" else {}
     first = generate(model, ragged.inputs, 3, **store)
     traces = session.traces
     turn = second_turn(family, ragged, first, 2, (2, 3))
     ids = torch.cat([first.sequences, turn], 1)
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, ids.shape[1] - length, dtype=torch.long)], 1)
     images = [features_of(((2, 3),), seed=50 + row)[0] for row in range(3)]
-    encoded = batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs["mm_encoder_outputs"]
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": first.past_key_values,
-        "mm_encoder_outputs": encoded,
+        **with_cache(cache_of(first)),
+        FEATURES: batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs[FEATURES],
     }
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
@@ -326,7 +324,7 @@ def conversation(family, parts, row, whole, image):
     inputs = {
         "input_ids": whole[None],
         "attention_mask": torch.ones_like(whole)[None],
-        "mm_encoder_outputs": {"image": _encoded(family, images, [row])},
+        **with_features(_encoded(family, images, [row])),
     }
     if family == "gemma3":
         inputs["token_type_ids"] = (whole[None] == IMAGE).long()
@@ -349,3 +347,78 @@ def test_right_padded_rows_are_right_too(family):
         kept = kept_of_row(session.traces, row, 0, single.inputs["input_ids"].shape[1])
         wanted = reference_logits(dense, family, single, kept)
         torch.testing.assert_close(out.logits[row, kept], wanted, atol=1e-4, rtol=1e-4)
+
+
+# --- both names of the cache are accepted: what users write goes on working, and prunes the same ----------------------
+
+# transformers tells users of the old name about the new one.
+renamed = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+names = pytest.mark.parametrize("name", accepted_caches())
+
+
+def test_the_name_of_the_cache_is_accepted():
+    assert CACHE in accepted_caches()
+
+
+@renamed
+@names
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_a_forward_takes_a_cache_by_either_name(family, kind, name):
+    dense, model, session = pair(family)
+    ragged = batch(family)
+    cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
+    mask = ragged.inputs["attention_mask"]
+    inputs = fresh(ragged.inputs)
+    if family not in MROPE:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(**inputs, **{name: cache}, use_cache=True)
+        assert cache_of(out) is cache
+        logits, ids = [out.logits[:, -1]], out.logits[:, -1, :IMAGE].argmax(-1, keepdim=True)
+        positions = mask.sum(-1, keepdim=True)
+        if family in MROPE:
+            positions = (positions + model.model.rope_deltas).expand(3, -1, -1)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        step = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{name: cache}, use_cache=True)
+    logits.append(step.logits[:, -1])
+    sequences = torch.cat([ragged.inputs["input_ids"], ids, ids], 1)
+    result = type("Out", (), {"sequences": sequences, "logits": logits})
+    check_steps(dense, family, result, session.traces, ragged, 2)
+
+
+@renamed
+@names
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_generate_takes_a_cache_by_either_name(family, name):
+    dense, model, session = pair(family)
+    ragged = batch(family)
+    wanted = generate(model, ragged.inputs, 3)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+        out = generate(model, ragged.inputs, 3, **{name: cache})
+        assert cache_of(out) is cache
+        assert torch.equal(out.sequences, wanted.sequences)
+        check_steps(dense, family, out, session.traces, ragged, 3)
+
+
+@renamed
+@names
+def test_a_second_turn_goes_on_with_a_cache_of_either_name(name):
+    _, model, session = pair("llava")
+    ragged = batch("llava")
+    ids, mask = ragged.inputs["input_ids"], ragged.inputs["attention_mask"]
+    turn, outs = torch.full((3, 4), 7), []
+    for given in (CACHE, name):
+        first = generate(model, ragged.inputs, 3)
+        held = [layer.keys.shape[2] for layer in cache_of(first).layers]
+        assert max(held) < ids.shape[1]
+        inputs = {
+            "input_ids": torch.cat([first.sequences, turn], 1),
+            "attention_mask": torch.cat([mask, torch.ones(3, 7, dtype=torch.long)], 1),
+            given: cache_of(first),
+            **with_features(),
+        }
+        outs.append(generate(model, inputs, 3))
+        assert session.traces[0].status == "skipped"
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert all(map(torch.equal, outs[0].logits, outs[1].logits))

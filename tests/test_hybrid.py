@@ -13,6 +13,7 @@ from test_generation import second_turn
 from test_pixels import CASES as PIXELS
 from test_pixels import pixel_batch
 from test_state import logits, same_run
+from upstream import EMBEDS, MASK, ROTARY, USE_CACHE, cache_of, with_cache, with_features
 
 import tokenprune
 from tokenprune import AIM, DivPrune, FastV, OptionError
@@ -84,9 +85,9 @@ def only_alive(model, alive, merge=None):
     decoder, whole = model.get_decoder(), {}
 
     def enter(module, args, kwargs):
-        changed = dict(kwargs, past_key_values=None, use_cache=False)
+        changed = {**kwargs, **with_cache(None), USE_CACHE: False}
         if merge is not None:
-            changed["inputs_embeds"] = merge(kwargs["inputs_embeds"])
+            changed[EMBEDS] = merge(kwargs[EMBEDS])
         return (), changed
 
     def hook(i):
@@ -95,12 +96,12 @@ def only_alive(model, alive, merge=None):
             before = torch.ones(length, dtype=torch.bool) if i == 0 else alive[i - 1]
             if i == 0:
                 whole.update(kwargs)
-            cos, sin = whole["position_embeddings"]
+            cos, sin = whole[ROTARY]
             n = int(alive[i].sum())
             mask = None
             if KINDS[i] == "full_attention":
                 mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
-            changed = dict(kwargs, attention_mask=mask, position_embeddings=(cos[:, alive[i]], sin[:, alive[i]]))
+            changed = {**kwargs, MASK: mask, ROTARY: (cos[:, alive[i]], sin[:, alive[i]])}
             return (args[0][:, alive[i][before]],), changed
 
         return run
@@ -201,9 +202,9 @@ def test_keeping_everything_changes_no_bit():
 def test_caches_of_attention_layers_are_as_short_as_the_schedule_says():
     _, model, _ = pair(AIM(merge=None, prune=(1, 4)))
     out = generate(model, batch(FAMILY).inputs, 1)
-    layers = out.past_key_values.layers
+    layers = cache_of(out).layers
     assert [layers[i].keys.shape[2] for i in (1, 4)] == [26, 12]
-    assert out.past_key_values.get_seq_length() == 26
+    assert cache_of(out).get_seq_length() == 26
 
 
 @pytest.mark.parametrize("name", ["before", "progressive"])
@@ -214,8 +215,8 @@ def test_a_second_turn_and_no_cache_and_beams(name):
     length = ragged.inputs["input_ids"].shape[1]
     ids = torch.cat([first.sequences, second_turn(FAMILY, ragged, first, 4, None)], 1)
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, 7, dtype=torch.long)], 1)
-    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-    out = generate(model, {**inputs, "mm_encoder_outputs": {}}, 2)
+    inputs = {"input_ids": ids, "attention_mask": mask, **with_cache(cache_of(first))}
+    out = generate(model, {**inputs, **with_features()}, 2)
     for row, parts in enumerate(RAGGED):
         for step in range(2):
             extra = out.sequences[row : row + 1, length : length + 7 + step]

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, RAGGED, batch, generate, implementations, tiny
 from oracle_layers import alive_by_layer, layered, layered_logits, layers_of, naive_importance
 from test_state import logits
+from upstream import HIDDEN, cache_of
 
 import tokenprune
 
@@ -133,7 +134,7 @@ def widths_of(model, inputs, n=1, **options):
     handles = [
         layer.register_forward_pre_hook(
             lambda module, args, kwargs, i=i: (
-                seen.setdefault(i, (args[0] if args else kwargs["hidden_states"]).shape[1]) and None
+                seen.setdefault(i, (args[0] if args else kwargs[HIDDEN]).shape[1]) and None
             ),
             with_kwargs=True,
         )
@@ -142,7 +143,7 @@ def widths_of(model, inputs, n=1, **options):
     out = generate(model, inputs, n, **options)
     for handle in handles:
         handle.remove()
-    return [seen[i] for i in range(N_LAYERS)], [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    return [seen[i] for i in range(N_LAYERS)], [layer.keys.shape[2] for layer in cache_of(out).layers]
 
 
 # After a cut the rows of RAGGED have 10, 7 and 12 tokens of text and no padding but what fills them up.
@@ -181,7 +182,7 @@ def test_layers_before_the_first_cut_are_untouched():
     wanted, out = generate(dense, ragged.inputs, 1), generate(model, ragged.inputs, 1)
     for layer in range(2):
         for name in ("keys", "values"):
-            one, other = (getattr(each.past_key_values.layers[layer], name) for each in (out, wanted))
+            one, other = (getattr(cache_of(each).layers[layer], name) for each in (out, wanted))
             assert torch.equal(one, other)
 
 

@@ -11,6 +11,7 @@ from test_layers import FEW, N_LAYERS, check_layers, first_cut, pair, progressiv
 from test_state import same_run
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
+from upstream import FEATURES, cache_of, with_cache, with_features
 
 import tokenprune
 
@@ -27,7 +28,7 @@ def test_static_cache(family):
     ragged = batch(family)
     wanted = generate(model, ragged.inputs, 4)
     out = generate(model, ragged.inputs, 4, cache_implementation="static")
-    assert isinstance(out.past_key_values, StaticCache)
+    assert isinstance(cache_of(out), StaticCache)
     check_layers(dense, family, out, session.traces, ragged, 4)
     for one, other in zip(out.logits, wanted.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -145,9 +146,7 @@ def test_a_manual_loop(family):
             extra = {"position_ids": mask.sum(-1, keepdim=True) - 1}
             if family in MROPE:
                 extra = {"position_ids": (extra["position_ids"] + model.model.rope_deltas).expand(3, -1, -1)}
-            out = model(
-                input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **extra
-            )
+            out = model(input_ids=new, attention_mask=mask, **with_cache(cache_of(out)), use_cache=True, **extra)
     result = type("Out", (), {"sequences": sequences, "logits": logits})
     check_layers(dense, family, result, session.traces, ragged, 3)
 
@@ -165,7 +164,7 @@ def test_a_manual_loop_without_mask_and_positions(family):
             logits.append(out.logits[:, -1])
             new = out.logits[:, -1, :IMAGE].argmax(-1, keepdim=True)
             sequences = torch.cat([sequences, new], 1)
-            out = model(input_ids=new, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=new, **with_cache(cache_of(out)), use_cache=True)
     result = type("Out", (), {"sequences": sequences, "logits": logits})
     check_layers(dense, family, result, session.traces, single, 3)
 
@@ -261,8 +260,8 @@ def test_a_second_turn_of_text_goes_on_with_the_pruned_cache(family):
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": first.past_key_values,
-        "mm_encoder_outputs": {},
+        **with_cache(cache_of(first)),
+        **with_features(),
     }
     if family in ("paligemma", "paligemma2", "gemma3"):
         inputs["token_type_ids"] = torch.ones_like(ids) if "pali" in family else (ids == IMAGE).long()
@@ -295,15 +294,15 @@ def test_a_second_turn_with_a_new_image_prunes_that_image_too(family, cache, win
     dense, model, session = pair(family, method=progressive(family, importance=importance), **overrides)
     ragged = batch(family)
     length = ragged.inputs["input_ids"].shape[1]
-    store = {"past_key_values": StaticCache(config=model.config, max_cache_len=64)} if cache == "static" else {}
+    store = with_cache(StaticCache(config=model.config, max_cache_len=64)) if cache == "static" else {}
     first, traces = generate(model, ragged.inputs, 3, **store), session.traces
     ids = torch.cat([first.sequences, second_turn(family, ragged, first, 2, (2, 3))], 1)
     mask = torch.cat([ragged.inputs["attention_mask"], torch.ones(3, ids.shape[1] - length, dtype=torch.long)], 1)
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
-        "past_key_values": first.past_key_values,
-        "mm_encoder_outputs": batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs["mm_encoder_outputs"],
+        **with_cache(cache_of(first)),
+        FEATURES: batch(family, (((2, 3), 1),) * 3, seeds=(50, 51, 52)).inputs[FEATURES],
     }
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
@@ -328,10 +327,10 @@ def test_a_cache_is_an_ordinary_one_after_a_reset(cache):
     _, model, _ = pair("llava")
     ragged = batch("llava")
     made = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=40)
-    wanted = generate(model, ragged.inputs, 3, past_key_values=made)
+    wanted = generate(model, ragged.inputs, 3, **with_cache(made))
     made.reset()
     assert type(made) in (DynamicCache, StaticCache)
-    assert same_run(generate(model, ragged.inputs, 3, past_key_values=made), wanted)
+    assert same_run(generate(model, ragged.inputs, 3, **with_cache(made)), wanted)
 
 
 def test_half_precision_keeps_its_dtype():
@@ -343,5 +342,5 @@ def test_half_precision_keeps_its_dtype():
     assert out.logits.dtype == torch.bfloat16
     assert out.logits.shape[:2] == ragged.inputs["input_ids"].shape
     assert out.logits.isfinite().all()
-    assert {layer.keys.dtype for layer in out.past_key_values.layers} == {torch.bfloat16}
+    assert {layer.keys.dtype for layer in cache_of(out).layers} == {torch.bfloat16}
     assert [trace.n_out for trace in session.traces] == [(8, 6, 4), (4, 3, 2), (0, 0, 0)]

@@ -12,6 +12,7 @@ from test_state import COPIES, LATER, Interrupt, Same, hook_counts, in_threads, 
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
+from upstream import cache_of, with_cache
 
 import tokenprune
 from tokenprune import AIM, DivPrune, FastV, InputError, PyramidDrop, UnsupportedModelError
@@ -182,7 +183,7 @@ def test_a_paused_session_runs_dense_bit_for_bit(family):
     pruned, traces = generate(model, prompt.inputs, 2), session.traces
     with session.pause():
         assert same_run(generate(model, prompt.inputs, 2), dense)
-        assert type(generate(model, prompt.inputs, 1).past_key_values) is DynamicCache
+        assert type(cache_of(generate(model, prompt.inputs, 1))) is DynamicCache
     assert session.traces is traces
     assert same_run(generate(model, prompt.inputs, 2), pruned)
 
@@ -261,12 +262,12 @@ def turn(model, cache, prompt):
     step = torch.full((len(prompt.rows), 1), 7)
     mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
     with torch.no_grad():
-        return model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        return model(input_ids=step, attention_mask=mask, **with_cache(cache)).logits
 
 
 def filled(model, prompt, make=DynamicCache):
     cache = make(config=model.config) if make is DynamicCache else make(config=model.config, max_cache_len=40)
-    logits(model, prompt.inputs, past_key_values=cache)
+    logits(model, prompt.inputs, **with_cache(cache))
     return cache
 
 
@@ -333,11 +334,11 @@ def test_a_cache_that_cannot_differ_by_layer_is_refused_before_anything_is_store
     cache = DynamicCache(config=model.config)
     cache.layers = [Coarse(axis_key=0, axis_value=0) for _ in range(N_LAYERS)]
     with pytest.raises(UnsupportedModelError, match=r"between decoder layers.*quantized.*DynamicCache or StaticCache"):
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
     assert type(cache) is DynamicCache
     assert not any(layer.is_initialized for layer in cache.layers)
     with pytest.raises(UnsupportedModelError, match="cache of type Boxed"):
-        logits(model, prompt.inputs, past_key_values=Boxed())
+        logits(model, prompt.inputs, **with_cache(Boxed()))
     assert session.traces == ()
     assert snapshot(model) == before
     with session.pause():
@@ -351,7 +352,7 @@ def test_attention_that_is_not_finite_is_refused_by_layer():
     traces, cache = session.traces, DynamicCache(config=model.config)
     handle = model.get_decoder().layers[1].self_attn.q_proj.register_forward_hook(lambda *args: args[-1] * torch.nan)
     with pytest.raises(InputError, match=r"llm_layer: the attention of layer 1 holds NaN"):
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
     handle.remove()
     assert snapshot(model) == before
     assert session.traces is traces

@@ -11,6 +11,7 @@ from families import batch, fresh, tiny
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from upstream import FEATURES, with_cache, with_features
 
 from tokenprune.errors import OptionError
 from tokenprune.generation import inspect_generation, time_generation
@@ -131,7 +132,7 @@ def test_a_static_cache_counts_with_its_full_length() -> None:
     cache = StaticCache(config=model.config, max_cache_len=64)
     inputs = batch("llava").inputs
     with torch.no_grad():
-        model(**fresh(inputs), past_key_values=cache)
+        model(**fresh(inputs), **with_cache(cache))
     assert kv_mib(cache) == 2 * 4 * 3 * 2 * 64 * 8 * 4 / MIB
 
 
@@ -174,13 +175,13 @@ def test_inputs_are_not_written_to() -> None:
     pixels = {
         "input_ids": torch.tensor([[5, *[100] * 16, 6]]),
         "pixel_values": torch.randn(1, 3, 32, 32),
-        "mm_encoder_outputs": {},
+        **with_features(),
     }
     for given in (inputs, pixels):
-        keys, outputs = list(given), dict(given["mm_encoder_outputs"])
+        keys, outputs = list(given), dict(given[FEATURES])
         inspect_generation(model, given, max_new_tokens=2)
         assert list(given) == keys
-        assert given["mm_encoder_outputs"].keys() == outputs.keys()
+        assert given[FEATURES].keys() == outputs.keys()
 
 
 def test_collected_rows_name_versions_and_commit_but_no_host() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check_steps
 from torch import Tensor
+from upstream import pooled_in
 
 import tokenprune
 from tokenprune import DivPrune, InputError, Method, OptionError, Random, Uniform
@@ -292,7 +293,7 @@ def test_the_second_method_sees_what_the_first_one_left():
     with torch.no_grad():
         model(**fresh(prompt.inputs))
     first, second = session.traces
-    images = prompt.inputs["mm_encoder_outputs"]["image"].pooler_output
+    images = pooled_in(prompt.inputs)
     for row, image in enumerate(images):
         left = first.kept_indices[row] - first.visual_indices[row][0]
         (chosen,) = rows_of(select(DivPrune(keep=3), image[left][None]))
@@ -318,7 +319,7 @@ def test_a_method_of_ones_own_is_ten_lines_and_an_instance():
     prompt = batch("llava")
     out = generate(model, prompt.inputs, 3)
     assert session.traces[0].method == "loudest"
-    images = prompt.inputs["mm_encoder_outputs"]["image"].pooler_output
+    images = pooled_in(prompt.inputs)
     loudest = images[0].norm(dim=-1).topk(6).indices.sort().values
     kept = session.traces[0].kept_indices[0] - session.traces[0].visual_indices[0][0]
     assert kept[:6].tolist() == loudest.tolist()

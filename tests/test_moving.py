@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import RAGGED, batch, fresh, generate, tiny
 from transformers import DynamicCache
-from upstream import CACHE, cache_of, with_cache
+from upstream import CACHE, EMBEDS, cache_of, pooled_in, with_cache
 
 import tokenprune.testing
 from tokenprune import InputError, TokenPruneError, UnsupportedModelError
@@ -126,13 +126,12 @@ def test_image_features_by_an_unknown_name_are_refused() -> None:
     model = tiny("llava")
     tokenprune.patch(model, "divprune", keep=0.5)
     inputs = batch("llava").inputs
-    features = [image for part in inputs["mm_encoder_outputs"].values() for image in part.pooler_output]
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    embeds[inputs["input_ids"] == 100] = torch.cat(features).to(embeds)
+    embeds[inputs["input_ids"] == 100] = torch.cat(list(pooled_in(inputs))).to(embeds)
     root = model.model
 
     def merge(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return (), {**kwargs, "inputs_embeds": embeds}
+        return (), {**kwargs, EMBEDS: embeds}
 
     handle = root.get_decoder().register_forward_pre_hook(merge, with_kwargs=True, prepend=True)
     with pytest.raises(UnsupportedModelError, match="carry image features"), torch.no_grad():

@@ -27,14 +27,29 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def case(
     *, batch: int = 2, n_heads: int = 4, groups: int = 2, length: int = 37, width: int = 16,
-    dtype: torch.dtype = torch.float32, planes: str = "", sharp: float = 1.0, **options: Any,
+    dtype: torch.dtype = torch.float32, planes: str = "", sharp: float = 1.0, broken: str = "", bad: float = torch.nan,
+    **options: Any,
 ) -> Case:  # fmt: skip
-    """Arguments of a call; `planes` names what is quantized, `sharp` scales the logits of every second head."""
+    """Arguments of a call; `planes` names what is quantized, `sharp` scales the logits of every second head.
+
+    `broken` names what holds the number `bad`, in the first row and the last head, and of keys and values in the last.
+    """
     query = normal(batch, n_heads, 1, width)
     query[:, ::2] *= sharp
     key, value = (normal(batch, groups, length, width, seed=seed).to(dtype) for seed in (1, 2))
+    for name, x in (("q", query), ("k", key), ("v", value)):
+        if name in broken:
+            x[0, -1, -1, 3] = bad
     quantized = [ops.quantize_planes(x) if name in planes else x for name, x in (("k", key), ("v", value))]
     return (query.to(dtype), *quantized), {"scale": width**-0.5} | options
+
+
+def unread() -> Case:
+    """A call whose heads read the first five values; the later ones are NaN, and one is infinite."""
+    (query, key, value), options = case(n_values=5)
+    key = -torch.arange(37.0)[:, None].expand_as(key)
+    value[:, :, 5:], value[:, :, 6] = torch.nan, torch.inf
+    return (query.abs(), key, value), options
 
 
 def mask(*shape: int, share: float = 0.7) -> torch.Tensor:
@@ -44,6 +59,12 @@ def mask(*shape: int, share: float = 0.7) -> torch.Tensor:
 BF16, FP16 = torch.bfloat16, torch.float16
 RAGGED = torch.arange(37) >= torch.tensor([[0], [20]])
 EVERYTHING: dict[str, Any] = {"planes": "kv", "threshold": 0.3, "sharp": 4.0, "n_values": 9, "heads": mask(2, 4)}
+BROKEN: dict[str, dict[str, Any]] = {
+    "broken": {"valid": RAGGED},
+    "broken-capped": {"softcap": 0.7},
+    "broken-pruned": {"heads": torch.tensor([True, True, True, False])},
+    "broken-planes": {"planes": "kv", "threshold": 0.3, "sharp": 4.0},
+}
 CASES: dict[str, Case] = {
     "plain": case(),
     "one-key": case(length=1),
@@ -85,6 +106,13 @@ CASES: dict[str, Case] = {
     "cap-progressive-keys": case(softcap=2.0, planes="k", sharp=4.0, threshold=0.12, valid=RAGGED),
     "cap-everything": case(**EVERYTHING | {"threshold": 0.1}, softcap=2.0, valid=mask(2, 2, 37)),
     "cap-everything-bf16": case(**EVERYTHING | {"threshold": 0.02}, softcap=2.0, length=300, width=96, dtype=BF16),
+    "unread": unread(),
+    **{
+        f"{name}-{broken}-{bad}": case(broken=broken, bad=bad, **options)
+        for name, options in BROKEN.items()
+        for broken in "qkv"
+        for bad in (torch.nan, torch.inf, -torch.inf)
+    },
 }
 
 
@@ -156,6 +184,7 @@ def assert_same(got: ops.DecodedStep, want: ops.DecodedStep, error: float) -> No
             getattr(want, name).double(),
             atol=slack,
             rtol=slack,
+            equal_nan=True,
             msg=lambda m, n=name: f"{n}: {m}",
         )
 
@@ -247,6 +276,40 @@ def test_strides_and_gradients_do_not_matter() -> None:
     got = ops.decode_attention(*turned, **options)
     torch.testing.assert_close(got.output, want.output)
     assert not got.output.requires_grad
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", BROKEN.values(), ids=list(BROKEN))
+def test_what_is_not_finite_is_told_where_it_is_read(options: dict[str, Any], bad: float) -> None:
+    pruned = "heads" in options
+    for broken in "qkv":
+        arguments, rest = case(broken=broken, bad=bad, **options)
+        found = ops.decode_attention(*arguments, **rest)
+        told = ~found.output.isfinite().all(-1)[:, :, 0]
+        want = torch.zeros(2, 4, dtype=torch.bool)
+        want[0, 2 if broken != "q" else 3 :] = True  # The heads of the last KV head, or the last head.
+        want[0, 3] &= not pruned
+        assert torch.equal(told, want)
+        assert torch.equal(~found.magnitude.isfinite(), want)
+        if broken != "v":
+            assert torch.equal(found.scores.isnan(), want.any(1)[:, None].expand(2, 37))
+        else:
+            assert found.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_no_softmax_hides_an_infinite_logit(bad: float, softcap: float | None) -> None:
+    query, key, value = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 5, 1), torch.ones(1, 1, 5, 1)
+    key[0, 0, 2] = bad
+    valid = torch.tensor([[True, True, True, True, False]])
+    found = ops.decode_attention(query, key, value, scale=1.0, softcap=softcap, valid=valid)
+    assert torch.equal(found.scores.isnan(), valid)
+    assert found.scores[0, 4] == 0
+    assert found.output.isnan().all()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -57,9 +57,10 @@ def importance(query: torch.Tensor, key: torch.Tensor, **options: Any) -> torch.
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal to 1e-5 of the value, and of the mean score for keys that get next to nothing."""
+    """Equal to 1e-5 of the value, and of the mean score for keys that get next to nothing; a NaN equals a NaN."""
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5 * max(want.mean().item(), 1e-6))
+    slack = 1e-5 * max(want.nan_to_num().mean().item(), 1e-6)
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=slack, equal_nan=True)
 
 
 @pytest.fixture(params=["usual", "blockwise"])
@@ -269,6 +270,89 @@ def test_properties(n: int, group: int, mask: int, seed: int) -> None:
     assert total["pagerank"] >= (n_valid > 0) * (1 - 1e-5)  # A root mean square is at least the mean, which sums to 1.
 
 
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+BAD = (torch.nan, torch.inf, -torch.inf)
+KINDS = ("causal", "window", "capped", "seen")
+
+
+def broken(bad: float, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Queries, keys and `valid` of seven rows, and options of `kind`.
+
+    Of the rows, two have no `bad` but in padding; one each has it in a query and in a key in the middle, in the last
+    key, in the last query, and in a middle key and query whose products are all infinite and of one sign.
+    """
+    query, key = heads(41, rows=7)
+    valid = torch.ones(7, 41, dtype=torch.bool)
+    valid[1, :15] = False
+    query[1, :, :15], key[1, :, :15] = bad, bad
+    query[2, 3, 20, 3] = bad
+    key[3, 0, 20, 3] = bad
+    key[4, 1, 40, 0] = bad
+    query[5, 0, 40, 23] = bad
+    query[6], key[6] = query[6].abs(), key[6].abs()
+    query[6, :, 20, 1], key[6, :, 21, 1] = bad, bad
+    options: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "window": {"window": 7},
+        "capped": {"softcap": 0.5},
+        "seen": {"seen": sees(41, 41)[None, None] & (torch.arange(41) != 20)},
+    }
+    return query, key, valid, options[kind]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_not_finite_is_told_where_it_counts(bad: float, kind: str, reduction: str, blocks: str) -> None:
+    query, key, valid, options = broken(bad, kind)
+    got = importance(query, key, valid=valid, reduction=reduction, **options)
+    seen = options["seen"][0, 0] if kind == "seen" else sees(41, 41, window=options.get("window"))
+    for i in range(7):
+        part = valid[i]
+        alone = reference.attention_importance(
+            query[i][:, part], key[i][:, part], seen[part][:, part], 24**-0.5, reduction, options.get("softcap")
+        )
+        assert_close(got[i, part], alone)
+    assert not got[~valid].any()
+    told = got.isnan().any(1).tolist()
+    assert told[:2] == [False, False]
+    if reduction != "last_query":
+        assert told[2:] == [True, kind != "seen", True, True, True]
+    else:
+        assert told[2:] == [False, kind in ("causal", "capped"), True, True, kind != "window"]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_no_softmax_hides_an_infinite_logit(n_queries: int, bad: float, softcap: float | None, reduction: str) -> None:
+    n_queries = 6 if reduction == "pagerank" else n_queries
+    query, key, valid = torch.ones(1, 2, n_queries, 1), torch.ones(1, 2, 6, 1), torch.arange(6)[None] > 1
+    options: dict[str, Any] = {"valid": valid, "softcap": softcap, "reduction": reduction}
+    assert torch.equal(importance(query, key, **options) > 0, valid)
+    key[0, 1, 3] = bad
+    assert torch.equal(importance(query, key, **options).isnan(), valid)
+    assert importance(query, key, **options)[0, 0] == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_a_float_seen_is_told(bad: float, reduction: str, blocks: str) -> None:
+    query, key = heads(41, rows=2)
+    valid = torch.ones(2, 41, dtype=torch.bool)
+    valid[0, :20] = False
+    bias = torch.zeros(1, 1, 41, 41).masked_fill(~sees(41, 41), -torch.inf)
+    want = importance(query, key, valid=valid, seen=bias, reduction=reduction)
+    bias[0, 0, 15, 7] = bad  # Padding of the first row, and not the last query of the second.
+    got = importance(query, key, valid=valid, seen=bias, reduction=reduction)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1].isnan(), torch.full((41,), reduction != "last_query"))
+    bias[0, 0, 40, 30] = bad
+    assert torch.equal(importance(query, key, valid=valid, seen=bias, reduction=reduction).isnan(), valid)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +468,13 @@ def triton_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any]
     for n_queries, window in ((1, None), (70, None), (70, 40), (150, 1)):
         options = {"window": window}
         cases[f"last{n_queries}-{window}"] = *heads(150, n_queries=n_queries, dtype=torch.bfloat16), options
+    for bad, reduction, kind in itertools.product(BAD, REDUCTIONS, KINDS):
+        query, key, valid, options = broken(bad, kind)
+        cases[f"{bad}-{kind}-{reduction}"] = query, key, options | {"valid": valid, "reduction": reduction}
+    for bad, reduction in itertools.product(BAD[:2], REDUCTIONS):
+        bias = torch.zeros(1, 1, 41, 41).masked_fill(~sees(41, 41), -torch.inf)
+        bias[0, 0, 15, 7] = bad
+        cases[f"{bad}-bias-{reduction}"] = *heads(41, rows=7), {"valid": valid, "seen": bias, "reduction": reduction}
     query, key, valid = ragged(30)
     cases["ragged-last30"] = query, key, {"valid": valid & (torch.arange(63) < 60), "reduction": "last_query"}
     cases["none-valid"] = *heads(63, n_queries=5), {"valid": torch.arange(63)[None] < 58, "reduction": "last_query"}

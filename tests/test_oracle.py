@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import EVEN, FAMILIES, MROPE, RAGGED, batch, fresh, generate, implementations, tiny
 from oracle import check_steps
+from upstream import cache_of
 
 import tokenprune
 
@@ -65,7 +66,7 @@ def test_keeping_everything_is_bit_identical_also_through_the_gathering_code(fam
         assert torch.equal(out.sequences, wanted.sequences)
         for step, logits in enumerate(wanted.logits):
             assert torch.equal(out.logits[step], logits), f"step {step}, forced={forced}"
-        assert (type(out.past_key_values).__name__ == "PrunedDynamicCache") is forced
+        assert (type(cache_of(out)).__name__ == "PrunedDynamicCache") is forced
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,9 +101,9 @@ def test_pruning_changes_the_logits_and_shortens_the_cache(family):
     length = inputs["input_ids"].shape[1]
     layers = model.get_decoder().config.num_hidden_layers
     assert seen == [length - 9] * layers + [1] * layers
-    for layer in out.past_key_values.layers:
+    for layer in cache_of(out).layers:
         assert layer.keys.shape[2] == length - 9 + 1
-    assert out.past_key_values.get_seq_length() == length + 1
+    assert cache_of(out).get_seq_length() == length + 1
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MROPE])

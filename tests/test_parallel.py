@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch, generate, tiny
+from upstream import cache_of
 
 import tokenprune
 from tokenprune.specs import parse_methods
@@ -35,8 +36,8 @@ def worker(folder: Path, family: str) -> None:
         with tokenprune.patch(model, list(parse_methods(text))) as session:
             out = generate(model, inputs, STEPS)
         kept = [index.tolist() for index in session.traces[-1].kept_indices]
-        heads = {layer.keys.shape[1] for layer in out.past_key_values.layers}
-        lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+        heads = {layer.keys.shape[1] for layer in cache_of(out).layers}
+        lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
         logits = torch.stack(out.logits).tolist()
         found[text] = {"kept": kept, "heads": sorted(heads), "lengths": lengths, "logits": logits}
     for text in REFUSED:
@@ -83,8 +84,8 @@ def test_a_model_split_over_two_processes_is_pruned_as_a_whole_one(family: str, 
     for text in WORKS:
         with tokenprune.patch(dense, list(parse_methods(text))) as session:
             wanted = generate(dense, batch(family).inputs, STEPS)
-        lengths = [layer.keys.shape[2] for layer in wanted.past_key_values.layers]
-        heads = wanted.past_key_values.layers[0].keys.shape[1] // PROCESSES
+        lengths = [layer.keys.shape[2] for layer in cache_of(wanted).layers]
+        heads = cache_of(wanted).layers[0].keys.shape[1] // PROCESSES
         for part in found:
             assert part[text]["kept"] == [index.tolist() for index in session.traces[-1].kept_indices]
             assert (part[text]["heads"], part[text]["lengths"]) == ([heads], lengths)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
+from upstream import cache_of, with_cache
 
 from tokenprune import measure, ops
 from tokenprune.errors import InputError, OptionError, UnsupportedModelError
-from tokenprune.models import quantized_cache
-from tokenprune.models.quantized_cache import PlanesLayer, use_planes
+from tokenprune.upstream import quantized_cache
+from tokenprune.upstream.quantized_cache import PlanesLayer, use_planes
 
 CONFIG = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,9 +92,9 @@ def read(layer: Any) -> list[torch.Tensor]:
 def test_generate_is_that_of_a_simulation(model: Any, inputs: Any, residual: int, beams: int) -> None:
     options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False, "output_scores": True}
     for cache in (in_planes(residual=residual), in_planes(model, residual)):
-        got = model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, **options)
-        want = model.generate(**inputs, past_key_values=simulated(residual), return_dict_in_generate=True, **options)
-        assert got.past_key_values is cache
+        got = model.generate(**inputs, **with_cache(cache), return_dict_in_generate=True, **options)
+        want = model.generate(**inputs, **with_cache(simulated(residual)), return_dict_in_generate=True, **options)
+        assert cache_of(got) is cache
         assert all(type(layer) is PlanesLayer for layer in cache.layers)
         assert torch.equal(got.sequences, want.sequences)
         torch.testing.assert_close(torch.stack(got.scores), torch.stack(want.scores), atol=1e-5, rtol=1e-5)
@@ -102,17 +103,17 @@ def test_generate_is_that_of_a_simulation(model: Any, inputs: Any, residual: int
 def test_quantization_changes_the_logits_a_little(model: Any, inputs: Any) -> None:
     dense = model(**inputs).logits
     for residual, same in ((0, False), (22, False), (23, True)):
-        got = model(**inputs, past_key_values=in_planes(residual=residual)).logits
+        got = model(**inputs, **with_cache(in_planes(residual=residual))).logits
         assert torch.equal(got, dense) == same
         torch.testing.assert_close(got, dense, atol=0.05, rtol=0.05)
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(model: Any) -> None:
     ids = torch.arange(2, 32)[None]
-    want = model(ids, past_key_values=in_planes()).logits[:, -1]
+    want = model(ids, **with_cache(in_planes())).logits[:, -1]
     cache = in_planes()
     for chunk in ids.split([11, 1, 18], dim=1):
-        got = model(chunk, past_key_values=cache).logits[:, -1]
+        got = model(chunk, **with_cache(cache)).logits[:, -1]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -120,17 +121,15 @@ def test_assisted_decoding_crops(model: Any) -> None:
     torch.manual_seed(1)
     assistant = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     ids = torch.arange(2, 22)[None]
-    want = model.generate(ids, past_key_values=in_planes(), max_new_tokens=10, do_sample=False)
-    got = model.generate(
-        ids, past_key_values=in_planes(), max_new_tokens=10, do_sample=False, assistant_model=assistant
-    )
+    want = model.generate(ids, **with_cache(in_planes()), max_new_tokens=10, do_sample=False)
+    got = model.generate(ids, **with_cache(in_planes()), max_new_tokens=10, do_sample=False, assistant_model=assistant)
     assert torch.equal(got, want)
 
 
 def test_memory_falls(model: Any, inputs: Any) -> None:
     sizes = {}
     for name, cache in (("dense", DynamicCache()), ("planes", in_planes()), ("residual", in_planes(residual=10))):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(cache))
         sizes[name] = measure.kv_mib(cache) * 2**20
     vectors = 2 * 2 * 3 * 2 * 23  # Layers, keys and values, rows, heads, tokens.
     assert sizes["dense"] == vectors * 64
@@ -281,7 +280,7 @@ def test_an_odd_width_is_refused() -> None:
 
 
 def test_importing_the_module_imports_no_transformers() -> None:
-    code = "import sys, tokenprune.models.quantized_cache; sys.exit('transformers' in sys.modules)"
+    code = "import sys, tokenprune.upstream.quantized_cache; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         quantized_cache.Nothing  # noqa: B018

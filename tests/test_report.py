@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import RAGGED, batch, fresh, tiny
 from torch import nn
+from upstream import CACHES
 
 import tokenprune
 from tokenprune import report
@@ -303,7 +304,7 @@ IDS = torch.tensor([[5, 6]])
         ({}, {}, "inputs hold no prompt.*got nothing"),
         ({"input_ids": [[5, 6]]}, {}, r"inputs hold no prompt.*return_tensors=\"pt\".*got \['input_ids'\]"),
         ("a question", {}, "inputs must map argument names to tensors.*got str"),
-        ({"input_ids": IDS, "past_key_values": None}, {}, "must not hold past_key_values"),
+        *(({"input_ids": IDS, name: None}, {}, f"must not hold {name}") for name in CACHES),
         ({"input_ids": IDS, "do_sample": True, "num_beams": 2}, {}, "must not hold do_sample, num_beams"),
     ],
 )

@@ -18,7 +18,7 @@ ARGUMENTS = """
     attention_mask cache_params cu_seq_lens_k cu_seq_lens_q cu_seqlens deepstack_visual_embeds hidden_states input_ids
     inputs_embeds logits_to_keep mm_encoder_outputs mm_token_type_ids past_key_values past_key_value pixel_values
     pixel_values_videos position_embeddings position_ids rope_deltas token_type_ids use_cache visual_pos_masks
-    image_grid_thw video_grid_thw image_sizes image_hidden_states image_embeds attn_mask shared_rel_pos_bias
+    image_grid_thw video_grid_thw image_sizes image_hidden_states image_embeds shared_rel_pos_bias
     key_states value_states query_length beam_idx logits_processor return_dict_in_generate
     add_generation_prompt return_tensors
 """

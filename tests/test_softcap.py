@@ -10,6 +10,7 @@ from test_spatten import planes_layer
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.gemma2 import modeling_gemma2
+from upstream import with_cache
 
 import tokenprune
 
@@ -107,7 +108,7 @@ def test_steps_on_planes_cap_their_logits(threshold):
     # Layers with a window do not round. It is wider than all there is.
     kinds = dense.get_decoder().config.layer_types
     cache.layers = [rounding() if kind == "full_attention" else DynamicLayer() for kind in kinds]
-    torch.testing.assert_close(found, run(dense, past_key_values=cache), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, run(dense, **with_cache(cache)), atol=1e-4, rtol=1e-4)
     assert session.traffic.recomputed == threshold * kinds.count("full_attention") / len(kinds)
 
 

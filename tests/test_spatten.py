@@ -10,6 +10,7 @@ from families import FAMILIES, batch, generate, implementations, tiny
 from test_layers import check_layers
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
+from upstream import MASK, cache_of, with_cache
 
 import tokenprune
 from tokenprune.models.cache import ledger_of
@@ -55,7 +56,7 @@ def masked_run(model, ids, masks):
             additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
             if len(args) > 2:  # GPT-2 hands its mask over by position
                 return (args[0], args[1], additive, *args[3:]), kwargs
-            return args, dict(kwargs, attention_mask=additive)
+            return args, {**kwargs, MASK: additive}
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -376,13 +377,13 @@ def test_a_second_turn_goes_on_with_the_smaller_cache():
     tokenprune.patch(model, spatten())
     prompt = ragged_text()[0][0]
     first = generate(model, {"input_ids": prompt[None]}, 3, suppress_tokens=None)
-    held = [layer.keys.shape[2] for layer in first.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in cache_of(first).layers]
     assert held[0] == len(prompt) + 2
     assert sorted(set(held), reverse=True) == held
     turn = torch.cat([first.sequences, torch.tensor([[7, 8, 9, 10, 11]])], dim=1)
-    out = generate(model, {"input_ids": turn, "past_key_values": first.past_key_values}, 3, suppress_tokens=None)
+    out = generate(model, {"input_ids": turn, **with_cache(cache_of(first))}, 3, suppress_tokens=None)
     assert out.sequences.shape[1] == turn.shape[1] + 3
-    held = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in cache_of(out).layers]
     movable = turn.shape[1] + 2 - 2 - 3
     assert held == [turn.shape[1] + 2 - movable + math.floor(movable * kept + 1e-6) for kept in KEPT]
 
@@ -396,10 +397,10 @@ def test_calls_of_several_tokens_that_pass_a_multiple_of_the_interval_shrink_the
     def run(ids, mask, new):
         cache, logits = DynamicCache(config=model.config), []
         with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            model(input_ids=ids, attention_mask=mask, **with_cache(cache))
             for pair in new.split(2, dim=1):
                 mask = torch.cat([mask, torch.ones_like(pair)], dim=1)
-                logits.append(model(input_ids=pair, attention_mask=mask, past_key_values=cache).logits)
+                logits.append(model(input_ids=pair, attention_mask=mask, **with_cache(cache)).logits)
         return torch.cat(logits, dim=1), [layer.keys.shape[2] for layer in cache.layers]
 
     together, _ = run(*inputs.values(), more)
@@ -420,13 +421,13 @@ def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
         cache = DynamicCache(config=model.config)
         logits = []
         with torch.no_grad():
-            model(input_ids=prompt, past_key_values=cache)
+            model(input_ids=prompt, **with_cache(cache))
             for token in guesses:
-                model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[token]]), **with_cache(cache))
             if guesses:
                 cache.crop(-len(guesses))
             for token in (11, 12, 13):
-                logits.append(model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits)
+                logits.append(model(input_ids=torch.tensor([[token]]), **with_cache(cache)).logits)
         return torch.cat(logits), [layer.keys for layer in cache.layers]
 
     (plain, keys), (detour, others) = run(()), run((7, 8))
@@ -440,7 +441,7 @@ def test_a_crop_that_cannot_be_leaves_the_cache_as_it_was():
     tokenprune.patch(model, spatten())
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.arange(2, 26)[None], past_key_values=cache)
+        model(input_ids=torch.arange(2, 26)[None], **with_cache(cache))
 
     def held():
         return cache.get_seq_length(), [layer.keys.shape[2] for layer in cache.layers], ledger_of(cache).parts
@@ -463,7 +464,7 @@ def test_a_positive_number_crops_a_pruned_cache_as_an_unpruned_one():
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
         with torch.no_grad():
-            model(input_ids=torch.arange(2, 26)[None], past_key_values=cache)
+            model(input_ids=torch.arange(2, 26)[None], **with_cache(cache))
         tokenprune.patch(model, spatten())
     for n in (22, 30):
         try:
@@ -514,9 +515,9 @@ def test_under_autocast_steps_have_the_dtype_of_dense_ones_and_scores_stay_fp32(
                 mask = torch.ones(3, 24 + len(logits) - 1, dtype=torch.long)
                 mask[:, :23] = inputs["attention_mask"]
                 ids = torch.full((3, 1), token)
-                out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
+                out = model(input_ids=ids, attention_mask=mask, **with_cache(cache_of(out)))
                 logits.append(out.logits)
-        return torch.cat(logits, dim=1), out.past_key_values
+        return torch.cat(logits, dim=1), cache_of(out)
 
     dense, _ = run()
     dtypes = list(seen)
@@ -581,7 +582,7 @@ def test_quantized_caches_give_what_a_simulation_gives(threshold):
     out = generate(model, inputs, 5, suppress_tokens=None)
     cache = DynamicCache()
     cache.layer_class_to_replicate = planes_layer(low_in_steps=threshold == 1.0)
-    wanted = generate(dense, {**inputs, "past_key_values": cache}, 5, suppress_tokens=None)
+    wanted = generate(dense, {**inputs, **with_cache(cache)}, 5, suppress_tokens=None)
     for found, logits in zip(out.logits, wanted.logits, strict=True):
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
     assert session.traffic.recomputed == threshold
@@ -602,7 +603,7 @@ def test_less_than_a_tenth_of_the_bytes_is_read_at_the_settings_of_the_paper():
     traffic = session.traffic
     assert traffic.dense / traffic.read > 10
     assert traffic.dense / traffic.tokens == pytest.approx(3.8, rel=0.2)
-    assert all(layer.keys.shape[2] == 0 for layer in out.past_key_values.layers)  # everything is in planes
+    assert all(layer.keys.shape[2] == 0 for layer in cache_of(out).layers)  # everything is in planes
     shown = str(session.report())
     for row in ("tokens that left", "heads that left", "values not looked at", "bits not looked at"):
         assert row in shown
@@ -613,7 +614,7 @@ def test_a_quantized_cache_is_used_again_once_it_is_empty(empty):
     model = text_model("llama")
     tokenprune.patch(model, spatten(tokens=1.0, quantize="4+4"))
     cache = DynamicCache(config=model.config)
-    inputs = {**ragged_text()[1], "past_key_values": cache}
+    inputs = {**ragged_text()[1], **with_cache(cache)}
     runs = []
     for _ in range(2):
         runs.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))

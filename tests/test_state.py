@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
+from upstream import cache_of, with_cache
 
 import tokenprune
 from tokenprune import Method
@@ -164,7 +165,7 @@ def test_no_class_of_another_library_is_touched():
     before = {cls: {name: Same(value) for name, value in vars(cls).items()} for cls in classes}
     session = tokenprune.patch(model, "divprune", keep=0.5)
     out = generate(model, prompt.inputs, 2)
-    assert type(out.past_key_values) is not DynamicCache
+    assert type(cache_of(out)) is not DynamicCache
     for moment in ("patched", "unpatched"):
         after = {cls: {name: Same(value) for name, value in vars(cls).items()} for cls in classes}
         assert after == before, moment
@@ -407,7 +408,7 @@ def test_after_an_exception_the_decoder_by_itself_is_not_pruned(error):
             interrupt.armed = False
             out = decoder(inputs_embeds=embeds)
             assert torch.equal(out.last_hidden_state, wanted)
-            assert type(out.past_key_values) is DynamicCache
+            assert type(cache_of(out)) is DynamicCache
             assert session.traces is traces
 
 
@@ -434,14 +435,14 @@ def test_a_method_that_raises_leaves_nothing_behind(monkeypatch):
     cache = DynamicCache(config=model.config)
     monkeypatch.setattr(Moody, "broken", True)
     with pytest.raises(ZeroDivisionError, match="no mood"):
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
     assert session.traces is traces
     assert snapshot(model) == before
     assert type(cache) is DynamicCache
     assert cache.get_seq_length() == 0
     monkeypatch.setattr(Moody, "broken", False)
     assert same_run(generate(model, prompt.inputs, 2), wanted)
-    assert torch.equal(logits(model, prompt.inputs, past_key_values=cache), first)
+    assert torch.equal(logits(model, prompt.inputs, **with_cache(cache)), first)
 
 
 def test_the_second_of_two_methods_raising_leaves_the_traces_alone(monkeypatch):
@@ -464,17 +465,17 @@ def test_a_pruned_cache_goes_on_after_an_exception_in_the_next_turn():
 
     def turns(interrupt: Interrupt | None) -> Tensor:
         cache = DynamicCache(config=model.config)
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
         length = cache.get_seq_length()
         mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
         if interrupt is not None:
             interrupt.armed = True
             with pytest.raises(RuntimeError), torch.no_grad():
-                model(input_ids=step, attention_mask=mask, past_key_values=cache)
+                model(input_ids=step, attention_mask=mask, **with_cache(cache))
             interrupt.armed = False
         assert cache.get_seq_length() == length == prompt.inputs["input_ids"].shape[1]
         with torch.no_grad():
-            return model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+            return model(input_ids=step, attention_mask=mask, **with_cache(cache)).logits
 
     wanted = turns(None)
     interrupt = Interrupt(model.get_decoder().layers[0])
@@ -588,13 +589,13 @@ def test_a_pruned_cache_can_be_copied_and_each_copy_goes_on():
     model, prompt = tiny("llava"), batch("llava")
     tokenprune.patch(model, "divprune", keep=0.5)
     cache = DynamicCache(config=model.config)
-    logits(model, prompt.inputs, past_key_values=cache)
+    logits(model, prompt.inputs, **with_cache(cache))
     step = torch.tensor([[7], [8], [9]])
     mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(step)], 1)
 
     def steps(some: Any, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=mask, past_key_values=some).logits
+            return model(input_ids=ids, attention_mask=mask, **with_cache(some)).logits
 
     twin, third = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
     wanted = steps(cache, step)
@@ -619,7 +620,7 @@ def test_a_paused_session_runs_dense_bit_for_bit(family):
         with session.pause():
             assert same_run(generate(model, prompt.inputs, 3), dense)
         assert same_run(generate(model, prompt.inputs, 3), dense)
-        assert type(generate(model, prompt.inputs, 1).past_key_values) is DynamicCache
+        assert type(cache_of(generate(model, prompt.inputs, 1))) is DynamicCache
     assert session.active
     assert session.traces is traces
     assert same_run(generate(model, prompt.inputs, 3), pruned)
@@ -655,16 +656,16 @@ def test_a_pruned_cache_goes_on_while_the_session_is_paused():
 
     def chat(pause: bool) -> list[Tensor]:
         cache = DynamicCache(config=model.config)
-        logits(model, prompt.inputs, past_key_values=cache)
+        logits(model, prompt.inputs, **with_cache(cache))
         mask, out = prompt.inputs["attention_mask"], []
         for turn in range(2):
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             with torch.no_grad():
                 if pause:
                     with session.pause():
-                        out.append(model(input_ids=ids + turn, attention_mask=mask, past_key_values=cache).logits)
+                        out.append(model(input_ids=ids + turn, attention_mask=mask, **with_cache(cache)).logits)
                 else:
-                    out.append(model(input_ids=ids + turn, attention_mask=mask, past_key_values=cache).logits)
+                    out.append(model(input_ids=ids + turn, attention_mask=mask, **with_cache(cache)).logits)
         assert cache.get_seq_length() == mask.shape[1]
         return out
 
@@ -676,12 +677,12 @@ def test_an_image_that_comes_while_paused_is_kept_whole_on_a_pruned_cache():
     model, first, second = tiny("llava"), batch("llava", EVEN), batch("llava", EVEN, seeds=(5, 6))
     session = tokenprune.patch(model, "divprune", keep=3)
     cache = DynamicCache(config=model.config)
-    logits(model, first.inputs, past_key_values=cache)
+    logits(model, first.inputs, **with_cache(cache))
     length = first.inputs["input_ids"].shape[1]
     physical = cache.layers[0].keys.shape[2]
     mask = torch.cat([first.inputs["attention_mask"], second.inputs["attention_mask"]], 1)
     with session.pause():
-        logits(model, {**second.inputs, "attention_mask": mask}, past_key_values=cache)
+        logits(model, {**second.inputs, "attention_mask": mask}, **with_cache(cache))
     assert cache.layers[0].keys.shape[2] == physical + length
     assert cache.get_seq_length() == 2 * length
     assert session.traces[0].n_out == (3, 3)

@@ -37,6 +37,7 @@ from vits import (
 import tokenprune
 from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError
 from tokenprune.models import passage
+from tokenprune.models.blocks import block_of
 from tokenprune.models.towers import find_encoder
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import count, removals, removals_for
@@ -163,7 +164,8 @@ def test_every_block_in_halves_gives_what_it_gives_at_once_or_is_found_not_to(na
     adapter = find_encoder(model)
     assert adapter is not None
     for number, module in enumerate(blocks_of(model)):
-        assert (adapter._block(number, module, True).middle is not None) == (name in HALVED)
+        block = block_of(adapter.tower, adapter.host, number, module, proportional=True)
+        assert (block.middle is not None) == (name in HALVED)
     assert snapshot(model) == before
 
 

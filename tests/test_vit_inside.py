@@ -12,7 +12,7 @@ from oracle import reference_logits
 from test_pixels import CASES, TEXTS, pixel_batch
 from test_state import hook_counts, snapshot
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from upstream import encoder_output, with_features
 from vits import DEPTH, HEADS, WIDTH, Row, merged
 
 import tokenprune
@@ -74,8 +74,7 @@ def test_generation_equals_a_dense_run_on_one_token_a_group(family):
             inputs = {key: value for key, value in single.inputs.items() if key != "pixel_values"}
             with torch.no_grad():
                 features = features_of(family, dense, plain)
-            encoded = BaseModelOutputWithPooling(pooler_output=features if family == "paligemma" else list(features))
-            inputs["mm_encoder_outputs"] = {"image": encoded}
+            inputs |= with_features(encoder_output(features if family == "paligemma" else list(features)))
             n_tokens = inputs["input_ids"].shape[1]
             places = torch.tensor([i for i in range(n_tokens) if not first <= i < first + 16 or i - first in kept])
             wanted = reference_logits(dense, family, Batch(inputs, single.pads, ()), places)[-1]
@@ -116,7 +115,7 @@ def test_features_computed_beforehand_and_beams_see_the_same_tokens():
         wanted = model(**prompt.inputs).logits
         given = fresh(prompt.inputs)
         encoded = model.get_image_features(given.pop("pixel_values"))
-        found = model(**given, mm_encoder_outputs={"image": encoded}).logits
+        found = model(**given, **with_features(encoded)).logits
     assert torch.equal(found, wanted)
     model.generate(**prompt.inputs, max_new_tokens=2, num_beams=2, do_sample=False)
     assert session.traces[-1].n_out == (7,) * 6
