@@ -28,6 +28,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
     return weights @ value
 
 
+def has_gaps(positions: Tensor) -> bool:
+    return bool((positions - positions.min() - torch.arange(len(positions))).any())
+
+
 def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     positions = kwargs.get(POSITIONS)
     GIVEN.append({"positions": positions, "mask": mask, "rows": len(query), "queries": query.shape[2]})
@@ -41,12 +45,11 @@ def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         seen = seen & (row - column < window)
     if mask is not None:
         seen = seen & mask[:, None, None, -n_keys:].bool()
-    elif positions is not None and len(query) == 1 and n_queries > 1:
-        if bool((positions[0] - positions[0].min() - torch.arange(n_queries)).abs().sum()):  # packed: varlen
-            parts = (positions[0].diff() != 1).cumsum(0)
-            parts = torch.cat([parts.new_zeros(1), parts])
-            assert n_keys == n_queries, "lengths of packed sequences are those of the queries, and there are more keys"
-            seen = seen & (parts[:, None] == parts[None, :])
+    elif positions is not None and len(query) == 1 and n_queries > 1 and has_gaps(positions[0]):  # packed: varlen
+        parts = (positions[0].diff() != 1).cumsum(0)
+        parts = torch.cat([parts.new_zeros(1), parts])
+        assert n_keys == n_queries, "lengths of packed sequences are those of the queries, and there are more keys"
+        seen = seen & (parts[:, None] == parts[None, :])
     output = attend(query, key, value, seen, kwargs.get("scaling") or query.shape[-1] ** -0.5)
     return output.transpose(1, 2).contiguous(), None
 

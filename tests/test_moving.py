@@ -119,7 +119,7 @@ def test_the_self_check_leaves_the_model_in_training_as_it_was(monkeypatch: pyte
     assert all(module.training for module in model.modules())
 
 
-# --- arguments that nobody knows ------------------------------------------------------------------------------------------
+# --- arguments that nobody knows -------------------------------------------------------------------------------------
 
 
 def test_image_features_by_an_unknown_name_are_refused() -> None:
@@ -154,7 +154,7 @@ def test_tensors_whose_tokens_cannot_be_told_are_refused(value: Any) -> None:
         model(**fresh(batch("llava").inputs))
 
 
-# --- caches in other hands --------------------------------------------------------------------------------------------------
+# --- caches in other hands -------------------------------------------------------------------------------------------
 
 
 def pruned(method: str = "divprune", **options: Any) -> tuple[Any, Any, torch.Tensor]:
@@ -177,6 +177,27 @@ def test_a_cache_whose_tensors_were_cut_is_refused(method: str, options: dict[st
     layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
     with pytest.raises(InputError, match=r"layer 2 of the pruned KV cache holds \d+ tokens"):
         go_on(model, cache, ids)
+
+
+def test_a_cache_that_was_cut_to_a_length_of_the_sequence_is_refused() -> None:
+    model = tiny("llava")
+    tokenprune.patch(model, "divprune", keep=0.25)
+    prompt = batch("llava", RAGGED[:1])
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(**fresh(prompt.inputs), **with_cache(cache))
+    noted = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
+
+    def ask(*question: int) -> Any:
+        ids = torch.cat([prompt.inputs["input_ids"], torch.tensor([question])], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return generate(model, inputs, 3, **with_cache(cache))
+
+    ask(4, 7)
+    for layer, n in zip(cache.layers, noted, strict=True):
+        layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
+    with pytest.raises(InputError, match=r"cache\.crop"):
+        ask(2, 8, 9, 3)
 
 
 def test_a_cache_that_was_lengthened_elsewhere_is_refused() -> None:

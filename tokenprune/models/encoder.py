@@ -131,8 +131,7 @@ class EncoderAdapter:
             run.attending, run.due = None if fewer is None else number, True
             x = run.shortened(call.states, number)
             if run.index is not None or run.wants_keys or fewer is not None:
-                mask = self._bias(engine, run, x)
-                call.shorten(run.index, n_prefix=run.n_prefix, length=run.length, mask=mask)
+                call.shorten(run.index, n_prefix=run.n_prefix, length=run.length, mask=self._bias(engine, run, x))
             run.rope = None if fewer is not None else call.rope  # its queries are turned already
             return (x,), call.others
 
@@ -146,9 +145,7 @@ class EncoderAdapter:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             run = passage.passage_of(engine)
-            if run is None:
-                return None
-            if output is None:
+            if run is None or output is None:
                 passage.end(engine)
                 return None
             try:

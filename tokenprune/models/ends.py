@@ -34,12 +34,22 @@ def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *
             f"{facts.called} runs {facts.implementation!r} now, which it did not when it was patched; call "
             "tokenprune.patch after set_attn_implementation"
         )
-    if ledger is not None:
-        ledger.check(given.cache)
-        return
     assert given.embeds is not None
     past, mask = past_length(given.cache), given.mask
     total = past + given.embeds.shape[1]
+    if ledger is not None:
+        ledger.check(given.cache)
+        seen = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else total
+        positions = given.positions
+        if mask is None and not facts.mrope and positions is not None and positions.ndim == 2 and total > past + 1:
+            seen = min(seen, len(given.embeds[0]) + int(positions.min()))  # of rows without padding
+        if seen < total:
+            raise InputError(
+                f"this call is said to end at token {seen}, and the pruned KV cache ({past} tokens of the sequence) and "
+                f"the call hold {total}; shorten a pruned cache with cache.crop, since slicing its tensors to a length "
+                "of the sequence cuts other tokens than were meant"
+            )
+        return
     if past and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > total:
         raise InputError(
             f"the attention mask covers {mask.shape[1]} tokens, and the KV cache and this call hold {total}: a "

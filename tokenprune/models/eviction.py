@@ -148,8 +148,8 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
     n_keep = (movable.sum(dim=1) * plan.keep[layer] + 1e-6).long()
     scores = state.scores.get(plan.probe)
     device = call.embeds.device if scores is None else scores.device
-    may, alive = movable.to(device), torch.ones_like(movable, device=device) if state.alive is None else state.alive
-    may = may & alive
+    alive = torch.ones_like(movable, device=device) if state.alive is None else state.alive.to(device)
+    may = movable.to(device) & alive
     wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
     stay = alive & ~may
     if scores is not None and int(wanted.max()):

@@ -17,6 +17,7 @@ from tokenprune.upstream.check import missing, need
 
 NAME = "tokenprune"
 _FIELD = "config"
+_EAGER = "eager_attention_forward"
 _GROUPS = "num_key_value_groups"
 _QUERY, _OUTPUT = "q_proj", "o_proj"
 PROJECTIONS = (_QUERY, _OUTPUT)
@@ -115,8 +116,12 @@ def implementation_of(module: nn.Module) -> str:
 
 def real_function(module: nn.Module) -> Any:
     """The attention function that a probed module would call."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return _table().get_interface(implementation_of(module), eager)
+    eager = getattr(sys.modules[type(module).__module__], _EAGER, None)
+    found = _table().get_interface(implementation_of(module), eager)
+    if found is None:
+        seen = [name for name in vars(sys.modules[type(module).__module__]) if "attention" in name]
+        raise missing("eager attention", of=type(module).__module__, wanted=[_EAGER], seen=seen)
+    return found
 
 
 def softcap_of(real: Any, options: dict[str, Any]) -> float | None:

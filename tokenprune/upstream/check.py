@@ -16,6 +16,7 @@ from tokenprune.errors import UnsupportedModelError
 TESTED = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
 """Minors of transformers on which the oracles of all families pass, oldest first."""
 _PROVEN: set[type] = set()
+_SHOWN = 24  # names in a message
 
 
 def version_of(library: str = "transformers") -> str:
@@ -66,10 +67,12 @@ def missing(
         seen: the names that are there.
         library: the package that it belongs to.
     """
+    names = [str(name) for name in seen if not str(name).startswith("_")]
+    names = [*names[:_SHOWN], f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else names
     proven = f"; tested are {tested()}" if library == "transformers" else ""
     return UnsupportedModelError(
         f"{of} has no {role} that is known: looked for {', '.join(wanted)}; {library} {version_of(library)} has "
-        f"{', '.join(map(str, seen)) or 'none'}{proven}"
+        f"{', '.join(names) or 'none'}{proven}"
     )
 
 

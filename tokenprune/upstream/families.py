@@ -164,7 +164,7 @@ def untabled(root: nn.Module, model: nn.Module) -> Family | None:
     config: Any = root.config
     fields = tuple(field for field in _BOTH if isinstance(getattr(config, field, None), int))
     if not fields and getattr(config, "vision_config", None) is None and hasattr(model, "generate"):
-        return Family(str(config.model_type), "", ids=())
+        return Family(str(getattr(config, "model_type", type(model).__name__)), "", ids=())
     name = type(model).__name__
     return Family(min(ancestors(model), default=name).lower(), name, fields, square=0) if fields else None
 
@@ -176,7 +176,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def breaks_lines(root: nn.Module, family: Family) -> bool:
     """Whether an image's tokens are broken into lines by others, which the vision encoder of `root` decides."""
-    return family.joins and _vision(root).model_type == "pixtral"
+    if not family.joins:
+        return False
+    vision = _vision(root)
+    if not hasattr(vision, "model_type"):
+        raise missing("type of the vision encoder", of=type(vision).__name__, wanted=["model_type"], seen=vars(vision))
+    return bool(vision.model_type == "pixtral")
 
 
 def pixels_per_token(root: nn.Module) -> int:
