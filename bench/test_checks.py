@@ -1,10 +1,9 @@
-"""What looking after every call costs: that what comes in is known, and that the KV cache is as long as is written down.
+"""What looking after every call costs: that what comes in is known, and the KV cache as long as is written down.
 
 The model of `test_prefill.py` with 24 layers, patched. The checks of one decoding step on a pruned cache (before the
 decoder runs and after it) are called by themselves, in turn with whole steps.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,16 +34,16 @@ def test_checks(record: Callable[..., None]) -> None:
     given = DecoderCall(decoder, model.get_input_embeddings()(token), cache=cache)
 
     def step() -> None:
-        model(input_ids=token, **with_cache(copy.copy(cache)), logits_to_keep=1)
+        model(input_ids=token, **with_cache(cache), logits_to_keep=1)
 
     def checks() -> None:
         for _ in range(CALLS):
             check_call(given, facts, ledger, unpacks=facts.flash)
             ledger.check(cache)
 
-    length = ledger.length
     times = alternate({"checks": checks, "step": step}, repeats=15, device=DEVICE)
-    assert ledger.length == length
+    assert ledger.length is not None
+    assert ledger.length > 624  # the steps went through the pruned cache
     share = times["checks"].over(times["step"])
     row = {"layers": N_LAYERS, "calls": CALLS, **summary(times)}
     row["checks_of_step"] = [round(share.quantile(fraction) / CALLS, 5) for fraction in (0.2, 0.5, 0.8)]

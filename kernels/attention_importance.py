@@ -10,7 +10,9 @@ Column sums need the second pass once, with weights of one. The last query's row
 of the power iteration is the second pass with the scores before it as weights.
 
 Logits are kept in units of log 2, so that exponentials are powers of 2. A query that takes no part has an infinite
-log-sum-exp, which makes its probabilities 0 without a mask in the second pass.
+log-sum-exp, which makes its probabilities 0 without a mask in the second pass. One that sees a product which is not
+finite has a log-sum-exp of NaN (maxima pass over a NaN, sums do not), and so makes its probabilities NaN; which other
+columns of a tile they reach does not matter, since the op then makes all scores of the row NaN.
 """
 
 import math
@@ -65,20 +67,23 @@ def _logits(
 @triton.jit
 def _masked(
     logits, i, j, position, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEEN: tl.constexpr, CAP: tl.constexpr, TELL: tl.constexpr,
 ):  # fmt: skip
-    """Logits in units of log 2, -inf where the query does not see the key."""
+    """Logits in units of log 2, -inf where the query does not see the key; `TELL`: NaN for products not finite."""
     visible = i_inside[:, None] & j_inside[None, :]
+    nothing = logits * 0.0  # NaN where the product is NaN or infinite.
     logits = logits * scale
     if CAP is not None:
         logits = capped(logits, CAP) * bias_scale
+    if TELL:
+        logits = logits + nothing
     if SEEN != _OFF:
         pointer = seen + i.to(tl.int64)[:, None] * stride_sq + j.to(tl.int64)[None, :] * stride_sk
         if SEEN == _BOOL:
             visible = visible & (tl.load(pointer, mask=visible, other=0) != 0)
         else:
             bias = tl.load(pointer, mask=visible, other=0.0).to(tl.float32)
-            visible = visible & (bias > low)
+            visible = visible & ~(bias <= low)  # A NaN hides nothing.
             logits = logits + bias * bias_scale
     else:
         if CAUSAL:
@@ -135,14 +140,14 @@ def _log_sum_exp_kernel(
         )  # fmt: skip
         logits = _masked(
             logits, i, j, position, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-            CAUSAL, WINDOW, SEEN, CAP,
+            CAUSAL, WINDOW, SEEN, CAP, True,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(logits, axis=1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
         top = higher
-    sees = total > 0.0
-    result = tl.where(sees, top + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
+    blind = total == 0.0
+    result = tl.where(blind, float("inf"), top + tl.log2(tl.where(blind, 1.0, total)))
     tl.store(lse + tl.program_id(1).to(tl.int64) * n_queries + i, result, mask=i < n_queries)
 
 
@@ -177,21 +182,21 @@ def _column_kernel(
         i = at + tl.arange(0, BLOCK_M)
         i_inside = i < n_queries
         bound = tl.load(lse + base + i, mask=i_inside, other=float("inf"))
-        i_inside = bound < float("inf")
+        i_inside = bound != float("inf")
         logits = _logits(
             held, query, key, i, j, i_inside, j_inside, width, stride_qn, stride_qd, stride_kn, stride_kd,
             False, WHOLE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         logits = _masked(
             logits, i, j, first + i, i_inside, j_inside, seen, stride_sq, stride_sk, scale, bias_scale, low, window,
-            CAUSAL, WINDOW, SEEN, CAP,
+            CAUSAL, WINDOW, SEEN, CAP, False,
         )  # fmt: skip
         probability = tl.exp2(logits - bound[:, None])
         if WEIGHTED:
             probability *= tl.load(weight + base + i, mask=i_inside, other=0.0)[:, None]
         total += probability
     place = tl.program_id(1).to(tl.int64) * n_keys + j
-    tl.store(out + place, tl.sum(total, axis=0), mask=j < n_keys)
+    tl.store(out + place, tl.where(j_inside, tl.sum(total, axis=0), 0.0), mask=j < n_keys)
 
 
 def launch(
@@ -213,7 +218,7 @@ def launch(
         reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
 
     Returns:
-        `[B, Lk]` fp32.
+        `[B, Lk]` fp32; of a row where a query that counts sees a product that is not finite, some are NaN.
     """
     if key.element_size() == 1:
         query, key = query.to(torch.bfloat16), key.to(torch.bfloat16)  # Exact; not every GPU multiplies 8-bit floats.

@@ -119,6 +119,7 @@ def _logits_kernel(
         place = (base + member)[:, None] * length + token[None, :]
         if AGAIN:
             logit += tl.load(logits + place, mask=kept[:, None] & inside[None, :], other=0.0)
+        logit += logit * 0.0  # NaN where it is not finite: a cap or the softmax might hide that.
         logit = tl.where(inside[None, :], logit, float("-inf"))
         tl.store(logits + place, logit, mask=kept[:, None] & (token < end)[None, :])
         if CAP is not None:

@@ -17,9 +17,12 @@ def _accumulate(p, a, b, first, second, WIDE: tl.constexpr):
 
 @triton.jit
 def _normalization(anchor, norm, row, kept):
-    """What is subtracted from the logits of some heads, and what their exponentials are multiplied with."""
+    """What is subtracted from the logits of some heads, and what their exponentials are multiplied with.
+
+    The latter is 0 where no key is valid, and NaN where a logit is.
+    """
     weight = tl.load(norm + row, mask=kept, other=0.0)
-    inverse = tl.where(weight > 0.0, 1.0 / tl.where(weight > 0.0, weight, 1.0), 0.0)
+    inverse = tl.where(weight == 0.0, 0.0, 1.0 / tl.where(weight == 0.0, 1.0, weight))
     return tl.load(anchor + row, mask=kept, other=0.0), inverse
 
 
@@ -74,7 +77,8 @@ def _values_kernel(
         place = (base + member)[:, None] * length + token[None, :]
         logit = tl.load(logits + place, mask=chosen, other=float("-inf"))
         p = _exponential(logit, peak, chosen, CAP)
-        tl.store(scores + pair * length + token, tl.sum(p * inverse[:, None], axis=0), mask=token < end)
+        score = tl.where(inside, tl.sum(p * inverse[:, None], axis=0), 0.0)
+        tl.store(scores + pair * length + token, score, mask=token < end)
         read = inside
         if SELECT:
             chosen = chosen & _largest(logit, token, least, last)

@@ -64,11 +64,14 @@ def decode_attention(
         softcap: c of logits that become c tanh(logits / c), None where they stay.
 
     Returns:
-        Output `[K]`, probabilities `[L]`, whether the fine ones were asked for, and which values were read.
+        Output `[K]`, probabilities `[L]`, whether the fine ones were asked for, and which values were read. The
+        probabilities of all valid keys are NaN if the product with one of them is not finite.
     """
 
     def probabilities(key: torch.Tensor) -> list[float]:
         logits = [scale * float(query.double() @ key[j].double()) for j in range(len(key))]
+        if not all(math.isfinite(logits[j]) for j in range(len(key)) if valid[j]):
+            return [math.nan if valid[j] else 0.0 for j in range(len(key))]
         if softcap is not None:
             logits = [softcap * math.tanh(logit / softcap) for logit in logits]
         top = max((logits[j] for j in range(len(key)) if valid[j]), default=0.0)
@@ -77,7 +80,7 @@ def decode_attention(
 
     level = -1 if threshold is None else 0
     p = probabilities(keys[level])
-    flat = threshold is not None and any(valid) and max(p) < threshold
+    flat = threshold is not None and any(valid) and max(p[j] for j in range(len(p)) if valid[j]) < threshold
     if flat:
         level = -1
         p = probabilities(keys[level])
@@ -151,11 +154,15 @@ def attention_importance(
         softcap: c of logits that become c tanh(logits / c), None where they stay.
 
     Returns:
-        `[Lk]` fp64.
+        `[Lk]` fp64, all NaN if a query that counts sees a product that is not finite.
     """
     heads = []
     for h in range(len(query)):
         logits = query[h].double() @ key[h // (len(query) // len(key))].double().T * scale
+        for i in range(len(logits)):
+            if (reduction != "last_query" or i == len(logits) - 1) and not logits[i][seen[i]].isfinite().all():
+                return torch.full((key.shape[1],), torch.nan, dtype=torch.float64)
+        logits = logits.masked_fill(~logits.isfinite(), 0)  # No query that counts sees these.
         logits = logits if softcap is None else softcap * (logits / softcap).tanh()
         weight = (logits - logits.amax(1, keepdim=True)).exp() * seen
         matrix = weight / weight.sum(1, keepdim=True)

@@ -206,7 +206,7 @@ def test_torch_follows_the_naive_loop(name: str) -> None:
 
 
 def test_the_cases_differ_in_what_they_are_for() -> None:
-    for name in CASES:
+    for name in (name for name in CASES if not name.startswith("broken")):
         found = ops.decode_attention(*CASES[name][0], **CASES[name][1])
         if "progressive" in name or "everything" in name:
             assert found.recomputed.any()

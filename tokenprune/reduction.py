@@ -80,16 +80,16 @@ class Keep:
     def then(self, other: "Keep") -> "Keep":
         """The reduction that does this one first and `other` (positions among the kept tokens) after it.
 
+        Its tensors stand on the device of this one's index; those of `other` may stand on another device.
+
         Raises:
             InputError: `other` does not fit the rows of this one.
         """
         _check_rows(self.index, other.index)
-        valid = self.valid
-        if valid is not None:
-            valid = gather(valid, other.index)
-            valid = valid if other.valid is None else valid & other.valid
-        else:
-            valid = other.valid
+        valid = None if other.valid is None else other.valid.to(self.index.device)
+        if self.valid is not None:
+            here = gather(self.valid.to(self.index.device), other.index)
+            valid = here if valid is None else valid & here
         return Keep(gather(self.index, other.index), valid, other.radius)
 
 

@@ -16,7 +16,7 @@ from tokenprune.models.forward import Call, Forward
 from tokenprune.models.heads import Heads, heads_of, note_magnitude
 from tokenprune.reduction import gather
 from tokenprune.signals import AttentionPlan, Traffic
-from tokenprune.upstream.attention import RegroupedAttention, layer_index
+from tokenprune.upstream.attention import RegroupedAttention, check_grouping, layer_index
 from tokenprune.upstream.caches import layers_of, window_of
 
 
@@ -113,6 +113,7 @@ def prompt(
     if heads is None or any(True for _ in module.parameters(recurse=False)):  # parameters by head, such as sinks
         output, *rest = real(module, query, key, value, *args, **kwargs)
     else:
+        check_grouping(module, heads.total // key.shape[1])
         few = heads.take(query)
         key, value = heads.serving(key, value)
         output, *rest = real(RegroupedAttention(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)

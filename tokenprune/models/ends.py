@@ -45,8 +45,8 @@ def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *
             seen = min(seen, len(given.embeds[0]) + int(positions.min()))  # of rows without padding
         if seen < total:
             raise InputError(
-                f"this call is said to end at token {seen}, and the pruned KV cache ({past} tokens of the sequence) and "
-                f"the call hold {total}; shorten a pruned cache with cache.crop, since slicing its tensors to a length "
+                f"this call is said to end at token {seen}, and the pruned KV cache ({past} tokens of the sequence) "
+                f"and the call hold {total}; shorten a pruned cache with cache.crop, since slicing its tensors to a length "
                 "of the sequence cuts other tokens than were meant"
             )
         return

@@ -22,7 +22,7 @@ from tokenprune.models.eviction import check_layers
 from tokenprune.models.forward import Forward, current
 from tokenprune.models.probe import swap
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
-from tokenprune.upstream.attention import attention_of, check_grouping, has_sinks
+from tokenprune.upstream.attention import attention_of, has_sinks
 from tokenprune.upstream.calls import check_layer
 from tokenprune.upstream.facts import DecoderFacts, layers_of
 from tokenprune.upstream.prompts import Prompt
@@ -117,7 +117,6 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
                 f"method {wanting[0][0]!r} leaves out heads or values, and layer {i} is a {type(module).__name__} "
                 "without attention that can be told to; give heads=1.0 and values=1.0"
             )
-        check_grouping(attention)
         if has_sinks(attention):
             raise OptionError(
                 f"method {wanting[0][0]!r} leaves out heads, values or bits, and decoding steps that do so compute a "

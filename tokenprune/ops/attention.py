@@ -71,7 +71,8 @@ def attention_importance(
 
     Raises:
         OptionError: `scale`, `window`, `reduction`, `temperature`, `softcap` or `backend` is out of range.
-        InputError: a shape or dtype is wrong, query and key are on two devices, or `"pagerank"` is asked for fewer queries than keys.
+        InputError: a shape or dtype is wrong, query and key are on two devices, or `"pagerank"` is asked for fewer
+            queries than keys.
         BackendError: the explicit backend cannot run here, or not with these arguments.
     """
     _check_options(scale, window, reduction, temperature)

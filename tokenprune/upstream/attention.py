@@ -62,13 +62,13 @@ class RegroupedAttention:
         return getattr(self.module, name)
 
 
-def check_grouping(module: nn.Module) -> None:
-    """Check that how many queries a key serves is known of an attention.
+def check_grouping(module: nn.Module, n_groups: int) -> None:
+    """Check that an attention whose keys serve `n_groups` queries each knows so under the name that is known.
 
     Raises:
-        UnsupportedModelError: it is not.
+        UnsupportedModelError: it does not.
     """
-    if not hasattr(module, _GROUPS):
+    if n_groups > 1 and not hasattr(module, _GROUPS):
         raise missing("number of queries of each key", of=type(module).__name__, wanted=[_GROUPS], seen=vars(module))
 
 
