@@ -1,20 +1,29 @@
-"""The top-level folder `kernels/` is `tokenprune.kernels` in every form in which the library reaches a user.
+"""The top-level folder `kernels/` is `tokenprune.kernels` in every form in which the library reaches a user; the lock
+and the versions said to be tested fit `pyproject.toml` and the library.
 
 A copy of the sources is built without an index or an isolated environment, and each form is imported by an interpreter
 that sees it and the installed packages, and not the checkout.
 """
 
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tokenprune.upstream.check import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -148,3 +157,90 @@ def test_import_is_lean_and_leaves_the_gpu_alone(tmp_path: Path) -> None:
 
 def test_root_is_not_on_the_search_path_of_the_tests() -> None:
     assert str(ROOT) not in sys.path, "run `pytest`, not `python -m pytest`"
+
+
+# --- the lock, and the versions that are said to be tested ------------------------------------------------------------
+
+
+def lock() -> list[str]:
+    """The lines of the lock that name packages, each with its hashes."""
+    text = (ROOT / "locks" / "test.txt").read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def locked() -> dict[str, Version]:
+    """The version of every package in the lock."""
+    found = {}
+    for line in lock():
+        requirement = Requirement(line.partition(" --hash=")[0])
+        (pin,) = requirement.specifier
+        name = canonicalize_name(requirement.name)
+        assert pin.operator == "==", line
+        assert name not in found, f"{name} is locked twice"
+        found[name] = Version(pin.version)
+    return found
+
+
+def direct() -> list[Requirement]:
+    """What the package and its extra `test` ask for themselves, with the extras that they are made of."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras, lines, pending = project["optional-dependencies"], list(project["dependencies"]), ["test"]
+    while pending:
+        for requirement in map(Requirement, extras[pending.pop()]):
+            if requirement.name == project["name"]:
+                pending += requirement.extras
+            else:
+                lines.append(str(requirement))
+    return [Requirement(line) for line in lines]
+
+
+def test_every_package_of_the_lock_is_pinned_by_hash_and_from_no_place_in_particular() -> None:
+    lines = lock()
+    assert len(lines) > 50
+    for line in lines:
+        assert re.fullmatch(r"[\w.-]+==[^ ]+( ; .+?)?( +--hash=sha256:[0-9a-f]{64})+ *", line), line[:120]
+    assert "://" not in (ROOT / "locks" / "test.txt").read_text()
+
+
+def test_the_lock_holds_what_pyproject_asks_for_within_its_ranges() -> None:
+    versions, requirements = locked(), direct()
+    assert {"torch", "transformers", "timm", "torchvision", "setuptools"} <= {item.name for item in requirements}
+    for requirement in requirements:
+        name = canonicalize_name(requirement.name)
+        assert name in versions, f"{name} is not locked: make lock"
+        assert requirement.specifier.contains(versions[name]), f"{requirement} against {versions[name]}: make lock"
+
+
+def test_what_is_held_back_is_what_is_locked() -> None:
+    held = [Requirement(line) for line in (ROOT / "locks" / "held.txt").read_text().splitlines() if line[:1] != "#"]
+    assert held
+    for requirement in held:
+        assert requirement.specifier.contains(locked()[requirement.name]), f"{requirement}: make lock"
+
+
+def test_the_minors_of_the_readme_are_those_that_the_library_counts_as_tested() -> None:
+    table = re.search(r"<!-- versions -->\n(.*?)<!-- /versions -->", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert table
+    (row,) = re.findall(r"^\| `transformers` \| (.*?) \|", table[1], flags=re.MULTILINE)
+    passed = [version for version in row.split(", ") if "(" not in version]
+    assert tuple(version.rpartition(".")[0] for version in passed) == TESTED, "make minors"
+    minor = ".".join(map(str, locked()["transformers"].release[:2]))
+    assert minor in TESTED, f"the lock has transformers {minor}, which nobody has tested"
+    (floor,) = next(item.specifier for item in direct() if item.name == "transformers")
+    assert TESTED[0] == floor.version
+
+
+def test_the_tests_that_other_versions_are_held_to_exist() -> None:
+    program = """
+import json, sys
+sys.path.insert(0, "bench")
+import minors
+print(json.dumps({name: one.tests for name, one in minors.LIBRARIES.items()}))
+"""
+    selected = json.loads(run(sys.executable, "-c", program, folder=ROOT))
+    assert set(selected) == {"transformers", "timm", "torch"}
+    for files in selected.values():
+        for file, names in files.items():
+            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+            defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert set(names) <= defined, file

@@ -42,13 +42,22 @@ def output_of(block: Any) -> str:
     return next(name for name in ("proj", "o_proj", "out_proj") if hasattr(attention_of(block), name))
 
 
-def rows_of(name: str, n_rows: int) -> dict[str, Any]:
-    """Images that are different enough for other heads to be kept of each."""
-    given = inputs(name, n_rows=n_rows, seed=int(name in ("timm registers", "timm post norm")))
+def rows_of(name: str, n_rows: int, seed: int = 0) -> dict[str, Any]:
+    """Images of different brightness and contrast, so that not all keep the same heads of most models."""
+    given = inputs(name, n_rows=n_rows, seed=seed)
     key = "x" if name.startswith("timm") else "pixel_values"
     for row in range(1, n_rows):
         given[key][row] = given[key][row] * (4.0 if row == 1 else 0.05) + (2.0 if row == 2 else 0.0)
     return given
+
+
+def rows_that_differ(name: str) -> dict[str, Any]:
+    """The first three images that do not all keep the same heads: which they are hangs on the weights timm draws."""
+    for seed in range(20):
+        given = rows_of(name, 3, seed)
+        if any(row != rows[0] for rows in zeroed(tiny(name), given)[1] for row in rows):
+            return given
+    raise AssertionError(f"all images keep the same heads of {name}")
 
 
 def best(scores: Tensor, among: list[int], n: int) -> list[int]:
@@ -115,13 +124,12 @@ def test_one_row_projects_kept_heads_only_and_is_a_dense_run_with_zeros(name):
 
 @pytest.mark.parametrize("name", TAKING)
 def test_rows_that_keep_different_heads_are_dense_runs_with_zeros(name):
-    model, given = tiny(name), rows_of(name, 3)
+    model, given = tiny(name), rows_that_differ(name)
     tokenprune.patch(model, "spatten", tokens=1.0, heads=FRACTIONS)
     found, shapes = weights_used(model, given)
     wanted, kept = zeroed(tiny(name), given)
     assert near(found, wanted)
     differ = [any(row != rows[0] for row in rows) for rows in kept]
-    assert any(differ)
     assert len({(WIDTH, 2 * K), (WIDTH, K)} & set(shapes)) == 2 - sum(differ)
     for row in range(3):
         alone = answer(run(model, {key: value[row : row + 1] for key, value in given.items()}))

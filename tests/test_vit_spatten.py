@@ -203,16 +203,26 @@ def test_after_merging_a_token_has_what_its_group_gathered_and_sizes_count():
             assert (signals.importance[row] - wanted).abs().max() <= 1e-4
 
 
-def test_gradients_and_other_dtypes_go_through():
+def test_gradients_go_through():
     model, given = tiny("timm eva02").train(), inputs("timm eva02")
     tokenprune.patch(model, "spatten", tokens=0.6)
     model(**given).square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
-    for name in ("timm rope", "hf dinov3"):
-        model, given = tiny(name).to(torch.bfloat16), inputs(name)
-        session = tokenprune.patch(model, "spatten", tokens=0.6)
-        assert answer(run(model, {key: value.to(torch.bfloat16) for key, value in given.items()})).isfinite().all()
-        assert session.traces[-1].n_out == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["timm rope", "timm dinov3", "hf dinov3"])
+def test_other_dtypes_go_through(name):
+    model = tiny(name).to(torch.bfloat16)
+    given = {key: value.to(torch.bfloat16) for key, value in inputs(name).items()}
+    try:
+        run(model, given)
+    except RuntimeError as error:
+        if name != "timm rope":
+            raise
+        pytest.skip(f"rotary embeddings with learned frequencies of this timm do not run in bfloat16: {error}")
+    session = tokenprune.patch(model, "spatten", tokens=0.6)
+    assert answer(run(model, given)).isfinite().all()
+    assert session.traces[-1].n_out == (3, 3)
 
 
 def test_patched_then_compiled_gives_the_same():
