@@ -99,10 +99,16 @@ LIBRARIES = {
     ),
 }
 
+# What a minor of transformers cannot do itself: a word in the names of the tests that it is not held to, and why not.
+EXCEPT = {
+    "5.17": ("dinov2", "blocks of DINOv2 take no mask: `tome` needs `proportional=False` there"),
+    "5.20": ("smolvlm", "SmolVLM fails unpatched on images whose tokens are no multiple of its patch size"),
+}
+
 
 @dataclass(frozen=True)
 class Row:
-    """How a version ended: tests `passed`, the `seconds` they took, and the last words of pytest or pip."""
+    """How a version ended: tests `passed`, the `seconds` they took, the last words of pytest or pip, what it lacks."""
 
     library: str
     version: str
@@ -110,6 +116,7 @@ class Row:
     words: str
     passed: int = 0
     seconds: float = 0.0
+    lacks: str = ""
 
     def __str__(self) -> str:
         took = f" in {self.seconds:.0f} s" if self.seconds else ""
@@ -188,6 +195,8 @@ def attempt(library: str, version: str, folder: Path) -> Row:
         return Row(library, version, MISSING, reason)
     command = [str(Path(sys.executable).with_name("pytest")), "-q", *LIBRARIES[library].selection()]
     command += LIBRARIES[library].options
+    word, lacks = EXCEPT.get(version.rpartition(".")[0], ("", "")) if library == "transformers" else ("", "")
+    command += ("-k", f"not {word}") if word else ()
     log = folder / library / f"{version}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -199,7 +208,7 @@ def attempt(library: str, version: str, folder: Path) -> Row:
     words = next((line.strip("= ") for line in reversed(log.read_text().splitlines()) if line.strip("= ")), "no output")
     words = re.sub(r" in [\d.]+s\b.*", "", words)
     passed = int((re.search(r"(\d+) passed", words) or ("", "0"))[1])
-    return Row(library, version, PASSED if status == 0 and passed else FAILED, words, passed, seconds)
+    return Row(library, version, PASSED if status == 0 and passed else FAILED, words, passed, seconds, lacks)
 
 
 def tell(rows: list[Row], seconds: float) -> int:
@@ -219,15 +228,17 @@ def tell(rows: list[Row], seconds: float) -> int:
     return 1 if FAILED in bad else 2 if MISSING in bad else 0
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Put rows into a results file, in place of those of the same libraries."""
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    libraries = {row.library for row in rows}
-    kept = [row for row in before if row["library"] not in libraries] + [asdict(row) for row in rows]
+def write(path: Path, rows: list[Row], *, whole: bool) -> None:
+    """Put rows into a results file, in place of those of the same libraries (`whole`) or of the same versions."""
+    before = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    done = {(row.library, "" if whole else row.version) for row in rows}
+    kept = [row for row in before if (row.library, "" if whole else row.version) not in done] + rows
+    order = list(LIBRARIES).index
+    kept.sort(key=lambda row: (order(row.library), Version(row.version.removesuffix(".*"))))
     content = {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": {name: metadata.version(name) for name in LIBRARIES},
-        "rows": sorted(kept, key=lambda row: list(LIBRARIES).index(row["library"])),
+        "rows": [asdict(row) for row in kept],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -255,7 +266,7 @@ def main() -> int:
             print(row, flush=True)
             rows.append(row)
     if options.output:
-        write(options.output, rows)
+        write(options.output, rows, whole=named is None)
     return tell(rows, time.monotonic() - start)
 
 

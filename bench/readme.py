@@ -235,8 +235,14 @@ def versions() -> str:
         named = [row["version"] + ("" if row["status"] == "passed" else f" ({row['status']})") for row in rows]
         counts = sorted({row["passed"] for row in rows if row["status"] == "passed"})
         cells.append([f"`{library}`", ", ".join(named), "-".join(map(str, counts[:1] + counts[1:][-1:]))])
+    notes = [
+        f"{library} {row['version']}: {row['lacks']}."
+        for library, rows in libraries.items()
+        for row in rows
+        if row["lacks"]
+    ]
     line = f"[`minors.json`](bench/results/minors.json), `make minors`; {content['date'][:10]}."
-    return table(["library", "versions", "tests on each"], cells) + "\n\n" + line
+    return "\n\n".join([table(["library", "versions", "tests on each"], cells), *notes, line])
 
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]

@@ -76,10 +76,9 @@ def _values_kernel(
         chosen = kept[:, None] & inside[None, :]
         place = (base + member)[:, None] * length + token[None, :]
         logit = tl.load(logits + place, mask=chosen, other=float("-inf"))
-        p = _exponential(logit, peak, chosen, CAP)
+        p, read = _exponential(logit, peak, chosen, CAP), inside
         score = tl.where(inside, tl.sum(p * inverse[:, None], axis=0), 0.0)
         tl.store(scores + pair * length + token, score, mask=token < end)
-        read = inside
         if SELECT:
             chosen = chosen & _largest(logit, token, least, last)
             p = tl.where(chosen, p, 0.0)

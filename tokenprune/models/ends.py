@@ -39,15 +39,18 @@ def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *
     total = past + given.embeds.shape[1]
     if ledger is not None:
         ledger.check(given.cache)
-        seen = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else total
+        seen, said = total, ""
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen, said = mask.shape[1], f"attention_mask has {mask.shape[1]} columns"
         positions = given.positions
         if mask is None and not facts.mrope and positions is not None and positions.ndim == 2 and total > past + 1:
-            seen = min(seen, len(given.embeds[0]) + int(positions.min()))  # of rows without padding
+            seen = len(given.embeds[0]) + int(positions.min())  # rows have no padding
+            said = f"positions end at token {seen}"
         if seen < total:
             raise InputError(
-                f"this call is said to end at token {seen}, and the pruned KV cache ({past} tokens of the sequence) "
-                f"and the call hold {total}; shorten a pruned cache with cache.crop, since slicing its tensors to a length "
-                "of the sequence cuts other tokens than were meant"
+                f"{said}, and the pruned KV cache ({past} tokens of the sequence) and this call hold {total}; shorten "
+                "such a cache with cache.crop, since slicing its tensors to a length of the sequence cuts other tokens "
+                "than were meant"
             )
         return
     if past and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > total:
