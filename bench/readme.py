@@ -335,6 +335,18 @@ def _bytes_read(row: dict[str, Any]) -> str:
     return "-" if row["bytes_read"] is None else f"{100 * row['bytes_read']:.0f} %"
 
 
+def checks() -> str:
+    """What looking after every call costs of a decoding step."""
+    columns: list[tuple[str, str | Callable[[dict[str, Any]], str]]] = [
+        ("layers", "layers"),
+        ("a decoding step, ms", lambda row: f"{row['step_latency_ms'][1]:.1f}"),
+        ("its checks, ms", lambda row: f"{row['checks_latency_ms'][1] / row['calls']:.3f}"),
+        ("checks / step", lambda row: " - ".join(f"{100 * value:.2f} %" for value in row["checks_of_step"][::2])),
+        ("target", lambda row: f"under 1 %: {'met' if row['checks_of_step'][1] < 0.01 else 'missed'}"),
+    ]
+    return measured("checks", "", columns)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "overall": overall,
@@ -351,6 +363,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "encoders": encoders,
     "versions": versions,
+    "checks": checks,
 }
 
 
