@@ -337,8 +337,8 @@ def _bytes_read(row: dict[str, Any]) -> str:
 
 def checks() -> str:
     """What looking after every call costs of a decoding step."""
-    columns: list[tuple[str, str | Callable[[dict[str, Any]], str]]] = [
-        ("layers", "layers"),
+    columns: list[Column] = [
+        ("layers", plain("layers")),
         ("a decoding step, ms", lambda row: f"{row['step_latency_ms'][1]:.1f}"),
         ("its checks, ms", lambda row: f"{row['checks_latency_ms'][1] / row['calls']:.3f}"),
         ("checks / step", lambda row: " - ".join(f"{100 * value:.2f} %" for value in row["checks_of_step"][::2])),
