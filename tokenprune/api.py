@@ -96,8 +96,9 @@ def patch(
 
     Args:
         model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
-            :func:`list_families`. Its class and parameters stay as they are. Hooks are added; where attention is
-            looked at, or heads leave, a stand-in takes the place of a config or a projection until :func:`unpatch`.
+            :func:`list_families`; also inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline. Its
+            class and parameters stay as they are. Hooks are added; probed attention modules get a proxy config, and
+            those that prune heads sliced projections, until :func:`unpatch`.
         method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
         positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
             dropped tokens had never been there.
@@ -124,6 +125,7 @@ def patch(
         )
     if positions not in _POSITIONS:
         raise OptionError(f"positions must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}")
+    model = unwrapped(model)
     adapter = find_adapter(model)
     if isinstance(adapter, EncoderAdapter):
         methods = tuple(one.in_encoder() for one in methods)
@@ -152,10 +154,18 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not
     patched."""
-    for module in model.modules():
+    for module in unwrapped(model).modules():
         if (session := session_of(module)) is not None:
             session.remove()
         forget_copied_hooks(module)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline; anything else as it is."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
+    inner = getattr(model, "model", None)
+    return inner if not isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -251,8 +261,7 @@ def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
 def _refuse_split(model: nn.Module, sites: Sequence[str]) -> None:
     """Under tensor parallelism only what enters the decoder is the same on all processes."""
     inside = [site for site in sites if site != "before_llm"]
-    split = tensor_parallel(model) or any(type(one).__name__ == "DTensor" for one in model.parameters())
-    if inside and split:
+    if inside and tensor_parallel(model):
         raise OptionError(
             f"the weights of {type(model).__name__} are split over several processes (tp_plan), each of which sees the "
             f"attention of its own heads only and would choose other tokens at {', '.join(inside)}; use a method that "

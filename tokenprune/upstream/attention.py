@@ -204,5 +204,20 @@ def _by_head(module: nn.Module, width: int) -> bool:
 
 
 def tensor_parallel(model: nn.Module) -> bool:
-    """Whether the weights of a model are split over several processes by a plan of transformers."""
-    return (getattr(model, "tp_size", None) or 1) > 1
+    """Whether the weights of a model are split over several processes, each of which computes heads of its own.
+
+    Weights that ``fully_shard`` has split are put together again before they are used.
+    """
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        return True
+    sharded = {
+        id(parameter)
+        for module in model.modules()
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        for parameter in module.parameters()
+    }
+    split: list[Any] = [one for one in model.parameters() if type(one).__name__ == "DTensor"]
+    return any(
+        id(one) not in sharded or sum(type(place).__name__.endswith("Shard") for place in one.placements) > 1
+        for one in split
+    )
