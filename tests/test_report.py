@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import RAGGED, batch, fresh, tiny
+from families import EVEN, RAGGED, batch, fresh, generate, tiny
 from torch import nn
 from upstream import CACHES
 
@@ -369,3 +369,24 @@ def test_a_report_leaves_the_model_as_it_was(fails_in: str | None, monkeypatch: 
         assert _state(model) == before
         assert list(inputs) == given
         assert session.active
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_drafts_that_are_verified_leave_the_prompts_traces_in_the_report(method):
+    model, drafter = tiny("llava"), tiny("llava")
+    session = tokenprune.patch(model, method, keep=0.5, **({"layer": 1} if method == "fastv" else {}))
+    drafter.generation_config.num_assistant_tokens = 2
+    inputs = batch("llava", EVEN[:1]).inputs
+    generate(model, inputs, 6)
+    wanted = [(trace.status, trace.n_in, trace.n_out) for trace in session.traces]
+    assert not session.later_traces
+    generate(model, inputs, 6, assistant_model=drafter)
+    assert [(trace.status, trace.n_in, trace.n_out) for trace in session.traces] == wanted
+    assert session.traces[-1].status == "applied"
+    assert session.later_traces
+    said = " ".join(str(session.report()).split())
+    assert f"{len(session.later_traces)} later calls of several tokens went on from this prompt" in said
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"][:, :3])
+    assert {trace.status for trace in session.traces} == {"skipped"}
+    assert not session.later_traces

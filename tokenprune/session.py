@@ -73,6 +73,7 @@ class Session:
         self._swapped: list[tuple[Swap, Any]] = []
         self._planned: list[Hook | Swap] | None = None
         self._traces: tuple[Trace, ...] = ()
+        self._later: tuple[tuple[Trace, ...], ...] = ()
         self._traffic: Traffic | None = None
         self._remarks: tuple[str, ...] = ()
         self._reducers = {
@@ -100,8 +101,14 @@ class Session:
 
     @property
     def traces(self) -> tuple[Trace, ...]:
-        """What happened at each site of the last forward that had a prompt; decoding steps leave it as it was."""
+        """What happened at each site in the last prompt. Decoding steps leave it as it was, and so do later calls of
+        several tokens that go on from it without an image, such as those that verify drafts."""
         return self._traces
+
+    @property
+    def later_traces(self) -> tuple[tuple[Trace, ...], ...]:
+        """What happened since in each call of several tokens that went on from the last prompt without an image."""
+        return self._later
 
     @property
     def traffic(self) -> Traffic | None:
@@ -110,8 +117,12 @@ class Session:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the report has to say about the model itself."""
-        return self._remarks
+        """What the report has to say about the model itself, and about calls after the last prompt."""
+        if not self._later:
+            return self._remarks
+        left = sum(sum(trace.n_in) - sum(trace.n_out) for call in self._later for trace in call)
+        later = f"{len(self._later)} later calls of several tokens went on from this prompt without an image"
+        return (*self._remarks, f"{later}; {left} tokens were pruned in them.")
 
     def remark(self, sentence: str) -> None:
         """Have the report say `sentence` (called by adapters while planning)."""
@@ -122,8 +133,12 @@ class Session:
         self._traffic = traffic
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
-        """Make `traces` those of the last forward (called by adapters)."""
-        self._traces = traces
+        """Make `traces` those of the last prompt (called by adapters)."""
+        self._traces, self._later = traces, ()
+
+    def publish_later(self, traces: tuple[Trace, ...]) -> None:
+        """Add `traces` of a call that goes on from the last prompt (called by adapters)."""
+        self._later = (*self._later, traces)
 
     def reducers(self, site: str) -> tuple[Reducer, ...]:
         """The methods that take part at `site`, in order (called by adapters)."""

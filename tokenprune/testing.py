@@ -69,6 +69,9 @@ class _Probe:
     def publish(self, traces: tuple[Trace, ...]) -> None:
         return None
 
+    def publish_later(self, traces: tuple[Trace, ...]) -> None:
+        return None
+
 
 def hidden_mask(seen: Tensor, *, additive: bool, dtype: torch.dtype) -> Tensor:
     """A 4-D attention mask out of `seen` `[B, L, L]` bool, as fused attention (bool) or eager attention (additive)

@@ -102,7 +102,11 @@ class Engine(Protocol):
         ...
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
-        """Make `traces` those of the last forward."""
+        """Make `traces` those of the last prompt."""
+        ...
+
+    def publish_later(self, traces: tuple[Trace, ...]) -> None:
+        """Add `traces` of a call of several tokens that goes on from the last prompt and brings no image."""
         ...
 
 

@@ -126,7 +126,7 @@ class DecoderAdapter:
             if state is not None:
                 CURRENT.set(state.outer)
                 if output is not None and state.traces:
-                    engine.publish(tuple(state.traces))
+                    (engine.publish_later if state.continues else engine.publish)(tuple(state.traces))
 
         return [
             Hook(self.root, "pre", open_forward),
@@ -233,6 +233,7 @@ class DecoderAdapter:
                 images = find_images(self.root, self.row, state.prompt, given.positions)
             elif prompt:
                 refuse_unknown_features(self.root, self.row, state.prompt, embeds)
+        state.continues = past > 0 and not images
         state.scoring = active and state.plan is not None
         state.steering = active and state.attention is not None
         texts = active and state.guard is not None

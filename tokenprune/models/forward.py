@@ -157,6 +157,7 @@ class Forward:
         prompt: what the module that holds the decoder was called with.
         outer: the forward that this one runs in, if any.
         traces: what happened so far.
+        continues: whether the call goes on from an earlier one and brings no image.
         call: how the decoder was called; None before it was, or where nothing will be pruned.
         segments: by their first layer.
         visual: positions within the call of the tokens that may go and are left, `[n]` per row, on the CPU: visual
@@ -186,6 +187,7 @@ class Forward:
     prompt: Prompt
     outer: "Forward | None"
     traces: list[Trace] = field(default_factory=list)
+    continues: bool = False
     call: Call | None = None
     segments: list[Segment] = field(default_factory=list)
     visual: tuple[Tensor, ...] = ()
