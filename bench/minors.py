@@ -89,7 +89,7 @@ class Library:
 OLD_TIMM = "ignore:`torch.jit.interface` is deprecated:FutureWarning"  # what torch says to timm 1.0.20
 LIBRARIES = {
     # With dependencies of its own only where it cannot do with those installed.
-    "transformers": Library(DECODERS, (("--no-deps",), ())),
+    "transformers": Library(DECODERS, (("--no-deps",), ()), ("-m", "matrix or not matrix")),
     "timm": Library(ENCODERS, (("--no-deps",),), ("-k", "timm", "-W", OLD_TIMM)),
     # The interpreter of Triton 3.6, which torch 2.11 brings, cannot do with numpy 2.4.
     "torch": Library(

@@ -12,6 +12,7 @@ from test_pixels import CASES, TEXTS, pixel_batch
 
 import tokenprune
 
+pytestmark = pytest.mark.matrix
 SINGLE = tuple(name for name in CASES if len(CASES[name].counts) == 1)
 ROWS = (0, 1, 2)
 
