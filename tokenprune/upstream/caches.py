@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import gather
+from tokenprune.upstream.calls import CACHE
 from tokenprune.upstream.check import missing, need, need_attributes
 
 LAYERED = (
@@ -195,7 +196,7 @@ def cache_in(output: Any) -> Any:
 def no_cache(called: str, output: Any) -> UnsupportedModelError:
     """The error for a decoder that was to keep a cache and returned none."""
     seen = output.keys() if hasattr(output, "keys") else [type(output).__name__]
-    return missing("KV cache", of=f"what {called} returned", wanted=["cache", "past_key_values"], seen=seen)
+    return missing("KV cache", of=f"what {called} returned", wanted=CACHE, seen=seen)
 
 
 def layers_of(cache: Any) -> Sequence[Any]:

@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.upstream.check import missing, version_of
 
+CACHE = ("cache", "past_key_values")
+"""Names of the KV cache among arguments and in outputs, newest first: transformers 5.24 renamed it."""
 DECODER_ROLES: Mapping[str, tuple[str, ...]] = {
     "embeds": ("inputs_embeds",),
     "ids": ("input_ids",),
     "mask": ("attention_mask",),
     "positions": ("position_ids",),
-    "cache": ("cache", "past_key_values"),
+    "cache": CACHE,
     "caches": ("use_cache",),
     "plane_tokens": ("visual_pos_masks",),
     "planes": ("deepstack_visual_embeds",),
@@ -32,7 +34,7 @@ LAYER_ROLES: Mapping[str, tuple[str, ...]] = {
     "mask": ("attention_mask",),
     "positions": ("position_ids",),
     "rope": ("position_embeddings",),
-    "cache": ("cache", "past_key_values"),
+    "cache": CACHE,
 }
 _DECODER_NEEDS = ("embeds", "mask", "positions", "cache")
 _LAYER_NEEDS = ("mask", "cache")  # and "rope", but for those whose positions are in the embeddings

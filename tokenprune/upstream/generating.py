@@ -13,7 +13,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
 from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
-from tokenprune.upstream.calls import parameters_of, text_decoder
+from tokenprune.upstream.calls import CACHE, parameters_of, text_decoder
 from tokenprune.upstream.check import missing, need, version_of
 from tokenprune.upstream.layer_call import first_of_kwargs
 
@@ -30,7 +30,7 @@ GREEDY: Mapping[str, object] = {
 PROMPTS = ("input_ids", "inputs_embeds")
 """Names of a prompt among the inputs of ``generate``: ids or embeddings."""
 _TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
-_CACHES = ("cache", "past_key_values", "cache_params")
+_CACHES = (*CACHE, "cache_params")
 _NOT_INPUTS = {*GREEDY, *_CACHES, _TAP, _LENGTH, "max_length", "generation_config", "labels"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.upstream.calls import CACHE
 from tokenprune.upstream.check import missing, need
 from tokenprune.upstream.facts import DecoderFacts
 
@@ -29,13 +30,12 @@ def check_builder() -> None:
 @lru_cache(maxsize=4)
 def _arguments(build: Any) -> str:
     names = inspect.signature(build).parameters
-    wanted = ("cache", "past_key_values")
-    found = next((name for name in wanted if name in names), None)
+    found = next((name for name in CACHE if name in names), None)
     for name in ("config", "inputs_embeds", "attention_mask", "position_ids"):
         if name not in names:
             raise missing("argument", of=_NAME, wanted=[name], seen=names)
     if found is None:
-        raise missing("argument for the KV cache", of=_NAME, wanted=wanted, seen=names)
+        raise missing("argument for the KV cache", of=_NAME, wanted=CACHE, seen=names)
     return found
 
 
