@@ -10,26 +10,18 @@ from mutated import FAULTS, Results, cache_argument, golden, installed, mutate, 
 FIRST = ("the cache argument", "position_embeddings", "get_seq_length")
 ARGUMENTS = (
     "mm_encoder_outputs attention_mask inputs_embeds deepstack_visual_embeds visual_pos_masks hidden_states "
-    "position_ids use_cache input_ids pixel_values image_grid_thw logits_to_keep"
+    "position_ids input_ids"
 )
-FUNCTIONS = (
-    "get_decoder create_masks_for_generate get_mask_sizes get_input_embeddings crop reorder_cache lazy_initialization "
-    "get_interface prepare_inputs_for_generation get_query_offset"
-)
+FUNCTIONS = "get_decoder create_masks_for_generate get_mask_sizes crop"
 ATTRIBUTES = (
-    "layer_idx scaling num_key_value_groups is_sliding cumulative_length is_initialized pooler_output "
-    "last_hidden_state self_attn k_proj q_proj o_proj embed_tokens multi_modal_projector vision_tower language_model "
-    "layer_norm2 layernorm_after norm2 q_norm rope_deltas deepstack_features generation_config"
+    "layer_idx num_key_value_groups is_sliding cumulative_length self_attn k_proj multi_modal_projector vision_tower "
+    "layer_norm2 norm2"
 )
 FIELDS = (
-    "layer_types num_hidden_layers _attn_implementation sliding_window image_token_id vision_config text_config "
-    "rope_parameters mrope_section num_attention_heads num_key_value_heads hidden_size image_size patch_size head_dim "
-    "model_type is_encoder_decoder spatial_merge_size"
+    "layer_types num_hidden_layers _attn_implementation sliding_window image_token_id vision_config "
+    "num_attention_heads model_type"
 )
-CLASSES = (
-    "AttentionInterface ALL_ATTENTION_FUNCTIONS DynamicCache DynamicLayer DynamicSlidingWindowLayer StaticLayer "
-    "QuantizedLayer eager_attention_forward"
-)
+CLASSES = "ALL_ATTENTION_FUNCTIONS DynamicLayer eager_attention_forward"
 REST = " ".join((ARGUMENTS, FUNCTIONS, ATTRIBUTES, FIELDS, CLASSES)).split()
 
 
