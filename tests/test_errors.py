@@ -241,7 +241,10 @@ REASONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ChameleonForConditionalGeneration": ("vocabulary ids", {"vocabulary_map": {"<image>": 5}}),
     "JanusForConditionalGeneration": ("generates images", {}),
     "Gemma3nForConditionalGeneration": ("per-layer inputs", {"text_config": {"num_kv_shared_layers": 0}}),
-    "Gemma4ForConditionalGeneration": ("per-layer inputs", {}),
+    "Gemma4ForConditionalGeneration": (
+        "per-layer inputs",
+        {"text_config": {"num_hidden_layers": 1, "layer_types": ["full_attention"]}},
+    ),
     "Ernie4_5_VLMoeForConditionalGeneration": ("every token", {}),
 }
 
