@@ -232,7 +232,7 @@ def launch(
         if reduction != "pagerank":
             scores = sums(None)
             return scores.sum(1) if reduction == "column_sum" else scores.mean(1)
-        weight = torch.ones(n_rows, n_keys, device=key.device) if valid is None else valid.to(torch.float32)
+        weight = key.new_ones(n_rows, n_keys, dtype=torch.float32) if valid is None else valid.to(torch.float32)
         weight = (weight / weight.sum(1, keepdim=True).clamp_min(1))[:, None].expand(-1, n_heads, -1).contiguous()
         for _ in range(STEPS):
             weight = sums(weight)

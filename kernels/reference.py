@@ -85,10 +85,10 @@ def decode_attention(
         level = -1
         p = probabilities(keys[level])
     read = top_k_select(p, len(p) if n_values is None else n_values, valid)
-    output = torch.zeros(query.shape, dtype=torch.float64)
+    output = torch.zeros(query.shape, dtype=torch.float64, device="cpu")
     for j in read:
         output += p[j] * values[level][j].double()
-    return output, torch.tensor(p, dtype=torch.float64), flat, read
+    return output, torch.tensor(p, dtype=torch.float64, device="cpu"), flat, read
 
 
 def _farthest(distance: list[float]) -> int:
@@ -130,13 +130,13 @@ def merge_tokens(
     x: torch.Tensor, assign: list[int], n_out: int, weight: list[float] | None = None
 ) -> tuple[torch.Tensor, list[float]]:
     """The weighted mean `[n_out, D]` of every group of the tokens `x` `[N, D]` and the groups' weights, in fp64."""
-    total = torch.zeros(n_out, x.shape[1], dtype=torch.float64)
+    total = torch.zeros(n_out, x.shape[1], dtype=torch.float64, device="cpu")
     size = [0.0] * n_out
     for i, group in enumerate(assign):
         share = 1.0 if weight is None else weight[i]
         total[group] += x[i].double() * share
         size[group] += share
-    return total / torch.tensor(size, dtype=torch.float64)[:, None], size
+    return total / torch.tensor(size, dtype=torch.float64, device="cpu")[:, None], size
 
 
 def attention_importance(
@@ -161,12 +161,12 @@ def attention_importance(
         logits = query[h].double() @ key[h // (len(query) // len(key))].double().T * scale
         for i in range(len(logits)):
             if (reduction != "last_query" or i == len(logits) - 1) and not logits[i][seen[i]].isfinite().all():
-                return torch.full((key.shape[1],), torch.nan, dtype=torch.float64)
+                return torch.full((key.shape[1],), torch.nan, dtype=torch.float64, device="cpu")
         logits = logits.masked_fill(~logits.isfinite(), 0)  # No query that counts sees these.
         logits = logits if softcap is None else softcap * (logits / softcap).tanh()
         weight = (logits - logits.amax(1, keepdim=True)).exp() * seen
         matrix = weight / weight.sum(1, keepdim=True)
-        score = torch.full((len(matrix),), 1 / len(matrix), dtype=torch.float64)
+        score = torch.full((len(matrix),), 1 / len(matrix), dtype=torch.float64, device="cpu")
         for _ in range(5 if reduction == "pagerank" else 0):
             score = score @ matrix
         heads.append({"column_sum": matrix.sum(0), "last_query": matrix[-1], "pagerank": score}[reduction])

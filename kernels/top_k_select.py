@@ -108,7 +108,9 @@ def launch(
     if index.numel() == 0:
         return index
     mask = scores if valid is None else valid.contiguous()
-    wanted = index if counts is None else torch.tensor(counts, dtype=torch.int32).to(scores.device, non_blocking=True)
+    wanted = index
+    if counts is not None:
+        wanted = torch.tensor(counts, dtype=torch.int32, device="cpu").to(scores.device, non_blocking=True)
     block = min(max(triton.next_power_of_2(n_tokens), 256), 8192)
     with torch.cuda.device_of(scores):
         _top_k_kernel[(n_rows,)](

@@ -222,6 +222,39 @@ def test_plain_attention_is_sdpa() -> None:
     torch.testing.assert_close(ops.decode_attention(*arguments, **options).output, want)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("n_values", [None, 5])
+def test_a_bias_is_added_to_the_logits_under_their_cap(n_values: int | None, softcap: float | None) -> None:
+    (query, key, value), options = case(groups=4, valid=RAGGED, sharp=3.0)
+    bias = mask(2, 37, share=0.3) * 4.0
+    found = ops.decode_attention(query, key, value, **options, bias=bias, n_values=n_values, softcap=softcap)
+    logits = (query @ key.transpose(2, 3))[:, :, 0] * options["scale"]
+    logits = logits if softcap is None else (logits / softcap).tanh() * softcap
+    weight = (logits + bias[:, None]).masked_fill(~RAGGED[:, None], -torch.inf).softmax(-1)
+    least = 0 if n_values is None else weight.topk(n_values).values[..., -1:]
+    torch.testing.assert_close(found.scores, weight.sum(1))
+    torch.testing.assert_close(found.output[:, :, 0], ((weight * (weight >= least))[:, :, None] @ value)[:, :, 0])
+
+
+def test_a_bias_chooses_between_planes_too() -> None:
+    (query, key, value), options = case(planes="kv", threshold=0.5, batch=1)
+    assert ops.decode_attention(query, key, value, **options).recomputed.all()
+    bias = torch.zeros(1, 37)
+    bias[0, 7] = 9.0
+    found = ops.decode_attention(query, key, value, **options, bias=bias)
+    assert not found.recomputed.any()
+    assert bool((found.scores[0, 7] > 3.9).all())
+
+
+def test_a_bias_that_does_not_fit_or_is_for_triton_is_refused() -> None:
+    arguments, options = CASES["plain"]
+    for bias in (torch.zeros(2, 36), torch.zeros(2, 37, dtype=torch.int64), torch.zeros(37)):
+        with pytest.raises(InputError, match=r"bias.*\[2, 37\]"):
+            ops.decode_attention(*arguments, **options, bias=bias)
+    with pytest.raises(BackendError, match="bias"):
+        ops.decode_attention(*arguments, **options, bias=torch.zeros(2, 37), backend="triton")
+
+
 @pytest.mark.parametrize("softcap", [1e5, 1e12])
 def test_a_cap_far_above_the_logits_changes_nothing(softcap: float) -> None:
     arguments, options = CASES["everything"]

@@ -165,7 +165,8 @@ def drift(dense: Inspection, pruned: Inspection, *, eos: int | list[int] | None 
     expected, actual = (side.first_logits.double().log_softmax(-1) for side in (dense, pruned))
     terms = expected.exp() * (expected - actual)
     kl = torch.where(expected.exp() > 0, terms, 0.0).sum(-1)
-    ends = torch.isin(dense.new_ids, torch.tensor([] if eos is None else eos, dtype=dense.new_ids.dtype))
+    stops = torch.tensor([] if eos is None else eos, dtype=dense.new_ids.dtype, device=dense.new_ids.device)
+    ends = torch.isin(dense.new_ids, stops)
     unequal = dense.new_ids != pruned.new_ids
     compared = [_first(row, len(row) - 1) + 1 for row in ends.tolist()]
     equal = [min(_first(row, len(row)), limit) for row, limit in zip(unequal.tolist(), compared, strict=True)]

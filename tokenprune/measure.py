@@ -47,7 +47,7 @@ class Timing:
 
     def quantile(self, fraction: float) -> float:
         """Linearly interpolated quantile; `fraction` in [0, 1]."""
-        return float(torch.tensor(self.samples, dtype=torch.float64).quantile(fraction))
+        return float(torch.tensor(self.samples, dtype=torch.float64, device="cpu").quantile(fraction))
 
     def over(self, other: "Timing") -> "Timing":
         """Ratios of the samples taken in the same rounds: less touched by drift than the ratio of two medians."""
@@ -231,14 +231,14 @@ def watch_resident(devices: Sequence[torch.device]) -> Iterator[Callable[[], flo
         if on_cpu:
             if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
                 trim(0)
-            (process / "clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+            (process / "clear_refs").write_bytes(b"5")  # the high-water mark becomes what is resident now
     except (OSError, TypeError):  # no such file; no libc under that name
         on_cpu = False
 
     def read() -> float | None:
         if not on_cpu:
             return None
-        lines = (process / "status").read_text().splitlines()
+        lines = (process / "status").read_text(encoding="utf-8", errors="replace").splitlines()
         return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
     yield read

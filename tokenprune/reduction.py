@@ -28,7 +28,7 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
     if dim == 1:  # rows of memory at a time: several times faster than an index for every element
         flat = index
         if index.shape[0] > 1 and x.shape[0] > 1:
-            flat = index + torch.arange(index.shape[0], device=x.device)[:, None] * x.shape[1]
+            flat = index + torch.arange(index.shape[0], dtype=torch.int64, device=x.device)[:, None] * x.shape[1]
         return x.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
     shape = list(x.shape)
     shape[dim - 1] = index.shape[0]
@@ -37,6 +37,13 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
     view[dim - 1], view[dim] = index.shape
     shape[dim] = index.shape[1]
     return x.gather(dim, index.view(view).expand(shape))
+
+
+def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`out` with `values` added at `index`, in that order: on a GPU `index_put_` sorts, `index_add_` races."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, values)
+    return out.index_put_((index,), values, accumulate=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Keep:
 
     def source(self, *, length: int) -> Tensor:
         """For each of `length` unpruned positions the slot that it is restored from, `[B, length]` int64."""
-        slots = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
+        slots = torch.arange(self.index.shape[1], dtype=torch.int64, device=self.index.device).expand_as(self.index)
         first = torch.zeros_like(slots[:, :1])
         if self.valid is not None:  # a slot that only fills up is no source
             first = self.valid.to(torch.uint8).argmax(dim=1, keepdim=True)
@@ -128,14 +135,9 @@ class Merge:
         assign = self.assign.to(x.device)
         flat = x.float().flatten(2) if x.ndim > 2 else x.float()[:, :, None]
         share = self._shares().to(x.device)
-        if x.device.type == "cpu":
-            rows = torch.arange(len(assign))[:, None] * self.index.shape[1]
-            out = flat.new_zeros(self.index.numel(), flat.shape[2])
-            out.index_add_(0, (assign + rows).flatten(), (flat * share[:, :, None]).flatten(0, 1))
-        else:  # atomics would add in any order
-            groups = torch.arange(self.index.shape[1], device=x.device)[:, None]
-            with torch.autocast(x.device.type, enabled=False):
-                out = ((assign[:, None, :] == groups) * share[:, None, :]) @ flat
+        rows = torch.arange(len(assign), dtype=torch.int64, device=x.device)[:, None] * self.index.shape[1]
+        out = flat.new_zeros(self.index.numel(), flat.shape[2])
+        out = add_at(out, (assign + rows).flatten(), (flat * share[:, :, None]).flatten(0, 1))
         return out.view(*self.index.shape, *x.shape[2:]).to(x.dtype)
 
     def restore(self, y: Tensor, *, length: int) -> Tensor:
@@ -151,7 +153,8 @@ class Merge:
     def sizes(self) -> Tensor:
         """What the tokens of each group count together, `[B, M]` fp32: their number where there are no weights."""
         weight = torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight
-        return torch.zeros(self.index.shape, device=weight.device).scatter_add_(1, self.assign, weight.float())
+        none = torch.zeros(self.index.shape, dtype=torch.float32, device=weight.device)
+        return none.scatter_add_(1, self.assign, weight.float())
 
     def then(self, other: "Merge") -> "Merge":
         """The reduction that does this one first and `other` (over its groups) after it.

@@ -100,7 +100,7 @@ class AIM(Method):
         """Merge `signals.features` `[B, N, D]` in rounds, each of which takes at most every source."""
         features, n_left = signals.features, budget.high
         n_rows, n_tokens = features.shape[:2]
-        everything = torch.arange(n_tokens, device=features.device).expand(n_rows, -1)
+        everything = torch.arange(n_tokens, dtype=torch.int64, device=features.device).expand(n_rows, -1)
         merge, step, means = Merge(everything, everything), None, features.float()
         while (n_now := merge.index.shape[1]) > n_left:
             means = means if step is None else step.apply(means)

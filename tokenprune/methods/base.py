@@ -22,7 +22,9 @@ class Method:
 
     Args:
         keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 =
-            tokens kept.
+            tokens kept. An image is what the caller gave, with all tiles, views and lines that its processor makes of
+            it; a frame is what the model makes of one or, where it merges them, of two. Where the prompt does not tell
+            where an image or a frame ends, the trace has a note.
 
     Raises:
         OptionError: `keep` is out of range.

@@ -40,6 +40,7 @@ class Random(Method):
         n_tokens = signals.features.shape[1]
         rows = []
         for ordinal in signals.ids:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + ordinal) % 2**63)
-            rows.append(torch.randperm(n_tokens, generator=generator)[: budget.high].sort().values)
+            generator = torch.Generator(device="cpu").manual_seed((self.seed * 1_000_003 + ordinal) % 2**63)
+            order = torch.randperm(n_tokens, generator=generator, dtype=torch.int64, device="cpu")
+            rows.append(order[: budget.high].sort().values)
         return Keep(torch.stack(rows).to(signals.features.device))

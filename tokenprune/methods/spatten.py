@@ -207,7 +207,8 @@ class EncoderSpAtten(SpAtten):
         assert signals.importance is not None
         n_prefix = int(signals.protected.sum())
         best = ops.top_k_select(signals.importance[:, n_prefix:], k=budget.high - n_prefix) + n_prefix
-        return Keep(torch.cat([torch.arange(n_prefix, device=best.device).expand(len(best), -1), best], 1))
+        prefix = torch.arange(n_prefix, dtype=torch.int64, device=best.device).expand(len(best), -1)
+        return Keep(torch.cat([prefix, best], 1))
 
 
 def _by_layer(name: str, kept: float | Sequence[float], n_layers: int, *, free: float | None) -> tuple[float, ...]:

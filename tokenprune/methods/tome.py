@@ -86,5 +86,5 @@ class ToMe(Method):
     def before_llm(self, signals: Signals, budget: Budget) -> Keep:
         """Keep one of the tokens of `signals.features` `[B, N, D]` that are equal bit for bit."""
         middle = equal_tokens(signals.features).middle
-        stays = middle == torch.arange(middle.shape[1], device=middle.device)
+        stays = middle == torch.arange(middle.shape[1], dtype=torch.int64, device=middle.device)
         return pack([row.nonzero()[:, 0] for row in stays], length=middle.shape[1])

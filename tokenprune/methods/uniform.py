@@ -13,7 +13,7 @@ from tokenprune.signals import Budget, Signals
 
 def _spaced(n_out: int, n_in: int) -> torch.Tensor:
     """`n_out` distinct positions out of `n_in`, each at the middle of its share, `[n_out]` int64."""
-    return (torch.arange(n_out) * 2 + 1) * n_in // (2 * n_out)
+    return (torch.arange(n_out, dtype=torch.int64, device="cpu") * 2 + 1) * n_in // (2 * n_out)
 
 
 def _on_grid(n_keep: int, grid: tuple[int, int]) -> torch.Tensor:

@@ -94,7 +94,7 @@ def one_query(query: Tensor, key: Tensor, valid: Tensor | None, rule: Rule) -> T
     logits = rule.cap(rows @ key.to(torch.float32).transpose(2, 3))
     hidden = None if valid is None else ~(valid & valid[:, -1:])
     if rule.window is not None and rule.window < key.shape[2]:
-        far = torch.arange(key.shape[2], device=key.device) < key.shape[2] - rule.window
+        far = torch.arange(key.shape[2], dtype=torch.int64, device=key.device) < key.shape[2] - rule.window
         hidden = far[None] if hidden is None else hidden | far
     if hidden is None:
         return logits.softmax(3).sum((1, 2))
@@ -121,7 +121,7 @@ class Row:
         self.query, self.key, self.seen, self.rule = query, key, seen, rule
         before = key.shape[1] - query.shape[1]
         self.padded = valid is not None and not bool(valid.all())
-        self.keys_at = torch.arange(key.shape[1], device=key.device)
+        self.keys_at = torch.arange(key.shape[1], dtype=torch.int64, device=key.device)
         if valid is not None and self.padded:
             self.keys_at = self.keys_at[valid]
         self.queries_at = self.keys_at[self.keys_at >= before]

@@ -48,6 +48,16 @@ def uncast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` of fp32 tensors in fp32, also where the program allows fewer bits for such products
+    (``torch.set_float32_matmul_precision``): the cosine of equal vectors is 1."""
+    place = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(left.device.type)
+    if place is None or place.matmul.fp32_precision in ("ieee", "none"):
+        return torch.matmul(left, right, out=out)
+    found = (left.double() @ right.double()).float()
+    return found if out is None else out.copy_(found)
+
+
 def check_count(op: str, name: str, value: int, low: int, high: int) -> None:
     """Raise `OptionError` unless `value` is an int from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops.backend import check_count, check_softcap, find_kernel, uncast
 from tokenprune.ops.planes import Planes, dequantize_planes
 
@@ -44,6 +44,7 @@ def decode_attention(
     n_values: int | Tensor | None = None,
     threshold: float | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodedStep:
     """Attention of the newest token, whose key and value are part of `key` and `value`, computed in fp32.
@@ -56,6 +57,7 @@ def decode_attention(
     - With a soft cap (Gemma 2, arXiv 2408.00118, section 2) logits become `softcap * tanh(logits / softcap)` before the
       softmax, those of both planes as those of the high ones. It keeps the order of the logits: the values that a head
       reads are chosen by the logits before it.
+    - A bias is added to the logits under their cap: probabilities, and the values that are read, follow the sum.
     - A NaN or an infinity is told: where a kept head's product with a valid key is not finite, whatever the cap, the
       head's output and magnitude and the scores of all valid keys of that row are NaN. A value that is read and is not
       finite makes the outputs of all kept heads of its group that read any value not finite. What stands in keys that
@@ -73,6 +75,7 @@ def decode_attention(
             values are not checked. All of them by default.
         threshold: probability from 0 to 1, which needs planes; 0 reads high planes only, and without one both are read.
         softcap: bound of the logits, positive; none by default.
+        bias: `[B, L]`, any float dtype, finite; none by default. With one the torch version runs.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
@@ -81,7 +84,7 @@ def decode_attention(
     Raises:
         OptionError: `n_values`, `threshold`, `softcap` or `backend` is out of range.
         InputError: a shape or dtype is wrong.
-        BackendError: the explicit backend cannot run here.
+        BackendError: the explicit backend cannot run here, or takes no bias.
     """
     batch, n_heads, groups = _check_shapes(query, key, value)
     length = key.shape[2]
@@ -94,16 +97,17 @@ def decode_attention(
     _check_options(query, key, value, n_values, threshold)
     n_values = n_values.to(query.device) if isinstance(n_values, Tensor) else n_values
     check_softcap("decode_attention", softcap)
-    kernel = find_kernel("decode_attention", "decode_attention", backend, query)
-    step = _decode if kernel is None else kernel.launch
+    kernel = find_kernel("decode_attention", "decode_attention", _backend_for(backend, bias, batch, length), query)
     cap = None if softcap is None else float(softcap)
+    given = (query, key, value, float(scale), mask, kept, n_values, threshold, cap)
     with uncast(query):
-        return DecodedStep(*step(query, key, value, float(scale), mask, kept, n_values, threshold, cap))
+        return DecodedStep(*(_decode(*given, bias) if kernel is None else kernel.launch(*given)))
 
 
 def _decode(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
     heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None, softcap: float | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The specification: everything at its full length, what is not read filled with 0."""
     batch, n_heads, _, width = query.shape
@@ -119,13 +123,14 @@ def _decode(
     logits = _logits(grouped, _read(key, low), mask)
     recomputed = torch.zeros_like(kept)
     if threshold is not None:
-        recomputed = kept & (_softmax(_cap(logits, softcap)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
+        recomputed = kept & (_softmax(_cap(logits, softcap, bias)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
         if isinstance(key, Planes):
             logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
     chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
-    weight = _softmax(_cap(logits, softcap)).masked_fill(~chosen, 0.0)
-    if n_values is not None:
-        chosen = chosen & _largest(logits, n_values)
+    capped = _cap(logits, softcap, bias)
+    weight = _softmax(capped).masked_fill(~chosen, 0.0)
+    if n_values is not None:  # a cap may make equal what was not
+        chosen = chosen & _largest(logits if bias is None else capped, n_values)
     used, read = weight.masked_fill(~chosen, 0.0), chosen.any(2)
     output = used @ _read(value, low, read)
     if threshold is not None and isinstance(value, Planes):
@@ -158,11 +163,12 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return logits.add_(logits, alpha=0).masked_fill_(~mask.unsqueeze(2), -torch.inf)
 
 
-def _cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits under their soft cap; those of keys that are not valid stay -inf."""
-    if softcap is None:
-        return logits
-    return (logits / softcap).tanh_().mul_(softcap).masked_fill_(logits == -torch.inf, -torch.inf)
+def _cap(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
+    """Logits under their soft cap and with their bias; those of keys that are not valid stay -inf."""
+    capped = logits
+    if softcap is not None:
+        capped = (logits / softcap).tanh_().mul_(softcap).masked_fill_(logits == -torch.inf, -torch.inf)
+    return capped if bias is None else capped + bias[:, None, None].to(capped)
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -174,7 +180,7 @@ def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:
     """Which entries are among the `n_values` largest of their row, ties to the lowest index."""
     n_values = n_values.view(-1, 1, 1, 1) if isinstance(n_values, Tensor) else n_values
     order = logits.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, rank) < n_values
 
 
@@ -223,6 +229,19 @@ def _expand(name: str, x: Tensor | None, query: Tensor, shapes: list[tuple[int, 
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise InputError(f"decode_attention needs {name} as torch.bool {wanted}; got {x.dtype} {list(x.shape)}.")
     return x.to(query.device)
+
+
+def _backend_for(backend: str, bias: Tensor | None, batch: int, length: int) -> str:
+    """The backend to look for: with a bias, the torch version."""
+    if bias is None:
+        return backend
+    if not bias.is_floating_point() or bias.shape != (batch, length):
+        raise InputError(
+            f"decode_attention needs bias as floats [{batch}, {length}]; got {bias.dtype} {list(bias.shape)}."
+        )
+    if backend == "triton":
+        raise BackendError("decode_attention takes a bias in its torch version alone; 'torch' and 'auto' work.")
+    return "torch" if backend == "auto" else backend
 
 
 def _check_options(

@@ -41,10 +41,10 @@ def equal_tokens(x: Tensor) -> EqualTokens:
     if x.ndim != 3 or not x.is_floating_point():
         raise InputError(f"equal_tokens needs x [B, N, D] of a float dtype; got {x.dtype} {list(x.shape)}.")
     bits = x.contiguous().view(_BITS[x.element_size()]).to(torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-(2**63), 2**63 - 1, (x.shape[2],), generator=generator) | 1
-    order = (bits * weight.to(x.device)).sum(2).sort(dim=1, stable=True)
-    place = torch.arange(x.shape[1], device=x.device).expand_as(order.indices)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    weight = torch.randint(-(2**63), 2**63 - 1, (x.shape[2],), generator=generator, dtype=torch.int64, device="cpu")
+    order = (bits * (weight | 1).to(x.device)).sum(2).sort(dim=1, stable=True)
+    place = torch.arange(x.shape[1], dtype=torch.int64, device=x.device).expand_as(order.indices)
     starts = torch.ones_like(place, dtype=torch.bool)
     starts[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
     group = starts.cumsum(1) - 1

@@ -128,7 +128,7 @@ def max_min_cover(
         order = _stack([row[0] for row in rows], max_k, features.device, fill=-1)
         path = _stack([row[1] for row in rows], max_k, features.device, fill=0.0)
     width = int(n_kept.max()) if len(n_kept) else 0
-    dropped = torch.arange(width, device=features.device) >= n_kept[:, None]
+    dropped = torch.arange(width, dtype=torch.int64, device=features.device) >= n_kept[:, None]
     return MaxMinCover(order[:, :width].masked_fill(dropped, -1), n_kept, path.gather(1, n_kept[:, None] - 1)[:, 0])
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokenprune.ops.backend import uncast
+from tokenprune.ops.backend import product, uncast
 
 MEMORY = (
     64 << 20
@@ -83,17 +83,17 @@ class _Units:
         out = torch.full((self.n,), -torch.inf, dtype=torch.float32, device=self.tokens.device)
         for i in range(0, self.n, self.step):
             rows, mine = self.at(slice(i, i + self.step)), out[i : i + self.step]
-            torch.maximum(mine, (rows @ rows.T).fill_diagonal_(-torch.inf).amax(1), out=mine)
+            torch.maximum(mine, product(rows, rows.T).fill_diagonal_(-torch.inf).amax(1), out=mine)
             for j in range(i + self.step, self.n, self.step):
-                block, theirs = rows @ self.at(slice(j, j + self.step)).T, out[j : j + self.step]
+                block, theirs = product(rows, self.at(slice(j, j + self.step)).T), out[j : j + self.step]
                 torch.maximum(mine, block.amax(1), out=mine)
                 torch.maximum(theirs, block.amax(0), out=theirs)
         return out
 
     def nearest_of(self, index: list[int]) -> _Floats:
         """The largest cosine `[n]` of every token to one of the tokens `index`."""
-        rows = self.at(torch.tensor(index, device=self.tokens.device))
-        parts = [(rows @ self.at(slice(i, i + self.step)).T).amax(0) for i in range(0, self.n, self.step)]
+        rows = self.at(torch.tensor(index, dtype=torch.int64, device=self.tokens.device))
+        parts = [product(rows, self.at(slice(i, i + self.step)).T).amax(0) for i in range(0, self.n, self.step)]
         return _numpy(torch.cat(parts))
 
     def fingerprint(self, index: _Ints) -> _Ints:
@@ -112,7 +112,7 @@ def _gram(rows: Tensor) -> Tensor:
     step = n if n < 512 else -(-n // 4)  # Small products gain nothing from halving.
     for i in range(0, n, step):
         j = min(i + step, n)
-        torch.mm(rows[i:j], rows[i:].T, out=out[i:j, i:])
+        product(rows[i:j], rows[i:].T, out=out[i:j, i:])
         out[j:, i:j] = out[i:j, j:].T
     return out
 
@@ -171,7 +171,7 @@ def choose(tokens: Tensor, valid: Tensor | None, most: int, least: int, radius: 
     if len(order) < least:  # What is left ties at distance 0, or a rounding below it.
         order += np.flatnonzero(gap > -1)[: least - len(order)].tolist()
     path = reach[1:] + [final if final >= _SAME else 0.0] * (1 + len(order) - len(reach))
-    chosen = torch.tensor(order, device="cpu")
+    chosen = torch.tensor(order, dtype=torch.int64, device="cpu")
     if units.position is not None:
         chosen = units.position.cpu()[chosen]
     return chosen, torch.tensor(path, dtype=torch.float32, device="cpu")
@@ -236,7 +236,7 @@ def _pick_lazily(units: _Units, gap: _Floats, order: list[int], reach: list[floa
         where = torch.from_numpy(index).to(units.tokens.device)
         rows = units.at(where)
         n_before = len(order)
-        _pick(_numpy(rows @ rows.T), gap[index], index, order, reach, stop, bar)
+        _pick(_numpy(product(rows, rows.T)), gap[index], index, order, reach, stop, bar)
         fresh = order[n_before:]
         width = min(2 * width, 256) if 2 * len(fresh) > width else max(width // 2, 32)
 

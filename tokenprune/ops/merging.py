@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.ops.backend import find_kernel, uncast
+from tokenprune.ops.backend import find_kernel, product, uncast
+from tokenprune.reduction import add_at
 
 _SAME = 1 - 2.0**-20  # Cosines above this differ by fp32 noise only and count as equal.
 _BLOCK = 8 << 20  # Bytes of similarity that the torch version holds at once.
@@ -127,11 +128,13 @@ def merge_tokens(
     kernel = find_kernel("merge_tokens", "merge_tokens", backend, x)
     if kernel is not None:
         return MergedTokens(*kernel.launch(x, assign, n_out, weight))
-    group = assign if len(x) == 1 else assign + torch.arange(len(x), device=x.device)[:, None] * n_out
+    group = assign
+    if len(x) > 1:
+        group = assign + torch.arange(len(x), dtype=torch.int64, device=x.device)[:, None] * n_out
     group, flat = group.flatten(), x.reshape(-1, x.shape[2])
     with torch.no_grad():
         one = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float().flatten()
-        size = _add(one.new_zeros(len(x) * n_out), group, one)
+        size = add_at(one.new_zeros(len(x) * n_out), group, one)
         share = one / size[group]
     if x.device.type == "cpu" and not size.all():
         empty = int(size.argmin())
@@ -141,7 +144,7 @@ def merge_tokens(
         )
     parts = flat.to(torch.promote_types(x.dtype, torch.float32)) * share[:, None]
     nothing = parts.new_full((len(size), x.shape[2]), -0.0)  # which changes no number that it is added to
-    tokens = _add(nothing, group, parts).to(x.dtype)
+    tokens = add_at(nothing, group, parts).to(x.dtype)
     return MergedTokens(tokens.view(len(x), n_out, x.shape[2]), size.view(len(x), n_out))
 
 
@@ -176,20 +179,13 @@ def _best_partners(keys: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
         step = max(1, _BLOCK // (4 * len(keys) * right.shape[2]))
         parts = []
         for part in torch.split(left, step, dim=1):
-            cosine = torch.bmm(part, right).clamp_(max=_SAME)
+            cosine = product(part, right).clamp_(max=_SAME)
             if held is not None:
                 cosine.masked_fill_(held[:, None, 1::2], -torch.inf)
             parts.append(cosine.max(dim=2))
             del cosine  # Before the next one is made.
     best, partner = parts[0] if len(parts) == 1 else (torch.cat(some, 1) for some in zip(*parts, strict=True))
     return best if held is None else best.masked_fill_(held[:, ::2], -torch.inf), partner
-
-
-def _add(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """`out` with `values` added at `index`, in that order: on a GPU `index_put_` sorts, `index_add_` races."""
-    if out.device.type == "cpu":
-        return out.index_add_(0, index, values)
-    return out.index_put_((index,), values, accumulate=True)
 
 
 def _check_tokens(op: str, name: str, x: Tensor) -> None:
@@ -229,8 +225,8 @@ def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | N
         n_held = int(held.sum())
         if valid is None and r <= (n + 1) // 2 - n_held and n_held < n // 2:  # wherever they stand
             return
-        odd = torch.arange(n, device=held.device)[None] if valid is None else valid.to(held.device).cumsum(1) - 1
-        odd = odd % 2 == 1
+        taking = held.new_ones(1, n) if valid is None else valid.to(held.device)
+        odd = taking.cumsum(1) % 2 == 0
         possible = ((~held & ~odd).sum(1) * (~held & odd).any(1)).tolist()
     least = min(possible)
     if least < r:

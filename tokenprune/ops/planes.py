@@ -82,7 +82,7 @@ def dequantize_planes(planes: Planes, *, low: bool = True, dtype: torch.dtype = 
         low: whether the low plane is read too.
         dtype: of the result.
     """
-    offset = 16.0 * _unpack(planes.high)
+    offset = 16.0 * _unpack(planes.high).float()
     offset = offset + _unpack(planes.low) - 128 if low else offset + (7.5 - 128)
     return (offset * planes.scale.unsqueeze(-1)).to(dtype)
 

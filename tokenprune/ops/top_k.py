@@ -73,7 +73,8 @@ def _select_elsewhere(scores: Tensor, width: int, counts: list[int] | None, vali
     order = order.gather(1, last.gather(1, order).argsort(dim=1, stable=True))[:, :width]
     if counts is None:
         return order.sort(dim=1).values
-    surplus = torch.arange(width, device=scores.device) >= torch.tensor(counts, device=scores.device)[:, None]
+    n_kept = torch.tensor(counts, dtype=torch.int64, device=scores.device)[:, None]
+    surplus = torch.arange(width, dtype=torch.int64, device=scores.device) >= n_kept
     index = order.masked_fill(surplus, scores.shape[1]).sort(dim=1).values
     return index.masked_fill(surplus, -1)
 
