@@ -42,7 +42,7 @@ def implementations(family: str) -> tuple[str, ...]:
 def _model(family: str, implementation: str, overrides: str) -> nn.Module:
     raw = copy.deepcopy(CONFIGS[family])
     for part, fields in json.loads(overrides).items():
-        raw[part].update(fields)
+        raw[part] = {**raw[part], **fields} if isinstance(fields, dict) else fields
     config = AutoConfig.for_model("paligemma" if family == "paligemma2" else family, **raw)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()
@@ -57,7 +57,7 @@ def _model(family: str, implementation: str, overrides: str) -> nn.Module:
     return model
 
 
-def tiny(family: str, implementation: str = "sdpa", **overrides: dict[str, Any]) -> nn.Module:
+def tiny(family: str, implementation: str = "sdpa", **overrides: Any) -> nn.Module:
     """A tiny random model, a fresh copy for each call. `text_config={...}` and the like override the configuration."""
     return copy.deepcopy(_model(family, implementation, json.dumps(overrides)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import tokenprune
 
 VIDEO = 101
+FOUR = (IMAGE,) * 4
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Case:
         counts: visual tokens of each image (or frame) of an item; they add up to the item's placeholders.
         pixels: makes the keyword arguments for `n` items out of seeds.
         gap: whether text stands between the frames.
+        layout: ids of an item, where more than its placeholders.
     """
 
     family: str
@@ -33,6 +35,7 @@ class Case:
     counts: tuple[int, ...]
     pixels: Callable[[list[int]], dict[str, Any]]
     gap: bool = False
+    layout: tuple[int, ...] = ()
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -74,6 +77,18 @@ def frames(n: int) -> Callable[[list[int]], dict[str, Any]]:
     return lambda seeds: {"pixel_values_videos": torch.stack([noise(seed, n, 3, 32, 32) for seed in seeds])}
 
 
+def fast_video(seeds: list[int]) -> dict[str, Any]:
+    return {**patch_video(seeds), "second_per_grid_ts": torch.tensor([0.1] * len(seeds))}
+
+
+def two(pixels: Callable[[list[int]], dict[str, Any]]) -> Callable[[list[int]], dict[str, Any]]:
+    return lambda seeds: pixels([part for seed in seeds for part in (seed, seed + 50)])
+
+
+def row_tiles(seeds: list[int]) -> dict[str, Any]:
+    return {"pixel_values": torch.stack([noise(seed, 2, 3, 32, 32) for seed in seeds])}
+
+
 def square_frames(seeds: list[int]) -> dict[str, Any]:
     return {"pixel_values_videos": torch.stack([noise(seed, 3, 3, 28, 28) for seed in seeds])}
 
@@ -102,6 +117,20 @@ CASES = {
     "llava_next_video-video": Case("llava_next_video", VIDEO, (4, 4, 4), frames(3)),
     "llava_onevision-video": Case("llava_onevision", VIDEO, (4, 4, 5), frames(3)),
 }
+# Boundaries that runs of placeholders do not tell: tiles with tags, lines, images side by side, and frames so fast that
+# their positions have one time.
+HARD = {
+    "idefics3-tiles": Case("idefics3", IMAGE, (8,), row_tiles, layout=(102, 106, *FOUR, 102, 103, *FOUR, 102)),
+    "smolvlm-tiles": Case("smolvlm", IMAGE, (8,), row_tiles, layout=(102, 106, *FOUR, 102, 103, *FOUR, 102)),
+    "aya_vision-tiles": Case("aya_vision", IMAGE, (8,), tiles(2), layout=(102, 106, *FOUR, 105, *FOUR, 103)),
+    "ovis2-tiles": Case("ovis2", IMAGE, (32,), tiles(2), layout=(110, *FOUR * 4, 111, *FOUR * 4, 114)),
+    "mistral3-lines": Case("mistral3", IMAGE, (4,), sized, layout=(IMAGE, IMAGE, 102, IMAGE, IMAGE, 103)),
+    "llava_next-two": Case("llava_next", IMAGE, (36, 36), two(anyres)),
+    "llava_onevision-two": Case("llava_onevision", IMAGE, (36, 36), two(anyres)),
+    "llava_onevision-two-videos": Case("llava_onevision", VIDEO, (4, 4, 5, 4, 4, 5), two(frames(3))),
+    "qwen2_5_vl-fast": Case("qwen2_5_vl", VIDEO, (4, 4, 4), fast_video),
+}
+ALL = CASES | HARD
 TEXTS = ((3, 4), (6, 2), (2, 3))
 
 
@@ -112,6 +141,8 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
         generator = torch.Generator().manual_seed(row)
         before, after = (torch.randint(5, 95, (n,), generator=generator) for n in TEXTS[row])
         item = [torch.full((n,), case.token) for n in case.counts]
+        if case.layout:
+            item = [torch.tensor(case.layout)]
         if case.gap:
             item = [part for frame in item for part in (torch.tensor([80]), frame)]
         ids.append(torch.cat([before, *item, after]))
@@ -123,7 +154,7 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
         input_ids, mask = torch.cat([input_ids, extra], 1), torch.cat([mask, torch.ones_like(extra)], 1)
     inputs = {"input_ids": input_ids, "attention_mask": mask, **case.pixels([100 + row for row in rows])}
     if case.family in MROPE:
-        kind = 2 if case.pixels is patch_video else 1
+        kind = 2 if "video_grid_thw" in inputs else 1
         inputs["mm_token_type_ids"] = kind * (input_ids == case.token).long()
     if case.family == "gemma3":
         inputs["token_type_ids"] = (input_ids == IMAGE).long()
@@ -133,9 +164,9 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
     return Batch(inputs, pads, ())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_pixels_in_a_ragged_batch_equal_the_dense_run_on_the_kept_tokens(name):
-    case = CASES[name]
+    case = ALL[name]
     dense = tiny(case.family)
     model = copy.deepcopy(dense)
     session = tokenprune.patch(model, "divprune", keep=0.5)
@@ -154,9 +185,9 @@ def test_pixels_in_a_ragged_batch_equal_the_dense_run_on_the_kept_tokens(name):
             torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_generate_and_forward_tell_the_images_apart_alike(name):
-    case = CASES[name]
+    case = ALL[name]
     model = tiny(case.family)
     session = tokenprune.patch(model, "uniform", keep=0.5)
     inputs = pixel_batch(case, (0, 1)).inputs
@@ -175,7 +206,7 @@ def test_generate_and_forward_tell_the_images_apart_alike(name):
     [("llava", (4, 4)), ("gemma3", (2, 2)), ("qwen2_vl", (2, 3)), ("qwen2_vl-video", (2, 2)), ("llava_next", None)],
 )
 def test_the_trace_knows_the_grid(name, grid):
-    case = CASES[name]
+    case = ALL[name]
     model = tiny(case.family)
     session = tokenprune.patch(model, "uniform", keep=0.5)
     generate(model, pixel_batch(case, (0,)).inputs, 1)

@@ -18,9 +18,10 @@ ARGUMENTS = """
     attention_mask cache_params cu_seq_lens_k cu_seq_lens_q cu_seqlens deepstack_visual_embeds hidden_states input_ids
     inputs_embeds logits_to_keep mm_encoder_outputs mm_token_type_ids past_key_values past_key_value pixel_values
     pixel_values_videos position_embeddings position_ids rope_deltas token_type_ids use_cache visual_pos_masks
-    image_grid_thw video_grid_thw image_sizes image_hidden_states image_embeds shared_rel_pos_bias
+    image_grid_thw video_grid_thw image_sizes image_hidden_states image_embeds shared_rel_pos_bias image_grids
+    video_grids batch_num_images vision_aspect_ratio vision_feature_select_strategy pixel_values_images
     key_states value_states query_length beam_idx logits_processor return_dict_in_generate
-    add_generation_prompt return_tensors
+    add_generation_prompt return_tensors output_hidden_states
 """
 ATTRIBUTES = """
     get_decoder get_input_embeddings get_output_embeddings get_seq_length get_mask_sizes get_query_offset
@@ -33,14 +34,15 @@ ATTRIBUTES = """
     q_proj k_proj v_proj o_proj out_proj q_norm k_norm qkv attn_drop proj_drop q_bias k_bias v_bias rel_pos_bias
     relative_position_bias_table norm1 norm2 layer_norm1 layer_norm2 layernorm_before layernorm_after self_attn
     multi_modal_projector vision_tower vision_model language_model tokenizer apply_chat_template image_token
-    from_pretrained image_processor feature_extractor chat_template
+    from_pretrained image_processor feature_extractor chat_template pack_image_features image_size_to_num_patches
 """
 FIELDS = """
     _attn_implementation attn_implementation deepstack_visual_indexes downsample_ratio head_dim hidden_size
     image_patch_id image_size image_token_id image_token_index is_encoder_decoder layer_types linear_attention
     full_attention sliding_attention model_type mrope_section num_attention_heads num_hidden_layers
     num_key_value_heads patch_size rope_parameters sliding_window spatial_merge_size spatial_pool_stride text_config
-    video_token_id vision_config vision_feature_layer intermediate_size vocab_size
+    video_token_id vision_config vision_feature_layer intermediate_size vocab_size image_grid_pinpoints
+    visual_indicator_token_ids
 """
 CLASSES = """
     AttentionInterface ALL_ATTENTION_FUNCTIONS AutoConfig AutoModel AutoModelForCausalLM AutoModelForImageTextToText

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from families import IMAGE
+from families import CONFIGS, IMAGE, generate
+from processors import expected, processed
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tokenprune
@@ -58,6 +59,32 @@ def test_a_family_of_the_usual_shape_is_taken_without_a_row():
         model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), attention_mask=torch.ones_like(ids))
     assert session.traces[0].n_in == (n_tokens,)
     assert session.traces[0].n_out == (n_tokens // 2,)
+
+
+def test_grids_tell_images_and_frames_of_a_family_without_a_row():
+    raw = copy.deepcopy(CONFIGS["qwen3_vl"])
+    raw["text_config"] |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl_moe", **raw)).eval()
+    session = tokenprune.patch(model, "divprune", keep=3)
+    assert session.family not in tokenprune.list_families()
+    rows = (("w5", (40, 40), (5, 32, 32), "w6"), ("w7", (32, 96)))
+    inputs = processed("qwen3_vl", rows)
+    for run in (lambda: model(**inputs), lambda: generate(model, inputs, 1)):
+        with torch.no_grad():
+            run()
+        assert session.traces[0].images == expected("qwen3_vl", rows)
+        assert session.traces[0].note == ""
+
+
+def test_tiles_or_images_of_a_family_without_a_row_are_taken_for_images_and_the_trace_says_so():
+    model = build("cohere2_vision", model_type="cohere2", sliding_window=64)
+    session = tokenprune.patch(model, "divprune", keep=1)
+    ids = torch.tensor([[5, *[IMAGE] * 4, 6, 7, *[IMAGE] * 4, 9]])
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32), attention_mask=torch.ones_like(ids))
+    assert session.traces[0].images == ((4, 4),)
+    assert session.traces[0].note.endswith("2 runs of visual tokens were taken for 2 images")
 
 
 def test_a_decoder_that_mixes_neighbours_is_refused_by_the_self_check():

@@ -34,7 +34,8 @@ class CheckedReducer:
             InputError: the method did not answer with distinct ascending positions within its budget.
         """
         n_rows, n_tokens = signals.features.shape[:2]
-        budget = self.method.budget(n_tokens)
+        budget = self.method.budget(n_tokens + signals.n_hidden)
+        budget = Budget(min(budget.low, n_tokens), min(budget.high, n_tokens))
         answer = getattr(self.method, self.site)(signals, budget)
         due = f"{n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
         who = f"method {self.name!r} at site {self.site!r} returned"
@@ -57,7 +58,7 @@ class CheckedReducer:
         if isinstance(answer, Keep):
             return Keep(index, valid, answer.radius)
         if answer.assign.shape != (n_rows, n_tokens) or not torch.equal(
-            answer.assign.cpu().gather(1, index), torch.arange(index.shape[1]).expand_as(index)
+            answer.assign.cpu().gather(1, index), torch.ones_like(index).cumsum(1) - 1
         ):
             raise InputError(f"{who} a Merge whose groups do not stand at tokens of their own; {due}")
         return answer

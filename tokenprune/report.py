@@ -183,6 +183,8 @@ class Report:
             parts.append(table(BLOCK_HEADER, block_rows(sites)[:SHOWN_LAYERS]))
         reasons = dict.fromkeys((site.site, site.method, site.reason) for site in self.sites if site.reason)
         parts += [line(f"{site}, {method}: skipped, {reason}.") for site, method, reason in reasons]
+        notes = dict.fromkeys((site.site, site.method, site.note) for site in self.sites if site.note)
+        parts += [line(f"{site}, {method}: {note}.") for site, method, note in notes]
         if all(site.status != "applied" for site in self.sites):
             parts.append(line("No tokens were pruned."))
         if any(layer.dense_tokens is not None for layer in self.layers):

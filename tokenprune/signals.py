@@ -20,11 +20,13 @@ class Signals:
         grid: rows and columns of the token grid (`h * w == N`) where the tokens are one, else None.
         ids: for each image its ordinal within its own row of the batch, so that what a seeded method draws does not
             depend on the rows beside it.
+        n_hidden: how many more tokens each image has, which the attention mask hides: a fraction is one of them all.
     """
 
     features: Tensor
     grid: tuple[int, int] | None
     ids: tuple[int, ...]
+    n_hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,13 @@ class Trace:
         kept_indices: positions of the visual tokens that went on, in the unpruned sequence of this call, `[n_out]`
             int64 on the CPU, per row.
         visual_indices: positions of the visual tokens that reached the site, likewise.
-        images: visual tokens that reached the site for each image (or frame) of the row.
+        images: visual tokens that reached the site for each image (with all of its tiles) or frame of the row.
         grids: rows and columns of the token grid of each of these images, None where the tokens are not one grid.
         radius: largest cosine distance from a dropped token to its nearest kept one, per row and image, where the
             method knows it.
         status: "applied" or "skipped".
         reason: why the site was skipped, else "".
+        note: what else should be known: that it could not be told where one image ends and the next begins; else "".
         assignment: inside an encoder: which of the `n_out` tokens that went on stands for each source patch,
             `[B, patches]` int64 on the model's device.
         place: inside an encoder: where in the block tokens were reduced.
@@ -231,4 +234,5 @@ class Trace:
     place: str = ""
     status: str = "applied"
     reason: str = ""
+    note: str = ""
     overhead_ms: float = 0.0

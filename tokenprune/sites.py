@@ -26,6 +26,7 @@ class SiteReport:
     method: str
     status: str
     reason: str
+    note: str
     n_in: tuple[int, ...]
     n_out: tuple[int, ...]
     images: tuple[tuple[int, ...], ...]

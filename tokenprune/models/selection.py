@@ -15,7 +15,7 @@ from tokenprune.reduction import Keep, Merge, pack
 from tokenprune.signals import Signals, Trace
 
 SITE = "before_llm"
-_NONE = torch.empty(0, dtype=torch.int64)
+_NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ def sizes_of(merged: list[Merged], shape: tuple[int, int], device: torch.device)
     """How many tokens each token stands for, `[B, L]` fp32; None where attention is not to know."""
     if not any(one.merge.biased for one in merged):
         return None
-    sizes = torch.ones(shape)
+    sizes = torch.ones(shape, dtype=torch.float32, device="cpu")
     for one in merged:
         rows, tokens, merge = one.rows.cpu()[:, None], one.tokens.cpu(), one.merge
         before = sizes[rows, tokens]
-        after = torch.zeros(merge.index.shape).scatter_add_(1, merge.assign.cpu(), before)
-        sizes[rows, tokens.gather(1, merge.index.cpu())] = after
+        index = merge.index.cpu()
+        after = torch.zeros_like(index, dtype=torch.float32).scatter_add_(1, merge.assign.cpu(), before)
+        sizes[rows, tokens.gather(1, index)] = after
     return sizes.to(device)
 
 
@@ -74,14 +75,14 @@ def reduce_images(
         InputError: a visual token holds NaN or infinite values.
     """
     started = time.perf_counter()
-    groups: dict[tuple[int, tuple[int, int] | None], list[int]] = {}
+    groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
     for i, image in enumerate(images):
-        groups.setdefault((len(image.tokens), image.grid), []).append(i)
+        groups.setdefault((len(image.tokens), image.grid, image.n_hidden), []).append(i)
     chosen = list(images)
     radii: dict[int, float] = {}
     n_before = len(merged)
-    for (n_tokens, grid), members in groups.items():
-        rows = torch.tensor([images[i].row for i in members], device=embeds.device)
+    for (n_tokens, grid, n_hidden), members in groups.items():
+        rows = torch.tensor([images[i].row for i in members], dtype=torch.int64, device=embeds.device)
         tokens = torch.stack([images[i].tokens for i in members]).to(embeds.device)
         features = embeds[rows[:, None], tokens]
         if not bool(torch.stack(torch.aminmax(features)).isfinite().all()):  # a NaN or an infinity is one of the two
@@ -90,7 +91,7 @@ def reduce_images(
             raise InputError(
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
-        keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members)))
+        keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
         if isinstance(keep, Merge):
             embeds = embeds if len(merged) > n_before else embeds.clone()
             merged.append(Merged(rows, tokens, keep))
@@ -99,7 +100,8 @@ def reduce_images(
         valid = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
         for member, i in enumerate(members):
             kept = index[member][valid[member]]
-            chosen[i] = replace(images[i], tokens=images[i].tokens[kept], grid=grid if len(kept) == n_tokens else None)
+            left = grid if len(kept) == n_tokens else None
+            chosen[i] = replace(images[i], tokens=images[i].tokens[kept], grid=left, n_hidden=0)
         if keep.radius is not None:
             radii.update(zip(members, keep.radius.tolist(), strict=True))
     return chosen, embeds, _trace(reducer.name, images, chosen, embeds.shape[0], radii, started)
@@ -127,7 +129,18 @@ def _trace(
         images=tuple(tuple(len(before[i].tokens) for i in row) for row in members),
         grids=tuple(tuple(before[i].grid for i in row) for row in members),
         radius=tuple(tuple(radii[i] for i in row) for row in members) if radii else None,
+        note=_untold(sum(not image.told for image in before)),
         overhead_ms=(time.perf_counter() - started) * 1e3,
+    )
+
+
+def _untold(n_runs: int) -> str:
+    """What to say where `n_runs` runs of visual tokens were taken for an image each."""
+    if not n_runs:
+        return ""
+    each = "1 run of visual tokens was taken for 1 image"
+    return "the boundaries of images could not be told: " + (
+        each if n_runs == 1 else f"{n_runs} runs of visual tokens were taken for {n_runs} images"
     )
 
 
@@ -136,7 +149,7 @@ def all_positions(positions: Tensor | None, past: int, embeds: Tensor) -> Tensor
     would take."""
     n_rows, length = embeds.shape[:2]
     if positions is None:
-        positions = torch.arange(past, past + length, device=embeds.device)[None]
+        positions = torch.arange(past, past + length, dtype=torch.int64, device=embeds.device)[None]
     shape = (n_rows, length) if positions.ndim == 2 else (positions.shape[0], n_rows, length)
     return positions.expand(shape)
 
@@ -157,7 +170,8 @@ def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | No
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
-        return mask[:, past : past + length].bool().cpu()
+        start = 0 if mask.shape[1] == length else past  # that of recurrent layers covers the call alone
+        return mask[:, start : start + length].bool().cpu()
     # A token that is no padding sees itself.
     own = mask[:, 0].diagonal(offset=past - offset, dim1=1, dim2=2)
     return own.cpu() if own.dtype == torch.bool else own.eq(0).cpu()
@@ -185,7 +199,7 @@ def keep_rows(
     Returns:
         The reduction (`valid` None where all rows are full) and the dropped visual tokens, `[B, L]` bool.
     """
-    dropped = torch.zeros(shape, dtype=torch.bool)
+    dropped = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for old, new in zip(before, after, strict=True):
         dropped[old.row, old.tokens] = True
         dropped[new.row, new.tokens] = False

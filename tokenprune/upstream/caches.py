@@ -7,8 +7,8 @@ A pruned cache holds fewer slots than the sequence has tokens. Its class becomes
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,42 +17,24 @@ from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import gather
 from tokenprune.upstream.calls import CACHE
 from tokenprune.upstream.check import missing, need, need_attributes
+from tokenprune.upstream.slotted import Slotted
 
 LAYERED = (
     "this cache was pruned layer by layer, and the model is not patched with a method that does so; patch it as it was "
     "when the cache was made"
 )
+_UNPATCHED = (
+    "this cache was pruned, and the model is not patched: it counts tokens that the cache does not hold; patch it "
+    "again with any method, and go on within session.pause() if nothing more is to be pruned"
+)
 _STATE = "_tokenprune_slots"
 _MODULE = "transformers.cache_utils"
 _LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
 _ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+_PAGED = "PagedAttentionCache"
 _KINDS = (
     "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
 )
-
-
-class Slotted(Protocol):
-    """What a pruned cache knows of its slots."""
-
-    inside: bool
-    length: int | None
-
-    @property
-    def layered(self) -> bool:
-        """Whether its layers hold different tokens."""
-        ...
-
-    def dropped_at(self, layer: int) -> int:
-        """How many more tokens than slots there are in a layer."""
-        ...
-
-    def crop(self, n_gone: int, physical: Any) -> Callable[[], None]:
-        """What forgets the last tokens; `physical` gives the length of a layer in slots."""
-        ...
-
-    def take_rows(self, rows: Tensor) -> None:
-        """Keep some rows of the batch."""
-        ...
 
 
 class _PrunedCache:
@@ -86,14 +68,15 @@ class _PrunedCache:
         """Store new states.
 
         Raises:
-            InputError: the layers hold different tokens, and a decoder calls that does not count in their slots.
+            InputError: a decoder calls that does not count in the slots.
         """
-        slots: Slotted = getattr(self, _STATE)
-        if not slots.inside:
-            if slots.layered:
-                raise InputError(LAYERED)
-            slots.length = None  # somebody else writes, who does not say how much
+        _check_writer(getattr(self, _STATE))
         return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Store new states of a recurrent layer, as :meth:`update` does."""
+        _check_writer(getattr(self, _STATE))
+        return super().update_conv_state(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the name of the class that the cache came from."""
@@ -129,6 +112,19 @@ class _PrunedCache:
         slots = getattr(self, _STATE)
         repeats = (*args, *kwargs.values())[0]
         slots.take_rows(torch.arange(slots.n_rows, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+
+
+def _check_writer(slots: Slotted) -> None:
+    """Check that who stores states in a pruned cache counts in its slots.
+
+    Raises:
+        InputError: it is the decoder of a model that is not patched, or not as it was.
+    """
+    if slots.inside:
+        return
+    if slots.layered or slots.differ:
+        raise InputError(LAYERED if slots.layered else _UNPATCHED)
+    slots.length = None  # somebody else writes, who does not say how much
 
 
 def _in_order(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -212,6 +208,11 @@ def past_length(cache: Any) -> int:
     """
     if cache is None:
         return 0
+    if any(cls.__name__ == _PAGED for cls in type(cache).__mro__):
+        raise InputError(
+            "continuous batching (generate_batch) packs several sequences into one row with a paged KV cache, which "
+            "pruning does not respect; use generate, or tokenprune.unpatch(model) first"
+        )
     if not hasattr(cache, _LENGTH):
         raise InputError(f"the KV cache is a {type(cache).__name__}, which does not tell its length; {_KINDS}")
     return int(cache.get_seq_length())

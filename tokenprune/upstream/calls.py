@@ -20,6 +20,8 @@ from tokenprune.upstream.check import missing, version_of
 
 CACHE = ("cache", "past_key_values")
 """Names of the KV cache among arguments and in outputs, newest first: transformers 5.24 renamed it."""
+LOGITS = "logits_to_keep"
+"""Name of the argument that says of how many of the last tokens logits are wanted."""
 DECODER_ROLES: Mapping[str, tuple[str, ...]] = {
     "embeds": ("inputs_embeds",),
     "ids": ("input_ids",),
@@ -168,6 +170,36 @@ def embedding_of(root: nn.Module, token_id: int, *, like: Tensor) -> Tensor:
         raise missing("text embeddings", of=type(root).__name__, wanted=["get_input_embeddings"])
     wanted: Tensor = get()(torch.tensor(token_id, device=like.device, dtype=torch.int64))
     return wanted.to(like)
+
+
+def callers_of(root: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that hold `root` and take the number of logits that are wanted, outermost first."""
+    return [module for module in _around(root, model) if tells_logits(module)]
+
+
+def embedders_of(root: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that hold `root` and take ids, and may hand embeddings on in their place, outermost first.
+
+    Classes of transformers do not that stand beside the class of `root`.
+    """
+    beside = root.forward.__module__
+    return [
+        module
+        for module in _around(root, model)
+        if set(DECODER_ROLES["ids"]) & set(parameters_of(module))
+        and not (beside.startswith("transformers.models.") and module.forward.__module__ == beside)
+    ]
+
+
+def _around(root: nn.Module, model: nn.Module) -> list[nn.Module]:
+    path = next((name for name, module in model.named_modules() if module is root), "").split(".")
+    around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return [module for module in around if module is not root]
+
+
+def tells_logits(module: nn.Module) -> bool:
+    """Whether a module is told how many logits are wanted."""
+    return LOGITS in parameters_of(module)
 
 
 def text_decoder(model: object) -> nn.Module | None:

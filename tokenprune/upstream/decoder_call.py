@@ -14,6 +14,8 @@ from tokenprune.reduction import Keep
 from tokenprune.upstream.calls import DECODER_ROLES, DECODER_WORDS, bind, refuse_unknown, sorted_out, written
 from tokenprune.upstream.check import missing
 
+_RECORDS = "output_hidden_states"
+
 
 @dataclass
 class DecoderCall:
@@ -58,6 +60,13 @@ class DecoderCall:
             if role in self._names or value is not None:
                 given[self._names.get(role) or written(role, DECODER_ROLES, self.module)] = value
         return given
+
+    @property
+    def records(self) -> bool:
+        """Whether the hidden states of layers are wanted."""
+        config: Any = getattr(self.module, "config", None)
+        asked = self.others.get(_RECORDS)
+        return bool(getattr(config, _RECORDS, False) if asked is None else asked)
 
     def shorten(self, keep: Keep) -> None:
         """Shorten every per-token argument; the mask is not among them.
@@ -136,13 +145,14 @@ def lengthen_output(output: Any, last: Callable[[Tensor], Tensor], by_layer: Cal
     Args:
         output: a tuple, or a ``ModelOutput``, which is changed.
         last: what to do with hidden states behind the last layer.
-        by_layer: what to do with a tuple of tensors, one for each layer.
+        by_layer: what to do with a tuple of tensors, one for each layer, or None in place of some.
     """
 
     def change(value: Any) -> Any:
         if isinstance(value, Tensor):
             return last(value)
-        return by_layer(value) if isinstance(value, tuple) and value and isinstance(value[0], Tensor) else value
+        several = isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value)  # None: not asked for
+        return by_layer(value) if several else value
 
     if isinstance(output, tuple):
         return tuple(map(change, output))

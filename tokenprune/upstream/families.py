@@ -37,7 +37,11 @@ class Family:
         prefix: the family's classes descend from `<prefix>PreTrainedModel`.
         ids: fields of the config that hold placeholder ids.
         rows_are_images: encoder output stacked as `[n, N, D]` has a row for each image (else for each tile of one).
-        joins: an image's placeholders are broken into lines by other tokens, so that only its size tells where it ends.
+        joins: an image's placeholders may be broken into lines by other tokens.
+        tiles: how the tiles of an image, which other tokens stand between, are told from images: one of :data:`TILES`;
+            "": its tiles follow each other without anything between.
+        tiles_stacked: pixels stacked as `[n, tiles, ...]` have a row for each image.
+        apart: its processor always puts something between two images.
         frame_tokens: tokens of a video frame, where the frames of a video follow each other without text between.
         square: tokens of an image that make a square grid, as a function of the config; None: any square number does;
             0: never.
@@ -51,6 +55,9 @@ class Family:
     ids: tuple[str, ...] = ("image_token_id",)
     rows_are_images: bool = False
     joins: bool = False
+    tiles: str = ""
+    tiles_stacked: bool = False
+    apart: bool = False
     frame_tokens: Callable[[Any], int] | None = None
     square: Callable[[Any], int] | int | None = None
     mrope: bool = False
@@ -58,7 +65,12 @@ class Family:
     note: str = ""
 
 
+TILES = ("tagged", "closed", "opened", "lined")
+"""What tells tiles from images: the tag of the last tile is the same in all images; the token behind that tile is; a
+token opens each image; or nothing is known, and what looks like the lines of one image is taken for one."""
+
 _BOTH = ("image_token_id", "video_token_id")
+_BROKEN = ("pixtral", "molmo2_vision")
 _BLOCKS = "image tokens see each other in both directions"
 
 
@@ -85,14 +97,17 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_square(halve=2), square=0, video=True),
     Family("video_llava", "VideoLlava", _BOTH, rows_are_images=True, video=True),
-    Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, video=True),
-    Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, video=True),
-    Family("qwen3_vl", "Qwen3VL", _BOTH, mrope=True, video=True, note="DeepStack features are shortened along"),
+    Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, apart=True, video=True),
+    Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, apart=True, video=True),
+    Family(
+        "qwen3_vl", "Qwen3VL", _BOTH, mrope=True, apart=True, video=True, note="DeepStack features are shortened along"
+    ),
     Family(
         "qwen3_5",
         "Qwen3_5",
         _BOTH,
         mrope=True,
+        apart=True,
         video=True,
         note="layers of linear attention rank no tokens: the attention layer before them does",
     ),
@@ -101,19 +116,22 @@ FAMILIES: tuple[Family, ...] = (
         "Glm4v",
         _BOTH,
         mrope=True,
+        apart=True,
         video=True,
         note="two images a row with beams are wrong in transformers itself",
     ),
-    Family("internvl", "InternVL", square=_internvl_tile, video=True, note="the tiles of an image count as one image"),
-    Family("aya_vision", "AyaVision"),
-    Family("perception_lm", "PerceptionLM", _BOTH, square=0, video=True),
-    Family("mistral3", "Mistral3", joins=True),
-    Family("ovis2", "Ovis2", square=0, note="visual indicator tokens are never pruned"),
-    Family("idefics3", "Idefics3", note="each tile of an image counts as an image"),
-    Family("smolvlm", "SmolVLM", video=True, note="each tile of an image, each frame of a video counts as an image"),
-    Family("gemma3", "Gemma3", rows_are_images=True, note=_BLOCKS),
+    Family("internvl", "InternVL", square=_internvl_tile, apart=True, video=True),
+    Family("aya_vision", "AyaVision", tiles="closed", apart=True),
+    Family("perception_lm", "PerceptionLM", _BOTH, tiles_stacked=True, square=0, video=True),
+    Family("mistral3", "Mistral3", joins=True, apart=True),
+    Family("ovis2", "Ovis2", tiles="opened", apart=True, square=0, note="visual indicator tokens are never pruned"),
+    Family("idefics3", "Idefics3", tiles="tagged", apart=True),
+    Family("smolvlm", "SmolVLM", tiles="tagged", apart=True, video=True),
+    Family(
+        "gemma3", "Gemma3", rows_are_images=True, apart=True, note=f"{_BLOCKS}; each crop of pan and scan is an image"
+    ),
     Family("paligemma", "PaliGemma", rows_are_images=True, note=_BLOCKS),
-    Family("molmo2", "Molmo2", ("image_patch_id",), square=0, video=True, note=_BLOCKS),
+    Family("molmo2", "Molmo2", ("image_patch_id",), joins=True, square=0, video=True, note=_BLOCKS),
 )
 
 REFUSED: dict[str, str] = {
@@ -135,6 +153,11 @@ REFUSED: dict[str, str] = {
 }
 
 
+UNNAMED = (
+    "to prune image features that you merge into its embeddings (tokenprune.visual_tokens), name a placeholder that "
+    "its text never holds: model.config.image_token_id = ID"
+)
+"""What a model of text needs to be taken for one with images."""
 _PLACEHOLDERS = tuple(dict.fromkeys(field for family in FAMILIES for field in family.ids))
 
 
@@ -163,10 +186,18 @@ def untabled(root: nn.Module, model: nn.Module) -> Family | None:
     placeholders: a model of text."""
     config: Any = root.config
     fields = tuple(field for field in _BOTH if isinstance(getattr(config, field, None), int))
-    if not fields and getattr(config, "vision_config", None) is None and hasattr(model, "generate"):
+    if not fields and is_text(root) and hasattr(model, "generate"):
         return Family(str(getattr(config, "model_type", type(model).__name__)), "", ids=())
     name = type(model).__name__
-    return Family(min(ancestors(model), default=name).lower(), name, fields, square=0) if fields else None
+    if not fields:
+        return None
+    lines = getattr(getattr(config, "vision_config", None), "model_type", None) in _BROKEN
+    return Family(min(ancestors(model), default=name).lower(), name, fields, joins=lines, tiles="lined", square=0)
+
+
+def is_text(root: nn.Module) -> bool:
+    """Whether a model has no vision encoder of its own."""
+    return getattr(getattr(root, "config", None), "vision_config", None) is None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -181,7 +212,7 @@ def breaks_lines(root: nn.Module, family: Family) -> bool:
     vision = _vision(root)
     if not hasattr(vision, "model_type"):
         raise missing("type of the vision encoder", of=type(vision).__name__, wanted=["model_type"], seen=vars(vision))
-    return bool(vision.model_type == "pixtral")
+    return bool(vision.model_type in _BROKEN)
 
 
 def pixels_per_token(root: nn.Module) -> int:
@@ -190,16 +221,20 @@ def pixels_per_token(root: nn.Module) -> int:
     return int(_vision(root).patch_size) * int(getattr(config, "spatial_merge_size", 1) or 1)
 
 
+def merge_of(root: nn.Module) -> int:
+    """How many neighbouring patches, in height and in width, a vision encoder that takes grids makes one token of."""
+    return int(getattr(_vision(root), "spatial_merge_size", 1) or 1)
+
+
 def n_planes(root: nn.Module) -> int:
     """Decoder layers whose visual tokens get features of the vision encoder added (DeepStack)."""
     vision = getattr(getattr(root, "config", None), "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
-def axes_of(positions: Tensor | None, family: Family) -> Tensor | None:
-    """Time, row and column of every token `[3, B, L]` on the CPU, where the family's positions tell them (M-RoPE)."""
-    told = family.mrope and positions is not None and positions.ndim == 3
-    return positions[-3:].cpu() if told and positions is not None else None
+def axes_of(positions: Tensor | None) -> Tensor | None:
+    """Time, row and column of every token `[3, B, L]` on the CPU, where positions tell them (M-RoPE)."""
+    return None if positions is None or positions.ndim != 3 else positions[-3:].cpu()
 
 
 def _vision(root: nn.Module) -> Any:

@@ -55,7 +55,7 @@ def dense_mask(
     """
     empty = embeds.new_empty(embeds.shape[0], embeds.shape[1], 0)
     if mask is None:  # without a mask and a cache, gaps in the positions would be taken for packed sequences
-        mask = torch.ones(embeds.shape[0], embeds.shape[1] + past, device=embeds.device)
+        mask = embeds.new_ones(embeds.shape[0], embeds.shape[1] + past, dtype=torch.int64)
     build = _builder()
     given = {
         "config": facts.config,

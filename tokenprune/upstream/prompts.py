@@ -1,19 +1,20 @@
 """What a multimodal model itself is called with: the text, and what tells of images."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.upstream.calls import bind
+from tokenprune.upstream.calls import LOGITS, bind
 
 _ENCODED = "mm_encoder_outputs"
 _PIXELS = "pixel_values"
 _FEATURES = ("image_hidden_states", "image_embeds")
-_IDS, _EMBEDS, _SIZES = "input_ids", "inputs_embeds", "image_sizes"
+_IDS, _EMBEDS, _SIZES, _ROW_IMAGES = "input_ids", "inputs_embeds", "image_sizes", "batch_num_images"
+_IMAGE_PIXELS, _VIDEO_PIXELS = (_PIXELS, f"{_PIXELS}_images"), (f"{_PIXELS}_videos",)
+_GRIDS = {False: ("image_grid_thw", "image_grids"), True: ("video_grid_thw", "video_grids")}
 
 
 @dataclass
@@ -49,6 +50,12 @@ class Prompt:
         return embeds if isinstance(embeds, Tensor) else None
 
     @property
+    def n_logits(self) -> int | None:
+        """Of how many of the last tokens logits are asked for; None: of all, or of tokens that are listed."""
+        wanted = self.given.get(LOGITS)
+        return wanted if isinstance(wanted, int) and wanted > 0 else None
+
+    @property
     def names(self) -> list[str]:
         """Names of the arguments that hold something."""
         return [name for name, value in self.given.items() if value is not None]
@@ -70,27 +77,52 @@ class Prompt:
         output = (self.given.get(_ENCODED) or {}).get("video" if video else "image")
         return getattr(output, "pooler_output", None)
 
-    def encoded_sizes(self, *, video: bool, stacked: bool) -> list[int] | None:
-        """Tokens of each image as the vision encoder gave them; None where it was not run before.
-
-        Args:
-            video: whether videos are asked for.
-            stacked: whether `[n, N, D]` has a row for each image.
-        """
-        features = self.encoded(video=video)
-        if isinstance(features, Tensor):
-            return [features.shape[1]] * features.shape[0] if features.ndim == 3 and stacked else []
-        if isinstance(features, Sequence):
-            return [math.prod(image.shape[:-1]) for image in features]
-        return None
+    def is_cut(self, *, video: bool) -> bool:
+        """Whether features that were encoded before may be a part of what the vision encoder gave, which says more."""
+        output = (self.given.get(_ENCODED) or {}).get("video" if video else "image")
+        return getattr(output, "last_hidden_state", None) is None
 
     @property
     def pixel_sizes(self) -> list[tuple[int, int]] | None:
         """Height and width of each image in pixels, where they are told."""
         sizes = self.given.get(_SIZES)
-        return None if sizes is None else [(int(h), int(w)) for h, w in torch.as_tensor(sizes).tolist()]
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        return None if sizes is None else [(int(h), int(w)) for h, w in sizes]
 
-    def n_images(self, *, video: bool) -> int | None:
-        """How many images (or frames) the pixels hold; None where they do not tell."""
-        pixels = self.given.get(f"{_PIXELS}_videos" if video else _PIXELS)
-        return math.prod(pixels.shape[:-3]) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else None
+    @property
+    def uncut_images(self) -> list[bool] | None:
+        """For each image, whether it is not cut into tiles because its row holds several; None where it is not told."""
+        told = self.given.get(_ROW_IMAGES)
+        counts = told.tolist() if isinstance(told, Tensor) else told
+        return None if counts is None else [n != 1 for n in counts for _ in range(n)]
+
+    def grids(self, *, video: bool) -> tuple[Tensor | None, bool]:
+        """The grids of images or videos, `[n, 3]` (time, rows, columns) or `[n, 4]` (rows and columns of a coarse view,
+        then of a fine one), and whether they count tokens (else patches, which the encoder merges)."""
+        patches, tokens = _GRIDS[video]
+        found = self.given.get(patches)
+        return (self.given.get(tokens), True) if found is None else (found, False)
+
+    def stacked(self, *, video: bool) -> tuple[int, ...] | None:
+        """Leading axes of the pixels: images, or videos and their frames; None where they do not tell."""
+        names = _VIDEO_PIXELS if video else _IMAGE_PIXELS
+        pixels = next((found for name in names if (found := self.given.get(name)) is not None), None)
+        return tuple(pixels.shape[:-3]) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else None
+
+    @property
+    def has_only_videos(self) -> bool:
+        """Whether videos come in and no image, so that placeholders of images hold frames."""
+
+        def comes(names: tuple[str, ...], *, video: bool) -> bool:
+            return self.encoded(video=video) is not None or any(self.given.get(name) is not None for name in names)
+
+        return comes(_VIDEO_PIXELS, video=True) and not comes((*_IMAGE_PIXELS, *_FEATURES), video=False)
+
+    def labels(self, row: int) -> list[int] | None:
+        """A number for each token of a row, the same for the same token; None where neither ids nor embeddings tell."""
+        if self.ids is not None:
+            return [int(token) for token in self.ids[row].tolist()]
+        if self.embeds is None:
+            return None
+        numbers: Tensor = torch.unique(self.embeds[row], dim=0, return_inverse=True)[1]
+        return [int(number) for number in numbers.tolist()]

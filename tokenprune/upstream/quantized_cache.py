@@ -97,7 +97,7 @@ class _PlanesLayer:
         index = index.to(self.keys.device)
         tail = self.keys.shape[-2]
         end = self.get_seq_length()
-        newest = torch.arange(end - tail, end, device=index.device)
+        newest = torch.arange(end - tail, end, dtype=torch.int64, device=index.device)
         if tail and (index.shape[1] < tail or not torch.equal(index[:, -tail:], newest.expand(len(index), -1))):
             self._quantize(tail)
             tail = 0

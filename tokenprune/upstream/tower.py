@@ -165,7 +165,7 @@ class Tower:
         """
         wanted = [("argument for an attention mask, which sizes of tokens take (proportional=False works)", self.mask)]
         wanted = wanted if counts else []
-        if self.rope and self._rope(host, torch.zeros(1, 1)) is not None:
+        if self.rope and self._rope(host, torch.zeros(1, 1, dtype=torch.float32, device="cpu")) is not None:
             wanted.append(("argument for rotary embeddings", self.rope))
         seen = inspect.signature(block.forward).parameters
         for role, name in wanted:
@@ -180,8 +180,9 @@ class Tower:
         if device.type == "meta":  # accelerate brings the weights in when the block runs
             devices = (getattr(getattr(one, "_hf_hook", None), "execution_device", None) for one in block.modules())
             device = torch.device(next((one for one in devices if one is not None), "cpu"))
-        generator = torch.Generator().manual_seed(number)
-        x = torch.randn(2, n_tokens, self.width(host), generator=generator).to(device, weight.dtype)
+        generator = torch.Generator(device="cpu").manual_seed(number)
+        shape = (2, n_tokens, self.width(host))
+        x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, weight.dtype)
         rope = self._rope(host, x[0, -_TRIED:])
         kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
         return x, kwargs if rope is None else {**kwargs, self.rope: rope}
