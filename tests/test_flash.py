@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, generate, tiny
+from families import batch, fresh, generate, tiny
 from oracle import check_steps
 from torch import Tensor
 from transformers import AttentionInterface
@@ -119,6 +119,20 @@ def test_flash_agrees_with_sdpa_in_a_second_turn_with_an_image(method: Any, opti
         again = generate(model, turn, 3, **with_cache(cache_of(out)))
         logits.append(torch.stack([*out.logits, *again.logits]))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_sequences_are_refused_with_a_cache_too(method: Any, options: dict[str, Any], masked: bool) -> None:
+    """Whatever the cache, flash attention takes positions that start again for another sequence."""
+    model = with_flash("llava")
+    tokenprune.patch(model, method, **options)
+    inputs = fresh(batch("llava", ROW).inputs)
+    inputs[POSITIONS] = torch.arange(inputs["input_ids"].shape[1])[None] % 20
+    if not masked:
+        del inputs["attention_mask"]
+    with pytest.raises(tokenprune.InputError, match="go on with 0 after 19"), torch.no_grad():
+        model(**inputs)
 
 
 def test_an_unpatched_model_keeps_its_positions() -> None:

@@ -103,7 +103,6 @@ def test_chunked_prefill(family):
 
 @pytest.mark.parametrize("family", spread())
 def test_assisted_decoding(family):
-    """The first guesses come with the prompt and are among the queries that rank its tokens; what is left is right."""
     dense, model, session = pair(family)
     single = batch(family, (RAGGED[2],))
     helper = copy.deepcopy(dense)

@@ -58,7 +58,7 @@ def test_only_layers_and_probed_attentions_are_touched():
     changed = {key for key in after if key not in before or after[key] != before[key]}
     decoder = "model.language_model"
     hooked = {key[0] for key in changed if "hooks" in key[1]}
-    assert hooked == {"model", decoder, *(f"{decoder}.layers.{i}" for i in range(1, N_LAYERS))}
+    assert hooked == {"", "model", decoder, *(f"{decoder}.layers.{i}" for i in range(1, N_LAYERS))}
     rest = {key[:2] for key in changed if "hooks" not in key[1]}
     assert rest == {(f"{decoder}.layers.1.self_attn", "config")}
     assert model.get_decoder().config is config
@@ -149,6 +149,7 @@ def test_an_exception_between_layers_leaves_nothing_behind(error, layer, calls):
 # --- copies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_patched_model_is_unpatched_and_can_be_patched_by_itself(way, tmp_path):
     model, prompt = tiny("llava"), batch("llava")
@@ -307,6 +308,20 @@ def test_a_pruned_cache_can_be_copied_pickled_and_reordered():
     assert torch.equal(turn(model, copy.deepcopy(twin), prompt), wanted)
     twin.reorder_cache(torch.tensor([1, 0]))
     torch.testing.assert_close(turn(model, twin, prompt).flip(0), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [DivPrune(keep=0.5), FastV(layer=1), PyramidDrop(stages=(1, 3))])
+def test_a_crop_may_take_padding_of_short_rows_along(method):
+    model, prompt = tiny("llava"), batch("llava", ((2, (3, 4), 6), (4, (2, 2), 5), (3,)))
+    tokenprune.patch(model, method)
+    cache, shorter = filled(model, prompt), filled(model, prompt)
+    before = [layer.keys.clone() for layer in cache.layers]
+    cache.crop(-4)
+    assert cache.get_seq_length() == prompt.inputs["input_ids"].shape[1] - 4
+    assert all(torch.equal(layer.keys, keys[:, :, :-4]) for layer, keys in zip(cache.layers, before, strict=True))
+    again = {"input_ids": prompt.inputs["input_ids"][:, -4:], "attention_mask": prompt.inputs["attention_mask"]}
+    logits(model, again, **with_cache(cache))
+    torch.testing.assert_close(turn(model, cache, prompt), turn(model, shorter, prompt), atol=1e-5, rtol=1e-5)
 
 
 class Coarse(QuantizedLayer):

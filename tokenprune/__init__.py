@@ -10,6 +10,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.methods import AIM, DivPrune, FastV, Method, PyramidDrop, Random, SpAtten, ToMe, Uniform
+from tokenprune.models.told import visual_tokens
 from tokenprune.report import Report
 from tokenprune.session import Session
 from tokenprune.signals import Trace
@@ -39,4 +40,5 @@ __all__ = [
     "list_methods",
     "patch",
     "unpatch",
+    "visual_tokens",
 ]

@@ -94,6 +94,11 @@ def patch(
 ) -> Session:
     """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
 
+    Copies of a patched model are unpatched (``copy.deepcopy``, pickles, ``torch.ao.quantization.quantize_dynamic``) and
+    warn when they run: patch the copy, or quantize first. What records the forward into a graph (``torch.jit``,
+    ``torch.fx``, ``torch.export`` and the exports that stand on them) is refused; ``torch.compile`` after ``patch`` is
+    not.
+
     Args:
         model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
             :func:`list_families`; also inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline. Its
@@ -197,7 +202,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     family = family_of(model) or family_of(root)  # a wrapper has other ancestors than what it wraps
     if family is None:
         return _untabled(model, root, decoder, supported)
-    return DecoderAdapter(root, decoder, family)
+    return DecoderAdapter(root, decoder, family, model)
 
 
 def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: str) -> Adapter:
@@ -209,7 +214,7 @@ def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: 
             f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot "
             f"be found; {supported}"
         )
-    adapter = DecoderAdapter(root, decoder, family)
+    adapter = DecoderAdapter(root, decoder, family, model)
     if family.ids:
         _prove(adapter, f"{name} is not in the table of families and", supported)
     return adapter

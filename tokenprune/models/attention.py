@@ -47,13 +47,13 @@ def step(
     sliced = heads is not None and query.shape[1] != heads.total
     mask_of_heads = None if heads is None else heads.mask.to(query.device)
     query = query if heads is None else heads.widen(query)
-    n_valid = torch.full((len(query),), n_keys, device=query.device) if valid is None else valid.sum(dim=1)
+    n_valid = query.new_full((len(query),), n_keys, dtype=torch.int64) if valid is None else valid.sum(dim=1)
     n_values = None
     if plan.values[layer] < 1.0:
-        n_values = (n_valid * plan.values[layer] + 1e-6).long().clamp(min=1)
+        n_values = (n_valid.double() * plan.values[layer] + 1e-6).long().clamp(min=1)
     found = ops.decode_attention(
         query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values, threshold=threshold,
-        softcap=softcap,
+        softcap=softcap, bias=_bias(state, call, layer, mask, n_keys),
     )  # fmt: skip
     note_magnitude(state, found.magnitude)
     state.traffic += _count(found, heads, n_dense=_n_dense(call, layer).to(n_valid.device), n_valid=n_valid)
@@ -71,7 +71,7 @@ def _n_dense(call: Call, layer: int) -> Tensor:
         return _seen(mask, call.n_rows).sum(dim=1)
     if isinstance(mask, Tensor):
         return (mask[:, :total] != 0)[:, -(window or total) :].sum(dim=1)
-    return torch.full((call.n_rows,), min(total, window or total))
+    return torch.full((call.n_rows,), min(total, window or total), dtype=torch.int64, device="cpu")
 
 
 def _count(found: ops.DecodedStep, heads: Heads | None, *, n_dense: Tensor, n_valid: Tensor) -> Traffic:
@@ -120,7 +120,7 @@ def prompt(
         rest = [heads.widen(x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in rest]
     output = output if heads is None else heads.take(output, dim=2)
     keep = state.segment_of(heads.layer if heads is not None else layer_index(module)).keep
-    real_tokens = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
+    real_tokens = call.real_tokens
     if keep is not None:
         real_tokens = gather(real_tokens, keep.index.cpu())
         real_tokens = real_tokens if keep.valid is None else real_tokens & keep.valid.cpu()
@@ -140,6 +140,14 @@ def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Te
     if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
         valid = valid & gather(call.mask.to(valid.device, torch.bool), columns.clamp(min=0))
     return None if bool(valid.all()) else valid
+
+
+def _bias(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:
+    """What tokens that stand for several add to the logits of a decoding step, `[B, n_keys]`, None where none does."""
+    if state.segment_of(layer).layout(call).bias is None:
+        return None
+    bias: Tensor = mask[:, 0, 0, :n_keys].expand(call.n_rows, -1)
+    return bias.masked_fill(~_seen(mask, call.n_rows)[:, :n_keys], 0.0)
 
 
 def _seen(mask: Tensor, n_rows: int) -> Tensor:

@@ -97,6 +97,10 @@ class Engine(Protocol):
         """Have the report say `sentence`, which was found out while planning."""
         ...
 
+    def add(self, hooks: list["Hook"]) -> None:
+        """Put further hooks in place while the model runs."""
+        ...
+
     def publish_traffic(self, traffic: Traffic) -> None:
         """Make `traffic` what was read while the last tokens were generated."""
         ...

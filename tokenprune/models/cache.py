@@ -51,7 +51,7 @@ class Slots:
         """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only
         fills up."""
         start = self.index.shape[1]
-        tail = torch.arange(start, n_slots, device=self.index.device) + self.dropped
+        tail = torch.arange(start, n_slots, dtype=torch.int64, device=self.index.device) + self.dropped
         return torch.cat([self.index[:, :n_slots], tail.expand(self.index.shape[0], -1)], dim=1)
 
     def biases(self, *, n_slots: int) -> Tensor | None:
@@ -72,8 +72,9 @@ class Slots:
         if surplus <= 0:
             return self
         end = self.index.shape[1] + self.dropped
-        tail = torch.arange(end - surplus, end, device=self.index.device)
-        if not bool((self.index[:, n_slots:] == tail).all()):
+        tail = torch.arange(end - surplus, end, dtype=torch.int64, device=self.index.device)
+        removed, left = self.index[:, n_slots:], self.index[:, :n_slots]
+        if not bool(((removed == tail) | (removed < 0)).all()) or bool((left >= end - surplus).any()):
             raise InputError(
                 f"cropping the cache to {n_slots} slots would cut into pruned tokens; only what follows them can be "
                 "cropped: the text after images or, where text is pruned too, the last keep_recent tokens, more than "
@@ -126,6 +127,11 @@ class Ledger:
         return len(self.parts) > 1
 
     @property
+    def differ(self) -> bool:
+        """Whether the slots are not simply the tokens."""
+        return any(slots.differ for slots in self.parts)
+
+    @property
     def n_rows(self) -> int:
         """Rows of the batch."""
         return len(self.parts[0].index)
@@ -149,11 +155,21 @@ class Ledger:
             slots.cropped(n_slots=max(0, n_slots - n_gone)) for slots, n_slots in zip(self.parts, lengths, strict=True)
         )
 
+        total = lengths[0] + self.parts[0].dropped - n_gone
+
         def finish() -> None:
             self.parts = parts
+            self.padding = None if self.padding is None else self.padding[:, :total]
+            self.scores = {probe: scores[:, :total] for probe, scores in self.scores.items()}
             self.length = None if self.length is None else self.length - n_gone
 
         return finish
+
+    def renewed(self, ledger: "Ledger") -> "Ledger":
+        """`ledger` with what this one knows of tokens and heads."""
+        ledger.scores, ledger.padding = self.scores, self.padding
+        ledger.head_scores, ledger.patterns = self.head_scores, self.patterns
+        return ledger
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep some rows of the batch."""
@@ -213,13 +229,14 @@ def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: 
         new = new.masked_fill(~keep.valid, -1)
     before = past if slots is None else past - slots.dropped
     if slots is None:
-        earlier = torch.arange(before, device=new.device).expand(len(new), -1)
+        earlier = torch.arange(before, dtype=torch.int64, device=new.device).expand(len(new), -1)
     else:
         earlier = slots.columns(n_slots=before).to(new.device)
     old_bias = None if slots is None else slots.biases(n_slots=before)
     if bias is not None or old_bias is not None:
-        old_bias = torch.zeros(earlier.shape, device=new.device) if old_bias is None else old_bias.to(new.device)
-        bias = torch.zeros(new.shape, device=new.device) if bias is None else bias
+        none = [torch.zeros_like(some, dtype=torch.float32) for some in (earlier, new)]
+        old_bias = none[0] if old_bias is None else old_bias.to(new.device)
+        bias = none[1] if bias is None else bias
         bias = torch.cat([old_bias, bias], dim=1)
     dropped = past + rows.shape[1] - before - new.shape[1]
     has_fillers = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_fillers)

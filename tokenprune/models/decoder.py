@@ -9,48 +9,26 @@ forward sits on the KV cache (:mod:`cache`).
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.models import eviction, layers
+from tokenprune.models import eviction, layers, prompt_end, recorded, told
 from tokenprune.models.base import Engine, Hook, Swap
 from tokenprune.models.cache import ledger_of
-from tokenprune.models.ends import call_of, check_call, lengthened, mask_of, positions_of, shape_of, write_merged
+from tokenprune.models.ends import check_call, lengthened, mask_of, positions_of, shape_of
+from tokenprune.models.entrance import Host, enter, note_time
 from tokenprune.models.forward import CURRENT, Forward, current, first_segments
 from tokenprune.models.planning import plan_inside
-from tokenprune.models.selection import (
-    SITE,
-    Merged,
-    keep_rows,
-    reduce_images,
-    sizes_of,
-    skipped,
-    tokens_by_row,
-)
-from tokenprune.models.visual import find_images, refuse_unknown_features
-from tokenprune.upstream.caches import (
-    LAYERED,
-    cache_in,
-    check_cache,
-    check_classes,
-    forget,
-    layers_of,
-    no_cache,
-    past_length,
-    record,
-    window_of,
-)
-from tokenprune.upstream.calls import check_decoder, check_root
+from tokenprune.models.selection import SITE
+from tokenprune.upstream.caches import LAYERED, cache_in, check_classes, forget, no_cache, record
+from tokenprune.upstream.calls import callers_of, check_decoder, check_root, embedders_of, tells_logits
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
-from tokenprune.upstream.families import Family, n_planes, placeholder_id
+from tokenprune.upstream.families import UNNAMED, Family, n_planes, placeholder_id
 from tokenprune.upstream.masks import check_builder
 from tokenprune.upstream.prompts import Prompt
-from tokenprune.upstream.quantized_cache import use_planes
 
 
 class DecoderAdapter:
@@ -60,19 +38,23 @@ class DecoderAdapter:
         root: the module that takes token ids and calls the decoder.
         decoder: the text decoder.
         family: its row in the table of families.
+        model: what holds the root, or the root itself.
 
     Raises:
         UnsupportedModelError: something that pruning works with is not there under any name known.
     """
 
-    def __init__(self, root: nn.Module, decoder: nn.Module, family: Family) -> None:
+    def __init__(self, root: nn.Module, decoder: nn.Module, family: Family, model: nn.Module) -> None:
         self.root = root
+        self.callers = callers_of(root, model)
+        self.embedders = embedders_of(root, model)
         self.decoder = decoder
         self.row = family
-        self.facts = DecoderFacts(decoder)
-        self._unpacks = self.facts.flash
         check_root(root)
         check_decoder(decoder, planes=n_planes(root) > 0)
+        self.facts = DecoderFacts(decoder)
+        self._unpacks = self.facts.flash
+        self._records = False  # whether the hooks for hidden states are in place
         check_classes()
         check_builder()
         for field in family.ids:
@@ -97,7 +79,7 @@ class DecoderAdapter:
         if SITE in sites and not self.row.ids:
             raise OptionError(
                 f"{self.family} has no visual tokens to prune before the decoder; SpAtten(protect_text=False) prunes "
-                "text"
+                f"text; {UNNAMED}"
             )
         if unknown := [site for site in sites if site not in (SITE, layers.SITE)]:
             raise OptionError(
@@ -116,10 +98,17 @@ class DecoderAdapter:
         Raises:
             OptionError: the decoder cannot be pruned where the methods want it.
         """
+        self._records = False
         inside = plan_inside(engine, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
+        if engine.layer_reducers() and not self.callers and not tells_logits(self.root):
+            engine.remark(
+                f"{type(self.root).__name__} is not told how many logits are wanted: with guesses of an assistant or "
+                "of a prompt lookup, the last guess ranks the tokens of a prompt, and not its last token."
+            )
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            CURRENT.set(inside.open(engine, Prompt.read(module, args, kwargs), CURRENT.get()))
+            prompt = told.with_ids(engine, Prompt.read(module, args, kwargs))
+            CURRENT.set(inside.open(engine, prompt, CURRENT.get()))
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             state = current(engine)
@@ -131,6 +120,8 @@ class DecoderAdapter:
         return [
             Hook(self.root, "pre", open_forward),
             Hook(self.root, "post", close_forward),
+            *(hook for caller in self.callers if engine.layer_reducers() for hook in prompt_end.hooks_of(caller)),
+            *told.hooks_of(engine, self.embedders),
             *self._decoder_hooks(engine),
             *inside.hooks,
         ]
@@ -169,7 +160,7 @@ class DecoderAdapter:
             forget(given.cache)
             ledger = None
         with_ids = given.embeds is None and given.ids is not None
-        if given.embeds is None and given.ids is not None and state is not None and not self.row.ids:
+        if given.embeds is None and given.ids is not None and state is not None:
             given.embeds = shape_of(given.ids, like=self.decoder)  # a model of text hands ids to its decoder
         if given.embeds is None:
             if ledger is None:
@@ -183,10 +174,11 @@ class DecoderAdapter:
         state = Forward(engine, Prompt(), None) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
         state.recall(ledger)
-        self._enter(engine, state, given)
+        enter(engine, state, given, Host(self.root, self.row, self.facts))
         state.prompt = Prompt()  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
             return False
+        self._record(engine, state, given)
         if ledger is not None:
             ledger.inside = True
         first, call = state.segments[0], state.call
@@ -198,86 +190,17 @@ class DecoderAdapter:
         given.positions = positions_of(given, state, ledger and ledger.shift)
         if first.keep is not None:
             given.shorten(first.keep)
-            self._note_time(state, started)
+            note_time(state, started)
         if with_ids:
             given.embeds = None
         return True
 
-    @staticmethod
-    def _note_time(state: Forward, started: float) -> None:
-        """Write all the time that was spent before the decoder into the last trace of this site."""
-        before = [trace for trace in state.traces if trace.site == SITE]
-        if before:
-            spent = (time.perf_counter() - started) * 1e3 - sum(trace.overhead_ms for trace in before[:-1])
-            place = max(i for i, trace in enumerate(state.traces) if trace is before[-1])
-            state.traces[place] = replace(before[-1], overhead_ms=spent)
-
-    def _enter(self, engine: Engine, state: Forward, given: DecoderCall) -> None:
-        """Run the methods of this site on the images of the forward, and put merged tokens in place.
-
-        Sets the state's call (unless nothing will be changed), its first segments and what it knows of visual tokens.
-        Appends traces.
-
-        Raises:
-            UnsupportedModelError: image features came in by an argument that is not known.
-        """
-        embeds, cache = given.embeds, given.cache
-        assert embeds is not None
-        reducers, later = engine.reducers(SITE), engine.layer_reducers()
-        past, (n_rows, length) = past_length(cache), embeds.shape[:2]
-        active = engine.active and n_rows * length > 0
-        prompt = length > 1 or not past
-        images = []
-        if active and (reducers or later):
-            if state.prompt.has_features:
-                images = find_images(self.root, self.row, state.prompt, given.positions)
-            elif prompt:
-                refuse_unknown_features(self.root, self.row, state.prompt, embeds)
-        state.continues = past > 0 and not images
-        state.scoring = active and state.plan is not None
-        state.steering = active and state.attention is not None
-        texts = active and state.guard is not None
-        if state.steering and cache is not None and not past and state.quantizes:
-            use_planes(cache)
-        if not images and engine.active and prompt:  # a decoding step is no news
-            reason = "no image in this call" if n_rows * length else "empty input"
-            state.traces += skipped((reducer.name for reducer in reducers), reason)
-            if not texts:
-                state.traces += skipped((reducer.name for reducer in later), reason, site=layers.SITE)
-        if not images and not texts:
-            if ledger_of(cache) is not None or state.steering:
-                state.call = call_of(given, self.facts, past)
-            return
-        check_cache(cache, layered=bool(later))
-        self.facts.check_windows([window_of(layer) for layer in layers_of(cache)])
-        left, merged = images, list[Merged]()
-        for reducer in reducers if images else ():
-            left, embeds, trace = reduce_images(left, reducer, embeds, merged)
-            state.traces.append(trace)
-        kept_all = not images or not reducers or state.traces[0].n_in == state.traces[-1].n_out
-        through = not kept_all or bool(images and engine.forced and reducers)
-        if not through and not later and ledger_of(cache) is None:
-            return
-        given.embeds = embeds
-        state.call = call = call_of(given, self.facts, past)
-        if later and prompt:
-            state.visual = tokens_by_row(left, n_rows)
-        if through:
-            shape = n_rows, length
-            keep, dropped = keep_rows(
-                images, left, call.padding, shape=shape, device=embeds.device, left=call.recurrent
-            )
-            sizes = sizes_of(merged, shape, embeds.device)
-            for segment in state.segments:
-                segment.keep = keep
-                segment.bias = None if sizes is None else keep.apply(sizes).log()
-            if engine.positions == "packed":
-                state.lowered = dropped.cumsum(dim=1)
-        if texts:
-            eviction.begin(state, call, ledger_of(cache), prompt=prompt)
-        state.entered = tuple(map(len, state.visual))
-        if merged:
-            given.change_planes(partial(write_merged, merged))
+    def _record(self, engine: Engine, state: Forward, given: DecoderCall) -> None:
+        """Have gradients reach the hidden states of layers, if the caller is to get these."""
+        state.whole = [] if given.records and recorded.wanted(self.decoder) else None
+        if state.whole is not None and not self._records:
+            engine.add(recorded.hooks_of(engine, self.decoder))
+            self._records = True
 
     def _lengthen(self, state: Forward | None, given: DecoderCall, output: Any) -> Any:
         """Give the decoder's output its unpruned length back and write the pruning down on the cache.

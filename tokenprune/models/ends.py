@@ -61,6 +61,35 @@ def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *
         )
 
 
+def refuse_packed(given: DecoderCall, facts: DecoderFacts, *, caches: bool) -> None:
+    """Check that no row holds several sequences, which an unpruned decoder would keep apart by their positions.
+
+    Args:
+        given: the call.
+        facts: the decoder's.
+        caches: whether it keeps a KV cache, beside which only flash attention looks at positions (of a single row,
+            whose mask hides nothing).
+
+    Raises:
+        InputError: a row does.
+    """
+    positions, mask = given.positions, given.mask
+    if facts.flash and isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == 1 and bool(mask.all()):
+        mask = None
+    assert given.embeds is not None
+    if mask is not None or positions is None or (caches and not (facts.flash and len(given.embeds) == 1)):
+        return
+    if positions.ndim == 3 and len(positions) == 4:  # the first plane is that of text, beside three for M-RoPE
+        positions = positions[0]
+    if positions.ndim == 2 and bool((restarts := positions.diff(dim=1) != 1).any()):
+        row, column = restarts.nonzero()[0].tolist()
+        raise InputError(
+            f"positions of row {row} go on with {int(positions[row, column + 1])} after {int(positions[row, column])}, "
+            f"at token {column + 1}, and without an attention mask that means several sequences packed into one row, "
+            "which pruning does not respect; give each sequence a row of its own, padded"
+        )
+
+
 def shape_of(ids: Tensor, *, like: nn.Module) -> Tensor:
     """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that `like` computes in."""
     return torch.empty(*ids.shape, 0, dtype=next(like.parameters()).dtype, device=ids.device)
@@ -113,15 +142,23 @@ def lengthened(output: Any, state: Forward, call: Call) -> Any:
     """What the decoder returned with the unpruned length: a dropped token has the state of the nearest kept one before
     it."""
 
+    known, state.whole = state.whole or [], None
+
     def lengthen(x: Tensor, segment: Segment) -> Tensor:
         keep = segment.keep
         if keep is None or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
             return x
-        return gather(x, keep.source(length=call.length))
+        whole = next((whole for short, whole in known if short is x), None)
+        if whole is None:
+            whole = gather(x, keep.source(length=call.length))
+            known.append((x, whole))  # the last hidden states come twice, as one object
+        return whole
 
     def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
         seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
-        return tuple(lengthen(x, segment) for x, segment in zip(states, seen, strict=True))
+        return tuple(
+            lengthen(x, segment) if isinstance(x, Tensor) else x for x, segment in zip(states, seen, strict=True)
+        )
 
     last = state.segments[-1]
     return lengthen_output(output, lambda x: lengthen(x, last), by_layer)

@@ -47,22 +47,30 @@ def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
 def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) -> None:
     """Note which tokens of a call may go where text may, and what was known of the sequence before it."""
     assert state.guard is not None
-    padding = torch.ones(call.n_rows, call.length, dtype=torch.bool) if call.padding is None else call.padding
-    earlier = None if ledger is None else ledger.padding
-    if earlier is None:
-        earlier = torch.ones(call.n_rows, call.past, dtype=torch.bool)
-    state.padding = torch.cat([earlier[:, : call.past], padding], dim=1)  # a cropped cache may have known more
-    found = {} if ledger is None else ledger.scores
-    state.scores = {probe: pad(scores[:, : call.past], (0, call.length)) for probe, scores in found.items()}
+    state.padding = torch.cat([_earlier(call, ledger), call.real_tokens], dim=1)
+    found, total = {} if ledger is None else ledger.scores, call.past + call.length
+    state.scores = {probe: pad(scores, (0, total - scores.shape[1])) for probe, scores in found.items()}
     if not prompt:
         return
-    may = text_candidates(padding, state.guard, past=call.past)
+    may = text_candidates(call.ranking, state.guard, past=call.past)
     keep = state.segments[0].keep
     if keep is not None:  # what left before the decoder
         here = torch.zeros_like(may)
-        real = torch.ones(keep.index.shape, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
-        may &= here.scatter_(1, keep.index.cpu(), real)
+        index = keep.index.cpu()
+        real = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
+        may &= here.scatter_(1, index, real)
     state.visual = tuple(row.nonzero()[:, 0] for row in may)
+
+
+def _earlier(call: Call, ledger: Ledger | None) -> Tensor:
+    """Which tokens before a call are no padding, `[B, past]` bool on the CPU: as was written down and, of tokens that
+    came without being watched, as the mask says."""
+    known = torch.ones(call.n_rows, call.past, dtype=torch.bool, device="cpu")
+    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
+        known = call.mask[:, : call.past].bool().cpu()
+    if ledger is None or ledger.padding is None:
+        return known
+    return torch.cat([ledger.padding, known[:, ledger.padding.shape[1] :]], dim=1)
 
 
 def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
@@ -99,7 +107,7 @@ def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
     for layer, keep in enumerate(plan.keep):
         slots = ledger.at(layer)
         parts.append(
-            _shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may * keep + 1e-6).long(), total)
+            _shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may.double() * keep + 1e-6).long(), total)
         )
     ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
 
@@ -145,7 +153,7 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
     assert plan is not None
     assert state.padding is not None
     movable = _movable(state.padding, plan.guard)
-    n_keep = (movable.sum(dim=1) * plan.keep[layer] + 1e-6).long()
+    n_keep = (movable.sum(dim=1).double() * plan.keep[layer] + 1e-6).long()
     scores = state.scores.get(plan.probe)
     device = call.embeds.device if scores is None else scores.device
     alive = torch.ones_like(movable, device=device) if state.alive is None else state.alive.to(device)

@@ -36,6 +36,7 @@ class Call:
         positions: text positions `[B, length]`.
         past: tokens before this call.
         facts: the decoder's.
+        n_behind: how many of the last tokens stand behind the prompt (:mod:`prompt_end`) and rank nothing.
     """
 
     mask: Any
@@ -44,6 +45,7 @@ class Call:
     positions: Tensor
     past: int
     facts: DecoderFacts
+    n_behind: int = 0
     offsets: dict[str | None, int] = field(init=False)
     flat: bool = field(init=False)
     slides: bool = field(init=False)
@@ -64,6 +66,22 @@ class Call:
         """Which tokens of the call are no padding, `[B, length]` bool on the CPU, None where all are."""
         mask, offset = self._given
         return padding_of(mask, past=self.past, length=self.length, offset=offset)
+
+    @property
+    def real_tokens(self) -> Tensor:
+        """`padding`, all True where it is None."""
+        if self.padding is not None:
+            return self.padding
+        return torch.ones(self.n_rows, self.length, dtype=torch.bool, device="cpu")
+
+    @property
+    def ranking(self) -> Tensor:
+        """`real_tokens` without those behind the prompt."""
+        if not self.n_behind:
+            return self.real_tokens
+        ranking = self.real_tokens.clone()
+        ranking[:, -self.n_behind :] = False
+        return ranking
 
     @cached_property
     def hiding(self) -> Any:
@@ -90,7 +108,7 @@ class Call:
     @property
     def all_rows(self) -> Tensor:
         """Every position of the call, `[B, length]`."""
-        return torch.arange(self.length, device=self.embeds.device).expand(self.n_rows, -1)
+        return torch.arange(self.length, dtype=torch.int64, device=self.embeds.device).expand(self.n_rows, -1)
 
 
 @dataclass
@@ -122,7 +140,12 @@ class Segment:
     def _is_plain_step(self, call: Call, layer: int) -> bool:
         """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
         whole = call.length == 1 and call.flat and call.hiding is None and self.keep is None and self.bias is None
-        if not whole or call.cache is None or not call.facts.fused:
+        if (
+            not whole
+            or call.cache is None
+            or not call.facts.fused
+            or call.facts.is_recurrent(call.facts.kind_of(layer))
+        ):
             return False
         slots = self.slots
         if slots is not None and (slots.has_fillers or slots.bias is not None):
@@ -181,6 +204,8 @@ class Forward:
         patterns: for each layer the heads that it kept in the last call on this cache, if the same in all rows.
         traffic: bytes of keys and values read in this forward.
         alive: `[B, past + 1]` bool, the tokens that the last layer of a decoding step looked at, if not all.
+        whole: pairs of hidden states and the same with the unpruned length, where the caller is to get those of all
+            layers with gradients (:mod:`recorded`); else None.
     """
 
     owner: Engine
@@ -208,6 +233,7 @@ class Forward:
     heads: Heads | None = None
     patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
+    whole: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -231,7 +257,8 @@ class Forward:
             for segment in self.segments
         )
         starts = tuple(segment.first for segment in self.segments)
-        return Ledger(starts, parts, self.shift, length=call.past + call.length)
+        ledger = Ledger(starts, parts, self.shift, length=call.past + call.length)
+        return ledger if (earlier := ledger_of(call.cache)) is None else earlier.renewed(ledger)
 
 
 CURRENT: ContextVar[Forward | None] = ContextVar("tokenprune_forward", default=None)

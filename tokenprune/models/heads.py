@@ -67,7 +67,7 @@ class Heads:
             used = [group for group, _ in groups]
         if used == list(range(n_kv)):
             return tensors
-        chosen = torch.tensor(used, device=tensors[0].device)
+        chosen = torch.tensor(used, dtype=torch.int64, device=tensors[0].device)
         return tuple(x.index_select(1, chosen.to(x.device)) for x in tensors)
 
     def _wide(self, index: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -21,7 +21,7 @@ from tokenprune.signals import LayerSignals, Stage, Trace
 from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
 
 SITE = "llm_layer"
-_NONE = torch.empty(0, dtype=torch.int64)
+_NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...]) -> Any:
@@ -103,7 +103,7 @@ def _cut(
     for reducer, stage in cuts:
         state.visual, trace = _choose(state, call, reducer, stage)
         state.traces.append(trace)
-    dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool)
+    dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool, device="cpu")
     for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
         dropped[row, seen] = True
         dropped[row, kept] = False
@@ -146,10 +146,11 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
             kept = [_NONE if row in rows else visual for row, visual in enumerate(kept)]
             continue
         visual = torch.stack([before[row] for row in rows])
-        scores = torch.zeros(visual.shape)  # of a method that asks for none
+        scores = torch.zeros_like(visual, dtype=torch.float32)  # of a method that asks for none
         if reducer.probe is not None:
             found = state.scores[reducer.probe]
-            scores = found[torch.tensor(rows, device=found.device)[:, None], call.past + visual.to(found.device)]
+            at = torch.tensor(rows, dtype=torch.int64, device=found.device)[:, None]
+            scores = found[at, call.past + visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
         chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)

@@ -21,6 +21,8 @@ from tokenprune.reduction import Merge, Reduction, gather
 from tokenprune.signals import BlockSignals, Budget, Trace
 from tokenprune.upstream.tower import Logits
 
+_REPLACED = "where modules of the encoder were replaced since (some quantizers do so), call tokenprune.patch again"
+
 
 @dataclass
 class Passage:
@@ -109,7 +111,9 @@ class Passage:
         query, key, rope = self.query, self.key, self.rope
         self.query, self.key, self.rope, self.scoring = None, None, None, False
         if query is None or key is None:
-            raise InputError(f"queries and keys of block {number} were not seen, so its tokens cannot be scored")
+            raise InputError(
+                f"queries and keys of block {number} were not seen, so its tokens cannot be scored; {_REPLACED}"
+            )
         scores = ops.attention_importance(
             logits.turned(query, rope),
             logits.turned(key, rope),
@@ -127,9 +131,11 @@ class Passage:
         """
         started = time.perf_counter()
         if self.keys is None:
-            raise InputError(f"the keys of block {number} were not seen, so {reducer.name} has nothing to go by")
+            raise InputError(
+                f"the keys of block {number} were not seen, so {reducer.name} has nothing to go by; {_REPLACED}"
+            )
         n_in = self.n_left
-        protected = torch.zeros(n_in, dtype=torch.bool)
+        protected = torch.zeros(n_in, dtype=torch.bool, device="cpu")
         protected[: self.n_prefix] = True
         budget = Budget(n_in - r, n_in - r)
         importance = self.importance if reducer.method.scored else None

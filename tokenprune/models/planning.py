@@ -25,6 +25,7 @@ from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
 from tokenprune.upstream.attention import attention_of, has_sinks
 from tokenprune.upstream.calls import check_layer
 from tokenprune.upstream.facts import DecoderFacts, layers_of
+from tokenprune.upstream.families import UNNAMED, is_text
 from tokenprune.upstream.prompts import Prompt
 
 
@@ -84,7 +85,7 @@ def plan_inside(
     hooks += [
         Hook(module, "pre", between.layer_hook(engine, i, cuts.get(i, ()))) for i, module in enumerate(modules) if i > 0
     ]
-    if not has_images:
+    if is_text(root):
         hooks.append(Hook(modules[-1], "post", between.restoring_hook(engine)))
     attention = plan_attention(reducers, modules)
     swapped = range(len(modules)) if attention is not None else probes
@@ -209,7 +210,7 @@ def plan_text(
     if not has_images and others:
         raise OptionError(
             f"{facts.called} has no visual tokens, which is what method {others[0].name!r} drops; "
-            "SpAtten(protect_text=False) prunes text"
+            f"SpAtten(protect_text=False) prunes text; {UNNAMED}"
         )
     if texts and len(reducers) > 1:
         raise OptionError(

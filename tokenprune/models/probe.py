@@ -170,7 +170,7 @@ def _scores(
         query,
         key,
         scale=scale,
-        valid=_valid(call, segment, n_new, n_keys),
+        valid=_valid(call, segment, n_new, n_keys, behind=state.scoring),
         seen=seen,
         reduction=probe.reduction,
         temperature=probe.temperature,
@@ -182,13 +182,15 @@ def _is_flat(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
 
 
-def _valid(call: Call, segment: Segment, n_new: int, n_keys: int) -> Tensor | None:
-    """Which of the last `n_keys` keys are neither padding nor fill a row up, `[B, n_keys]` bool, None where all are."""
-    if call.flat and call.hiding is None and not segment.layout(call).has_fillers:
+def _valid(call: Call, segment: Segment, n_new: int, n_keys: int, *, behind: bool) -> Tensor | None:
+    """Which of the last `n_keys` keys are neither padding nor fill a row up nor, unless these count (`behind`), stand
+    behind the prompt; `[B, n_keys]` bool, None where all are so."""
+    whole = behind or not call.n_behind
+    if whole and call.flat and call.hiding is None and not segment.layout(call).has_fillers:
         return None
     rows = call.all_rows if segment.keep is None else segment.keep.index
     device = rows.device
-    new = torch.ones(rows.shape, dtype=torch.bool) if call.padding is None else gather(call.padding, rows.cpu())
+    new = gather(call.real_tokens if whole else call.ranking, rows.cpu())
     if segment.keep is not None and segment.keep.valid is not None:
         new = new & segment.keep.valid.cpu()
     if bool(new.all()) and n_keys == n_new:

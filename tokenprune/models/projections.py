@@ -130,7 +130,7 @@ def _cut(
     weight: Tensor, bias: Tensor | None, pattern: tuple[int, ...], *, width: int, inward: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the heads of `pattern`, each `width` rows (`inward`: columns) of `weight`."""
-    heads = torch.tensor(pattern, device=weight.device)
+    heads = torch.tensor(pattern, dtype=torch.int64, device=weight.device)
     if inward:
         return weight.view(len(weight), -1, width).index_select(1, heads).flatten(1), bias
     rows = weight.view(-1, width, weight.shape[1]).index_select(0, heads).flatten(0, 1)
