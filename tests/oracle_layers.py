@@ -45,11 +45,11 @@ def hidden_by_layer(
     model: nn.Module, alive: list[Tensor], *, merge: Any = None, sizes: Tensor | None = None, collected: Any = None
 ) -> Iterator[None]:
     """Within the block the decoder of `model` runs its single row at full length, but in layer l no token sees one that
-    `alive[l]` `[L]` does not hold.
+    `alive[l]` does not hold.
 
     Args:
         model: the unpatched model.
-        alive: for each layer which tokens are left, `[L]` bool.
+        alive: for each layer which tokens are left, `[L]` bool; or `[L, L]`, which each token can see.
         merge: a function of the embeddings `[1, L, D]` (and of DeepStack planes spread to `[1, L, D]`).
         sizes: `[L]`, what each token counts in attention.
         collected: a dict that gets each layer's queries and keys, by a wrapper around its projections' attention.
@@ -83,7 +83,8 @@ def hidden_by_layer(
     def layer_hook(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs[HIDDEN]
-            seen = masks[layer] & (alive[layer][None, :] | torch.eye(len(alive[layer]), dtype=torch.bool))
+            own = torch.eye(len(alive[layer]), dtype=torch.bool)
+            seen = masks[layer] & (alive[layer].expand_as(own) | own)
             mask = additive(seen, hidden.dtype)[None, None]
             if sizes is not None:
                 mask = torch.where(seen, sizes.log()[None, :].expand_as(seen), mask)

@@ -29,7 +29,8 @@ ARROWS = {
     "upstream": ("errors", "reduction", "ops", "upstream"),
     "models": ("errors", "signals", "reduction", "ops", "models", "upstream"),
     "reducers": ("errors", "signals", "reduction", "schedule", "methods.base"),
-    "session": ("errors", "signals", "reducers", "models.base", "methods.base"),
+    "hooks": ("errors",),
+    "session": ("errors", "signals", "reducers", "hooks", "models.base", "methods.base"),
     "measure": ("errors", "upstream"),
     "flops": ("upstream",),
     "progress": (),
@@ -60,6 +61,7 @@ ARROWS = {
 }
 # Who may import whom beyond that, in a function or for types: the other direction exists, or it is rarely wanted.
 LAZY_ARROWS = {
+    "hooks": ("session",),
     "session": ("report",),
     "report": ("encoding", "figures"),
     "side_by_side": ("figures",),

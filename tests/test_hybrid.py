@@ -167,6 +167,14 @@ def test_a_ragged_batch_equals_a_dense_run_of_each_layer_on_what_is_left(name, i
     assert not same_run(generate(dense, ragged.inputs, 4), out)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_without_padding(name, implementation):
+    dense, model, session = pair(METHODS[name], implementation)
+    single = batch(FAMILY, RAGGED[:1])
+    check(dense, generate(model, single.inputs, 4), session.traces, single, 4)
+
+
 def test_merged_tokens_go_through_recurrent_layers():
     from oracle_layers import naive_groups
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import RAGGED, batch, fresh, generate, tiny
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from upstream import CACHE, EMBEDS, cache_of, pooled_in, with_cache
 
 import tokenprune.testing
@@ -198,6 +198,34 @@ def test_a_cache_that_was_cut_to_a_length_of_the_sequence_is_refused() -> None:
         layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
     with pytest.raises(InputError, match=r"cache\.crop"):
         ask(2, 8, 9, 3)
+
+
+@pytest.mark.parametrize("n_new", [1, 2])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("rows", [RAGGED, RAGGED[:1], ((9,), (1, (2, 2), 2))], ids=["ragged", "one row", "none left"])
+def test_a_pruned_cache_is_refused_by_a_model_that_is_not_patched(rows: Any, kind: Any, n_new: int) -> None:
+    model, prompt = tiny("llava"), batch("llava", rows)
+    cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
+    new = torch.full((len(rows), n_new), 7)
+    mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(new)], 1)
+    positions = (mask.cumsum(1) - 1)[:, -n_new:]
+
+    def ask(cache: Any) -> Any:
+        inputs = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
+        with torch.no_grad():
+            return model(**inputs, **with_cache(cache)).logits
+
+    tokenprune.patch(model, "divprune", keep=0.25)
+    with torch.no_grad():
+        model(**fresh(prompt.inputs), **with_cache(cache))
+    length, wanted = cache.get_seq_length(), ask(copy.deepcopy(cache))
+    tokenprune.unpatch(model)
+    with pytest.raises(InputError, match=r"pruned.*not patched.*patch it again"):
+        ask(cache)
+    assert cache.get_seq_length() == length
+    session = tokenprune.patch(model, "uniform", keep=2)
+    with session.pause():
+        assert torch.equal(ask(cache), wanted)
 
 
 def test_a_cache_that_was_lengthened_elsewhere_is_refused() -> None:

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, batch, generate, implementations, tiny
+from families import FAMILIES, batch, fresh, generate, implementations, tiny
 from test_layers import check_layers
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 from upstream import MASK, cache_of, with_cache
 
 import tokenprune
+from tokenprune import ops
 from tokenprune.models.cache import ledger_of
 from tokenprune.ops import dequantize_planes, quantize_planes
 
@@ -388,6 +389,29 @@ def test_a_second_turn_goes_on_with_the_smaller_cache():
     assert held == [turn.shape[1] + 2 - movable + math.floor(movable * kept + 1e-6) for kept in KEPT]
 
 
+@pytest.mark.parametrize(
+    ("default", "n", "kept", "n_kept"), [(torch.float32, 75, 0.84, 63), (torch.bfloat16, 74, 0.85, 62)], ids=str
+)
+def test_fractions_of_a_count_are_those_of_python_whatever_the_default_dtype(default, n, kept, n_kept, monkeypatch):
+    """0.84 of 75 is 63, in fp32 a little less; 0.85 of 74 is 62.9, in bfloat16 63."""
+    counts = []
+    attend = ops.decode_attention
+    monkeypatch.setattr(
+        ops, "decode_attention", lambda *args, **kwargs: (counts.append(kwargs["n_values"]), attend(*args, **kwargs))[1]
+    )
+    model = text_model("llama")
+    tokenprune.patch(model, spatten(tokens=(1.0, kept, kept, kept), values=(kept, 1.0, 1.0, 1.0)))
+    prompt = torch.randint(2, 60, (1, n + 4), generator=torch.Generator().manual_seed(3))
+    torch.set_default_dtype(default)
+    try:
+        generate(model, {"input_ids": prompt[:, : n - 1]}, 2, suppress_tokens=None)
+        assert [int(count) for count in counts if count is not None] == [n_kept]  # of the keys of the first layer
+        out = generate(model, {"input_ids": prompt}, 2, suppress_tokens=None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [layer.keys.shape[2] for layer in cache_of(out).layers] == [n + 5, *[5 + n_kept] * 3]
+
+
 def test_calls_of_several_tokens_that_pass_a_multiple_of_the_interval_shrink_the_cache():
     model = text_model("llama")
     tokenprune.patch(model, spatten(interval=4))
@@ -434,6 +458,54 @@ def test_tokens_that_are_taken_back_leave_no_trace_in_the_cache():
     torch.testing.assert_close(detour, plain)
     for one, other in zip(keys, others, strict=True):
         torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("between", ["paused", "cropped and paused", "another method", "before"])
+def test_a_row_is_the_same_alone_whatever_went_through_its_cache_without_scores(between):
+    """Tokens that came meanwhile have no scores yet, and padding is known as such ever after."""
+    model, rows = tiny("llava"), ((7, (2, 3), 9), (4, (2, 3), 2))
+    method = tokenprune.SpAtten(tokens=KEPT, protect_text=False, keep_first=2, keep_recent=3, interval=4)
+    more = torch.randint(5, 95, (2, 15), generator=torch.Generator().manual_seed(4))
+
+    def run(prompt, more):
+        cache, logits = DynamicCache(config=model.config), []
+        mask = prompt.inputs["attention_mask"]
+
+        def call(ids, **inputs):
+            nonlocal mask
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)[:, : cache.get_seq_length() + ids.shape[1]]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **with_cache(cache)}
+            with torch.no_grad():
+                logits.append(model(**{**inputs, **given}).logits[:, -1])
+
+        first = fresh(prompt.inputs)
+        session = tokenprune.patch(model, method)
+        if between == "before":
+            with session.pause():
+                call(first.pop("input_ids"), **first)
+        else:
+            call(first.pop("input_ids"), **first)
+        if between == "cropped and paused":
+            cache.crop(-2)
+        if between == "another method":
+            tokenprune.patch(model, tokenprune.FastV(layer=2))
+            image = batch("llava", ((2, (2, 2), 1),) * len(more), seeds=(9,) * len(more)).inputs
+            call(**{"ids": image.pop("input_ids"), **image})
+            tokenprune.patch(model, method)
+        elif between != "before":
+            with session.pause():
+                call(more[:, :5])
+        for ids in more[:, 5:].split(2, dim=1):
+            call(ids)
+        tokenprune.unpatch(model)
+        return torch.stack(logits, 1), [layer.keys.shape[2] for layer in cache.layers]
+
+    together, held = run(batch("llava", rows), more)
+    assert held[0] > held[1] > held[3]
+    for row, parts in enumerate(rows):
+        alone, _ = run(batch("llava", (parts,), seeds=(row,)), more[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_crop_that_cannot_be_leaves_the_cache_as_it_was():

@@ -275,6 +275,7 @@ def test_what_others_put_in_the_place_of_a_projection_stays_when_the_patch_goes(
     assert type(attentions(model)[3].o_proj) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_copies_have_plain_linear_layers_and_are_unpatched(how):
     dense = text_model("llama")

@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import pickle
+import queue
 import sys
 import threading
 import weakref
@@ -507,6 +508,7 @@ def _loaded(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_patched_model_is_unpatched_and_the_original_stays_patched(way, tmp_path):
     model, prompt = tiny("llava"), batch("llava")
@@ -570,6 +572,7 @@ def test_hooks_do_not_pile_up_over_generations_of_copies():
     assert hook_counts(model) == wanted
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 def test_hooks_that_are_added_to_a_model_loaded_in_a_new_process_are_called_as_they_were_registered(monkeypatch):
     model, prompt = tiny("llava"), batch("llava")
     tokenprune.patch(model, "divprune", keep=0.5)
@@ -636,6 +639,44 @@ def test_a_pause_ends_with_an_exception_too():
     interrupt.armed = False
     assert session.active
     assert torch.equal(logits(model, prompt.inputs), pruned)
+
+
+def test_a_pause_of_all_threads_reaches_those_that_run_already():
+    """As one that generates while this one reads what it streams."""
+    model, prompt = tiny("llava"), batch("llava")
+    dense = logits(model, prompt.inputs)
+    session = tokenprune.patch(model, "divprune", keep=0.5)
+    asked, answers = queue.Queue(), queue.Queue()
+
+    def work() -> None:
+        while asked.get():
+            answers.put((session.active, logits(model, prompt.inputs)))
+
+    def other_thread() -> tuple[bool, Tensor]:
+        asked.put(True)
+        return answers.get(timeout=60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        pruned = other_thread()[1]
+        with session.pause():
+            assert other_thread()[0]
+            with session.pause(all_threads=True), session.pause(all_threads=True):
+                assert not session.active
+                active, out = other_thread()
+                assert not active
+                assert torch.equal(out, dense)
+            assert other_thread()[0]
+            assert not session.active
+        with pytest.raises(RuntimeError, match="stop"), session.pause(all_threads=True):
+            raise RuntimeError("stop")
+        assert session.active
+        assert torch.equal(other_thread()[1], pruned)
+        assert not torch.equal(pruned, dense)
+    finally:
+        asked.put(False)
+        thread.join()
 
 
 def test_a_pause_holds_for_its_own_session_only():

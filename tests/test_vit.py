@@ -374,6 +374,7 @@ def test_unpatching_leaves_the_encoder_as_it_was(name):
     assert untouched()
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 @pytest.mark.parametrize("name", ["timm vit", "timm eva02", "hf clip"])
 def test_copies_of_a_patched_encoder_are_not_patched(name):
     model, given = tiny(name), inputs(name)

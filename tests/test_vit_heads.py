@@ -199,6 +199,7 @@ def test_with_all_heads_nothing_is_new(name, tokens):
     assert torch.equal(answer(run(model, given)), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 @pytest.mark.parametrize("name", TAKING)
 def test_unpatching_restores_the_very_modules_and_copies_are_unpatched(name):
     model, given = tiny(name), inputs(name)

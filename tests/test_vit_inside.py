@@ -135,6 +135,7 @@ def test_where_layers_are_joined_the_finest_groups_count():
     assert [trace.n_out for trace in session.traces] == [(13,), (10,), (7,), (10,)]
 
 
+@pytest.mark.filterwarnings("ignore:this .* is a copy of a patched one")
 def test_unpatching_and_pausing_leave_the_model_as_it_was():
     model, prompt = model_of("llava"), pixel_batch(CASES["llava"], (0, 1, 2))
     with torch.no_grad():

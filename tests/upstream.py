@@ -109,3 +109,12 @@ def with_features(output: Any = None) -> dict[str, Any]:
 def pooled_in(inputs: dict[str, Any]) -> Any:
     """The features of the images in the inputs of a model."""
     return pooled_of(inputs[FEATURES]["image"])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def turn_on_checkpointing(model: Any) -> None:
+    """Have the layers of `model` run a second time for their gradients."""
+    turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    turn_on()

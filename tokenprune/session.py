@@ -1,7 +1,6 @@
 """The session: the only stateful thing. It installs hooks, takes them out again, and holds the traces of the last
 forward."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.hooks import CopiedHook, InstalledHook, moved, refuse_proxies
 from tokenprune.methods.base import Method
 from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
 from tokenprune.reducers import CheckedLayerReducer, CheckedReducer
@@ -22,33 +22,6 @@ if TYPE_CHECKING:
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("tokenprune_suspended", default=frozenset())
-
-
-def _inert(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a copy of a patched model."""
-
-
-def _get_inert(handle: RemovableHandle | None) -> Callable[..., None]:
-    """Loading the handle makes torch number later hooks after it, also in a process that counts from 0 again."""
-    return _inert
-
-
-class _Hook:
-    """A hook that knows its session and does not travel: copies and pickles of a patched model are unpatched."""
-
-    def __init__(self, session: "Session", function: Callable[..., Any]) -> None:
-        self.session = weakref.ref(session)
-        self.function = function
-        self.handle: RemovableHandle | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[RemovableHandle | None]]:
-        return _get_inert, (self.handle,)
 
 
 class Session:
@@ -72,6 +45,8 @@ class Session:
         self._handles: list[RemovableHandle] = []
         self._swapped: list[tuple[Swap, Any]] = []
         self._planned: list[Hook | Swap] | None = None
+        self._copied = CopiedHook(type(model).__name__)
+        self._pauses: list[None] = []  # one for each block that pauses all threads; a list changes in one step
         self._traces: tuple[Trace, ...] = ()
         self._later: tuple[tuple[Trace, ...], ...] = ()
         self._traffic: Traffic | None = None
@@ -96,8 +71,8 @@ class Session:
 
     @property
     def active(self) -> bool:
-        """Whether new pruning takes place: False in this thread within :meth:`pause`."""
-        return id(self) not in _PAUSED.get()
+        """Whether new pruning takes place: False within :meth:`pause`, in the threads that it holds for."""
+        return not self._pauses and id(self) not in _PAUSED.get()
 
     @property
     def traces(self) -> tuple[Trace, ...]:
@@ -161,6 +136,21 @@ class Session:
         """Put the hooks in place: all of them or, when that raises, none."""
         if self._planned is None:
             self.plan()
+        try:
+            for hook in self._planned or ():
+                if isinstance(hook, Swap):
+                    self._swapped.append((hook, getattr(hook.module, hook.name)))
+                    setattr(hook.module, hook.name, hook.value)
+                else:
+                    self.add([hook])
+        except BaseException:
+            self.remove()
+            raise
+        finally:
+            self._planned = None
+
+    def add(self, hooks: list[Hook]) -> None:
+        """Put hooks in place (called by adapters where it turns out late that they are needed)."""
         register: dict[str, Callable[..., RemovableHandle]] = {
             "pre": lambda module, hook: module.register_forward_pre_hook(hook, with_kwargs=True),
             "post": lambda module, hook: module.register_forward_hook(hook, with_kwargs=True, always_call=True),
@@ -168,27 +158,25 @@ class Session:
                 hook, with_kwargs=True, always_call=True, prepend=True
             ),
         }
-        try:
-            for hook in self._planned or ():
-                if isinstance(hook, Swap):
-                    self._swapped.append((hook, getattr(hook.module, hook.name)))
-                    setattr(hook.module, hook.name, hook.value)
-                    continue
-                ours = _Hook(self, self._guarded(hook.function))
-                ours.handle = register[hook.kind](hook.module, ours)
-                self._handles.append(ours.handle)
-        except BaseException:
-            self.remove()
-            raise
-        finally:
-            self._planned = None
+        for hook in hooks:
+            before = hook.kind == "pre"
+            ours = InstalledHook(self, self._guarded(hook.function, entering=before), self._copied, entering=before)
+            ours.handle = register[hook.kind](hook.module, ours)
+            self._handles.append(ours.handle)
 
-    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _guarded(self, function: Callable[..., Any], *, entering: bool) -> Callable[..., Any]:
         """`function` outside of any compiled graph, and idle once the hooks are out: a graph compiled before has
-        them."""
+        them. Where it is called `entering` a module, that may be in a trace of torch.fx."""
+        called, n_args = type(self.model).__name__, 3 if entering else 4
 
         def call(*args: Any) -> Any:
-            return function(*args) if self._handles and id(self) not in _SUSPENDED.get() else None
+            if not self._handles or id(self) in _SUSPENDED.get():
+                return None
+            if len(args) != n_args:
+                raise moved(args[0], called)
+            if entering:
+                refuse_proxies(args[1], args[2], called)
+            return function(*args)
 
         guarded: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         return guarded
@@ -226,8 +214,20 @@ class Session:
             _SUSPENDED.reset(token)
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Run without new pruning, in this thread, until the block is left. Caches that are pruned already go on."""
+    def pause(self, *, all_threads: bool = False) -> Iterator[None]:
+        """Run without new pruning until the block is left. Caches that are pruned already go on.
+
+        Args:
+            all_threads: also in other threads, such as one that runs ``generate`` while this one reads a
+                ``TextIteratorStreamer``. By default in this thread alone, so that others go on pruning.
+        """
+        if all_threads:
+            self._pauses.append(None)
+            try:
+                yield
+            finally:
+                self._pauses.pop()
+            return
         token = _PAUSED.set(_PAUSED.get() | {id(self)})
         try:
             yield
@@ -287,16 +287,24 @@ def _registries(module: nn.Module) -> tuple[tuple[dict[int, Any], ...], ...]:
 
 
 def forget_copied_hooks(module: nn.Module) -> None:
-    """Take out what hooks became when a patched model was copied."""
+    """Take out what hooks became when a patched model was copied, and those that other code has moved to `module`."""
     for hooks, *flags in _registries(module):
-        for key in [key for key, hook in hooks.items() if hook is _inert]:
+        for key in [key for key, hook in hooks.items() if _is_idle(hook)]:
             for registry in (hooks, *flags):
                 registry.pop(key, None)
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether it is one of ours that does nothing any more."""
+    if isinstance(hook, InstalledHook):
+        return (session := hook.session()) is None or not session.installed
+    return isinstance(hook, CopiedHook)
 
 
 def session_of(module: nn.Module) -> Session | None:
     """The session whose hooks sit on `module`, None where there is none."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _Hook):
-            return hook.session()
+        if isinstance(hook, InstalledHook):
+            session: Session | None = hook.session()
+            return session
     return None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
+from tokenprune.models.base import Hook
 from tokenprune.models.decoder import DecoderAdapter
 from tokenprune.models.half_block import still
 from tokenprune.reduction import Keep, Merge
@@ -63,6 +64,9 @@ class _Probe:
     def remark(self, sentence: str) -> None:
         return None
 
+    def add(self, hooks: list[Hook]) -> None:
+        return None
+
     def publish_traffic(self, traffic: Traffic) -> None:
         return None
 
@@ -105,9 +109,8 @@ def _self_check(adapter: DecoderAdapter) -> None:
     decoder, facts = adapter.decoder, adapter.facts
     weight = next(decoder.parameters())
     length, pad, n_rows = 14, 3, 2
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(n_rows, length + 1, facts.width, generator=generator).to(weight.device, weight.dtype)
-    ids = torch.zeros(n_rows, length, dtype=torch.int64)
+    embeds = _random(n_rows, length + 1, facts.width).to(weight.device, weight.dtype)
+    ids = torch.zeros(n_rows, length, dtype=torch.int64, device="cpu")
     ids[:, 5:11] = placeholder_id(adapter.root, adapter.row.ids[0]) or 0
     padding = torch.ones(n_rows, length + 1, dtype=torch.int64, device=weight.device)
     padding[1, :pad] = 0
@@ -145,6 +148,12 @@ def _self_check(adapter: DecoderAdapter) -> None:
     compare("decoding step", step[:, 0], dense[:, -1])
 
 
+def _random(*shape: int) -> Tensor:
+    """The same random numbers every time, fp32 on the CPU."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def compare(what: str, found: Tensor, wanted: Tensor) -> None:
     """Check that two tensors agree as far as their dtype allows.
 
@@ -175,7 +184,7 @@ def check_method(method: Method, *, features: Tensor | None = None) -> None:
     if not method.sites():
         raise InputError(f"{type(method).__name__} has no function named after a site ({', '.join(SITES)}) to check")
     if features is None:
-        features = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
+        features = _random(3, 24, 16)
     for site, budget, call in _calls(method, features):
         _check_site(site, budget, call, n_rows=len(features), n_tokens=features.shape[1])
 
@@ -183,7 +192,7 @@ def check_method(method: Method, *, features: Tensor | None = None) -> None:
 def _calls(method: Any, features: Tensor) -> Iterator[tuple[str, Budget, Callable[[list[int]], Keep | Merge]]]:
     """Each site at which a method takes part, what is due there, and the call that has it answer for some rows."""
     n_tokens, sites = features.shape[1], method.sites()
-    scores, protected = features[..., 0].float(), torch.zeros(n_tokens, dtype=torch.bool)
+    scores, protected = features[..., 0].float(), torch.zeros(n_tokens, dtype=torch.bool, device="cpu")
 
     def before(due: Budget, rows: list[int]) -> Keep | Merge:
         return cast(Keep | Merge, method.before_llm(Signals(features[rows], None, tuple(rows)), due))
