@@ -26,7 +26,7 @@ STACKED = (
     "video_llava",
     "vipllava",
 )
-IMAGE, PAD, DIM = 100, 0, 32
+IMAGE, PAD, DIM, CLOSING = 100, 0, 32, 99
 
 # A row is a sequence of text lengths (int) and images (h, w), as they stand in the prompt.
 Row = tuple[int | tuple[int, int], ...]
@@ -84,7 +84,10 @@ def _row_ids(family: str, row: Row, seed: int) -> Tensor:
             parts.append(torch.randint(5, 95, (part,), generator=generator))
         else:
             parts.append(torch.full((part[0] * part[1],), IMAGE))
-    return torch.cat(parts)
+    ids = torch.cat(parts)
+    if family == "aya_vision":  # whose processor closes every image with a token of its own
+        ids[1:][(ids[:-1] == IMAGE) & (ids[1:] != IMAGE)] = CLOSING
+    return ids
 
 
 def _encoded(family: str, images: list[Tensor], seeds: list[int]) -> Any:

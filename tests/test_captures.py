@@ -54,11 +54,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def call_by_proxy(model: nn.Module, x: Tensor) -> Any:
+    graph = torch.fx.Graph()
+    return model(torch.fx.Proxy(graph.placeholder("x"), torch.fx.proxy.GraphAppendingTracer(graph)))
+
+
 # What somebody calls, and what the sentence says of it.
 WAYS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Any]]] = {
     "symbolic_trace": ("torch.fx.symbolic_trace", lambda model, x: torch.fx.symbolic_trace(model)),
     "torchvision": ("torch.fx.symbolic_trace", lambda model, x: create_feature_extractor(model, ["blocks.3"])),
     "timm": ("torch.fx.symbolic_trace", lambda model, x: timm_extractor(model, ["blocks.3"])),
+    "proxy": ("torch.fx.symbolic_trace", call_by_proxy),
     "script": ("torch.jit.script", lambda model, x: torch.jit.script(model)),
     "trace": ("torch.jit.trace", lambda model, x: torch.jit.trace(model, x, strict=False)),
     "onnx": ("torch.onnx.export", lambda model, x: torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)),

@@ -22,6 +22,9 @@ from tokenprune.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from tokenprune.session import Session
 
+_MODULE_CALL = nn.Module.__call__
+_tracing, _exporting = torch._C._get_tracing_state, torch.compiler.is_exporting
+_modes = torch._C._len_torch_function_stack
 _NUMBERS = itertools.count()
 _TOLD: set[str] = set()  # names of the copies that have said that they are copies
 
@@ -39,7 +42,6 @@ def _refused(way: str, called: str) -> str:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def refuse_graph(called: str) -> None:
     """Raise where this thread records into a graph what it runs; cheap, since every hook asks.
 
@@ -49,11 +51,11 @@ def refuse_graph(called: str) -> None:
     Raises:
         UnsupportedModelError: it does.
     """
-    if torch._C._get_tracing_state():
+    if _tracing():
         way = "torch.onnx.export" if torch.onnx.is_in_onnx_export() else "torch.jit.trace"
-    elif torch.compiler.is_exporting() and TracingContext.try_get() is not None:  # the flag is that of all threads
+    elif _exporting() and TracingContext.try_get() is not None:  # the flag is that of all threads
         way = "torch.export"
-    elif torch._C._len_torch_function_stack() and get_proxy_mode() is not None:
+    elif _modes() and get_proxy_mode() is not None:
         way = "make_fx"
     else:
         return
@@ -71,6 +73,8 @@ def refuse_proxies(args: tuple[Any, ...], kwargs: dict[str, Any], called: str) -
     Raises:
         UnsupportedModelError: it is.
     """
+    if nn.Module.__call__ is _MODULE_CALL and not (args and isinstance(args[0], Proxy)):
+        return  # a tracer wraps the call of every module as long as it runs
     for values in (args, kwargs.values()):
         for value in values:
             if isinstance(value, Proxy):
@@ -91,7 +95,6 @@ def moved(module: nn.Module, called: str) -> UnsupportedModelError:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tell(name: str, called: str) -> None:
     """Warn, once for each copy."""
     if name not in _TOLD:
@@ -114,6 +117,8 @@ class CopiedHook:
     def __init__(self, called: str) -> None:
         self.called = called
         self.name = f"copy {next(_NUMBERS)}"  # no number: Dynamo would make it a variable
+        for function in (refuse_graph, _tell):  # not where they are defined, for it imports Dynamo
+            torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         _tell(self.name, self.called)
