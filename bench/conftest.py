@@ -15,7 +15,7 @@ Record = Callable[..., None]
 
 # Benchmarks share helpers among them, and with the tests `upstream`: the names of what transformers renames.
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 
 def _cpu_model() -> str:

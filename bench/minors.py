@@ -37,31 +37,31 @@ PASSED, FAILED, MISSING = "passed", "FAILED", "not installed"
 # Files under tests/, and which of their tests; none named: all. None of those for transformers gives features computed
 # beforehand: 5.17 takes none, and some families of 5.18 not in the form of later ones.
 DECODERS: dict[str, tuple[str, ...]] = {
-    "test_pixels": (),
-    "test_minors": (),
-    "test_spatten": ("test_text_leaves_prompt_and_cache_as_the_simulation_says",),
-    "test_vit": ("test_tome_is_the_paper_written_out",),
-    "test_vit_inside": (
+    "decoder/test_pixels": (),
+    "upstream/test_minors": (),
+    "decode/test_spatten": ("test_text_leaves_prompt_and_cache_as_the_simulation_says",),
+    "encoder/test_vit": ("test_tome_is_the_paper_written_out",),
+    "encoder/test_vit_inside": (
         "test_it_composes_with_what_prunes_before_and_inside_the_decoder",
         "test_nothing_merged_is_bit_identical",
     ),
 }
 ENCODERS: dict[str, tuple[str, ...]] = {
-    "test_vit": (
+    "encoder/test_vit": (
         "test_tome_is_the_paper_written_out",
         "test_features_and_intermediates_keep_their_shape_and_agree_with_the_forward",
         "test_unpatching_leaves_the_encoder_as_it_was",
     ),
-    "test_vit_spatten": ("test_the_cascade_is_a_dense_run_that_hides_what_left",),
-    "test_vit_heads": ("test_one_row_projects_kept_heads_only_and_is_a_dense_run_with_zeros",),
+    "encoder/test_vit_spatten": ("test_the_cascade_is_a_dense_run_that_hides_what_left",),
+    "encoder/test_vit_heads": ("test_one_row_projects_kept_heads_only_and_is_a_dense_run_with_zeros",),
 }
 ARITHMETIC: dict[str, tuple[str, ...]] = {
-    "test_oracle": ("test_pruned_generation_equals_a_dense_run_on_the_kept_tokens",),
-    "test_vit": ("test_tome_is_the_paper_written_out",),
-    "test_ops_top_k": (),
-    "test_ops_max_min": ("test_torch_follows_the_naive_loop", "test_triton_follows_torch"),
-    "test_ops_merging": ("test_matching_follows_the_naive_loop", "test_merging_follows_the_naive_loop"),
-    "test_ops_decode": ("test_torch_follows_the_naive_loop",),
+    "decoder/test_oracle": ("test_pruned_generation_equals_a_dense_run_on_the_kept_tokens",),
+    "encoder/test_vit": ("test_tome_is_the_paper_written_out",),
+    "ops/test_ops_top_k": (),
+    "ops/test_ops_max_min": ("test_torch_follows_the_naive_loop", "test_triton_follows_torch"),
+    "ops/test_ops_merging": ("test_matching_follows_the_naive_loop", "test_merging_follows_the_naive_loop"),
+    "ops/test_ops_decode": ("test_torch_follows_the_naive_loop",),
 }
 
 

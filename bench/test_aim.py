@@ -29,8 +29,8 @@ from torch import nn
 from upstream import cache_of
 
 import tokenprune
-from tokenprune.flops import decoder_flops_g
-from tokenprune.measure import Timing, alternate, flops_g, kv_mib
+from tokenprune.report.flops import decoder_flops_g
+from tokenprune.report.measure import Timing, alternate, flops_g, kv_mib
 from tokenprune.schedule import share
 
 N_LAYERS = SHAPE["num_hidden_layers"] if CUDA else 24

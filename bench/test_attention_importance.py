@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenprune.measure import MIB, alternate, peak_mib
 from tokenprune.ops import attention_importance
+from tokenprune.report.measure import MIB, alternate, peak_mib
 
 HEADS = 32
 REDUCTIONS = ("last_query", "column_sum", "pagerank")

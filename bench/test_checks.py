@@ -13,9 +13,9 @@ from test_prefill import DEVICE, make_model, make_prompt, prefill, summary
 from upstream import cache_of, with_cache
 
 import tokenprune
-from tokenprune.measure import alternate
-from tokenprune.models.cache import ledger_of
-from tokenprune.models.ends import check_call
+from tokenprune.decoder.call import check_call
+from tokenprune.decoder.pruned_cache import ledger_of
+from tokenprune.report.measure import alternate
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 

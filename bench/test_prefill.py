@@ -27,9 +27,9 @@ from transformers import AutoModelForImageTextToText, DynamicCache, LlavaConfig
 from upstream import cache_of, encoder_output, with_cache, with_features
 
 import tokenprune
-from tokenprune.measure import Timing, alternate
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep
+from tokenprune.report.measure import Timing, alternate
 from tokenprune.signals import Budget, Signals
 
 CUDA = torch.cuda.is_available()

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from upstream import FEATURES, encoder_output, with_features
 
 import tokenprune
-from tokenprune.generation import GREEDY
-from tokenprune.measure import Timing, alternate, synchronise
+from tokenprune.report.generation import GREEDY
+from tokenprune.report.measure import Timing, alternate, synchronise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokenprune
-from tokenprune.generation import inspect_generation, time_generation
-from tokenprune.measure import Timing, rounds
+from tokenprune.report.generation import inspect_generation, time_generation
+from tokenprune.report.measure import Timing, rounds
 
 NEW_TOKENS, REPEATS = 17, 5
 # What is asked of SpAtten, and what decoding may at most take of the unpruned time, where something was promised.

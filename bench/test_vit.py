@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import ops
-from tokenprune.measure import Timing, alternate, flops_g
+from tokenprune.report.measure import Timing, alternate, flops_g
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

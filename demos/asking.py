@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune
-from tokenprune import loading
-from tokenprune.loading import one_line
+from tokenprune.report import loading
+from tokenprune.report.loading import one_line
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
 
@@ -32,7 +32,7 @@ class Loaded(loading.Loaded):
 
 
 def load(name: str, *, device: str, dtype: str) -> Loaded:
-    """Load a model and its processor from a folder or the hub; see :func:`tokenprune.loading.load_model`."""
+    """Load a model and its processor from a folder or the hub; see :func:`tokenprune.report.loading.load_model`."""
     found = loading.load_model(name, device=device, dtype=dtype)
     return Loaded(found.name, found.model, found.processor)
 

@@ -27,9 +27,9 @@ from pictures import DemoError, seen_by
 from PIL import Image
 
 import tokenprune
-from tokenprune.loading import n_visual
-from tokenprune.specs import split_methods
-from tokenprune.sweep import RESIZE, Candidate, Row, candidates, check_methods, compare
+from tokenprune.parsing import split_methods
+from tokenprune.report.compare import RESIZE, Candidate, Row, candidates, check_methods, compare
+from tokenprune.report.loading import n_visual
 
 LAST = ("random", "uniform", RESIZE)
 

@@ -11,7 +11,7 @@ from asking import EMBEDDED
 from pictures import DemoError
 
 import tokenprune
-from tokenprune.specs import methods_with
+from tokenprune.parsing import methods_with
 
 AMOUNTS = ("keep", "merge", "prune", "r", "radius", "layer", "tokens", "heads")  # options that are always told
 

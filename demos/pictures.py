@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenprune.loading import one_line as one_line
-from tokenprune.loading import read_image as read_image
+from tokenprune.report.loading import one_line as one_line
+from tokenprune.report.loading import read_image as read_image
 
 
 class DemoError(Exception):

@@ -1,6 +1,10 @@
-"""Test modules import their neighbours (families, oracle) by name."""
+"""Test modules import by name what lies in ``helpers``, and each other. So do the processes that they start."""
 
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+ROOMS = [str(room) for room in sorted(Path(__file__).parent.iterdir()) if room.is_dir() and room.name[0] not in "_."]
+
+sys.path[:0] = ROOMS
+os.environ["PYTHONPATH"] = os.pathsep.join([*ROOMS, *filter(None, [os.environ.get("PYTHONPATH")])])

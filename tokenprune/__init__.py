@@ -1,6 +1,7 @@
 """tokenprune: one line makes a vision-language model faster and smaller at inference by pruning its visual tokens."""
 
 from tokenprune.api import list_families, list_methods, patch, unpatch
+from tokenprune.decoder.visual_mask import visual_tokens
 from tokenprune.errors import (
     BackendError,
     InputError,
@@ -10,8 +11,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.methods import AIM, DivPrune, FastV, Method, PyramidDrop, Random, SpAtten, ToMe, Uniform
-from tokenprune.models.told import visual_tokens
-from tokenprune.report import Report
+from tokenprune.report.report import Report
 from tokenprune.session import Session
 from tokenprune.signals import Trace
 

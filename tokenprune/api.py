@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.decoder.adapter import DecoderAdapter
+from tokenprune.encoder.adapter import EncoderAdapter
+from tokenprune.encoder.find import find_encoder
+from tokenprune.encoder.reducers import SITE as INSIDE_ENCODER
+from tokenprune.encoder.tower import MultimodalAdapter
+from tokenprune.engine import Adapter
 from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, UnsupportedModelError
 from tokenprune.methods import METHODS, Method
 from tokenprune.methods.base import options_of
-from tokenprune.models.base import Adapter
-from tokenprune.models.block_reducers import SITE as INSIDE_ENCODER
-from tokenprune.models.decoder import DecoderAdapter
-from tokenprune.models.encoder import EncoderAdapter
-from tokenprune.models.multimodal import MultimodalAdapter
-from tokenprune.models.towers import find_encoder
 from tokenprune.session import Session, forget_copied_hooks, session_of
 from tokenprune.upstream.attention import tensor_parallel
 from tokenprune.upstream.calls import text_decoder
@@ -74,7 +74,7 @@ def _meant(name: str) -> str:
     """What whoever asked for a method of this name may have meant."""
     if ":" in name:
         return (
-            "; what command lines take is read by parse_methods of tokenprune.specs: "
+            "; what command lines take is read by parse_methods of tokenprune.parsing: "
             f"patch(model, list(parse_methods({name!r})))"
         )
     if "+" in name:

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from tokenprune import __version__, api, figures, loading
+from tokenprune import __version__, api
 from tokenprune.errors import OptionError, TokenPruneError
 from tokenprune.methods import METHODS
 from tokenprune.methods.base import options_of
-from tokenprune.specs import methods_with, split_methods
+from tokenprune.parsing import methods_with, split_methods
+from tokenprune.report import loading, plots
 from tokenprune.upstream.families import FAMILIES, REFUSED
 from tokenprune.upstream.loading import quieten
 
@@ -129,7 +130,7 @@ def _load(options: argparse.Namespace, questions: Sequence[str]) -> tuple[loadin
     if empty := [question for question in questions if not question.strip()]:
         raise OptionError(f"a question must not be empty, got {empty[0]!r}")
     if options.plot:
-        figures.check_target(options.plot)
+        plots.check_target(options.plot)
     image = loading.read_image(options.image)
     loaded = loading.load_model(options.model, device=options.device, dtype=options.dtype)
     asked = []
@@ -153,7 +154,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from tokenprune.sweep import check_methods, compare
+    from tokenprune.report.compare import check_methods, compare
 
     methods = split_methods(options.methods)
     check_methods(methods, options.keep)

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.engine import Adapter, Hook, LayerReducer, Reducer, Swap
 from tokenprune.hooks import CopiedHook, InstalledHook, moved, refuse_proxies
 from tokenprune.methods.base import Method
-from tokenprune.models.base import Adapter, Hook, LayerReducer, Reducer, Swap
-from tokenprune.reducers import CheckedLayerReducer, CheckedReducer
 from tokenprune.signals import Trace, Traffic
+from tokenprune.validate import CheckedLayerReducer, CheckedReducer
 
 if TYPE_CHECKING:
-    from tokenprune.report import Report
+    from tokenprune.report.report import Report
 
 _PAUSED: ContextVar[frozenset[int]] = ContextVar("tokenprune_paused", default=frozenset())
 _SUSPENDED: ContextVar[frozenset[int]] = ContextVar("tokenprune_suspended", default=frozenset())
@@ -248,7 +248,7 @@ class Session:
         Raises:
             OptionError: an argument is out of range or `inputs` holds no tensor.
         """
-        from tokenprune import report
+        from tokenprune.report import report
 
         return report.build(self, inputs, max_new_tokens=max_new_tokens, repeats=repeats)
 

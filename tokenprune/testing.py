@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tokenprune.decoder.adapter import DecoderAdapter
+from tokenprune.encoder.block_split import still
+from tokenprune.engine import Hook
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
-from tokenprune.models.base import Hook
-from tokenprune.models.decoder import DecoderAdapter
-from tokenprune.models.half_block import still
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import share
 from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic

@@ -19,8 +19,8 @@ from scoring import SCORES
 from torch import Tensor
 
 from tokenprune.errors import InputError
-from tokenprune.loading import Loaded, decode, one_line
-from tokenprune.resizing import interpolating, resized_inputs
+from tokenprune.report.loading import Loaded, decode, one_line
+from tokenprune.report.resizing import interpolating, resized_inputs
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 

@@ -43,8 +43,8 @@ from provenance import provenance
 from scoring import SCORES
 
 import tokenprune
-from tokenprune.loading import Loaded, load_model, n_visual
-from tokenprune.specs import parse_methods, split_methods
+from tokenprune.parsing import parse_methods, split_methods
+from tokenprune.report.loading import Loaded, load_model, n_visual
 
 log = logging.getLogger("evaluate")
 BASELINES = ("random", "uniform", "resize")

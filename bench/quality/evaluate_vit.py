@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from vit import SCENES, load, normalise
 
 import tokenprune
-from tokenprune.measure import flops_g
 from tokenprune.reduction import Keep
+from tokenprune.report.measure import flops_g
 
 log = logging.getLogger("evaluate_vit")
 BATCH = 250

@@ -28,7 +28,7 @@ from data import Sample, by_image, make_dataset
 from PIL import Image
 
 from tokenprune.errors import InputError
-from tokenprune.loading import read_image
+from tokenprune.report.loading import read_image
 
 log = logging.getLogger("jsonl")
 MOST_BYTES = 1 << 20  # of one line

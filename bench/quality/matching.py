@@ -3,7 +3,8 @@
 Before the decoder, `keep` says it all. A method that drops tokens inside it has options of its own, and comparing it at
 the same `keep` would compare runs of different cost. So each is set to the dearest options whose decoder costs no more
 than a decoder that gets `keep` of the visual tokens from the start. Costs are of runs: the lengths that the layers see
-(`tokenprune.generation`), in a formula for linear maps and attention; selection is not in it, the rows say it apart.
+(`tokenprune.report.generation`), in a formula for linear maps and attention; selection is not in it, the rows say it
+apart.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 
 import tokenprune
-from tokenprune.generation import inspect_generation
+from tokenprune.parsing import parse_methods
+from tokenprune.report.generation import inspect_generation
 from tokenprune.schedule import count
-from tokenprune.specs import parse_methods
 
 Methods = tuple[tokenprune.Method, ...]
 SLACK = 1.02  # what a match may cost more than it should

@@ -1,0 +1,192 @@
+"""Pruning between decoder layers: before a layer runs, tokens that the one before it has made superfluous leave.
+
+Hidden states, position embeddings, positions and masks of all later layers are shortened alike, so that their caches
+hold that much less.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.decode.eviction import pass_over
+from tokenprune.decoder.masks import layer_mask
+from tokenprune.decoder.state import Call, Forward, current
+from tokenprune.engine import Engine, LayerReducer
+from tokenprune.errors import InputError
+from tokenprune.reduction import Keep, gather, pack
+from tokenprune.signals import LayerSignals, Stage, Trace
+from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
+
+SITE = "llm_layer"
+_NONE = torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...]) -> Any:
+    """The hook that runs before `layer`: drops tokens where it is time to, and fits the layer's arguments."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = current(engine)
+        if state is None or state.call is None:
+            return None
+        if state.plan is not None and not state.plan.persistent and state.scoring and state.call.length == 1:
+            given = LayerCall.read(module, args, kwargs)
+            given.mask = _passing_mask(state, state.call, layer, given.hidden)
+            return given.arguments()
+        shortened = None
+        if cuts and state.visual:
+            shortened = _cut(state, state.call, layer, cuts, first_of_kwargs(args, kwargs))
+        segment = state.segment_of(layer)
+        if segment is state.segments[0]:
+            return None
+        given = LayerCall.read(module, args, kwargs)
+        if segment.local is not None:
+            first = state.segments[0].keep
+            given.shorten(segment.local, n_tokens=state.call.length if first is None else first.index.shape[1])
+        given.hidden = given.hidden if shortened is None else shortened.apply(given.hidden)
+        given.mask = segment.mask(state.call, layer=layer, like=given.hidden)
+        return given.arguments()
+
+    return enter
+
+
+def unpacking_hook(engine: Engine) -> Any:
+    """The hook of a layer with flash attention, which takes gaps in positions for several sequences packed into a row.
+
+    Positions are in the rotary embeddings by then, so the layer goes without.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = current(engine)
+        if state is None or state.call is None:
+            return None
+        given = LayerCall.read(module, args, kwargs)
+        given.positions = None
+        return given.arguments()
+
+    return enter
+
+
+def restoring_hook(engine: Engine) -> Any:
+    """The hook after the last layer of a decoder that counts on its unpruned length right there."""
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = current(engine)
+        keep = None if state is None or state.call is None else state.segments[-1].keep
+        if keep is None or state is None or state.call is None or output is None:
+            return None
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = keep.restore(hidden, length=state.call.length)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    return leave
+
+
+def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any:
+    """The mask of a decoding step in which `layer` passes over some of the cache."""
+    seen = pass_over(state, call, layer=layer)
+    layout = state.segment_of(layer).layout(call)
+    columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
+    layout = replace(layout, columns=columns, has_fillers=True)
+    return layer_mask(call.hiding, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
+
+
+def _cut(
+    state: Forward, call: Call, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...], hidden: Tensor
+) -> Keep | None:
+    """Drop visual tokens before `layer`: what goes on of the tokens of `hidden`, None for all. Appends traces."""
+    started = time.perf_counter()
+    old, before = state.segment_of(layer), state.visual
+    index = (call.all_rows if old.keep is None else old.keep.index).cpu()
+    for reducer, stage in cuts:
+        state.visual, trace = _choose(state, call, reducer, stage)
+        state.traces.append(trace)
+    dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool, device="cpu")
+    for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
+        dropped[row, seen] = True
+        dropped[row, kept] = False
+    local = None
+    if bool(dropped.any()) or state.owner.forced:
+        real = ~gather(dropped, index)
+        if old.keep is not None and old.keep.valid is not None:
+            real &= old.keep.valid.cpu()
+        if call.padding is not None and bool(dropped.any()):
+            real &= gather(call.padding, index)
+        local = _pack(real, hidden.device, left=call.recurrent)
+        _insert(state, call, layer, local)
+    spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
+    state.probe_ms = 0.0
+    state.traces[-1] = replace(state.traces[-1], overhead_ms=spent)
+    return local
+
+
+def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
+    """Let one method choose among the visual tokens of every row; rows with equally many go to it together.
+
+    Args:
+        state: the forward.
+        call: how the decoder was called.
+        reducer: the method.
+        stage: what it does here.
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    before, kept = state.visual, list(state.visual)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, visual in enumerate(before):
+        n_keep = min(reducer.count(stage, state.entered[row]), len(visual))
+        groups.setdefault((len(visual), n_keep), []).append(row)
+    for (n_tokens, n_keep), rows in groups.items():
+        if n_keep == n_tokens:
+            continue
+        if n_keep == 0:
+            kept = [_NONE if row in rows else visual for row, visual in enumerate(kept)]
+            continue
+        visual = torch.stack([before[row] for row in rows])
+        scores = torch.zeros_like(visual, dtype=torch.float32)  # of a method that asks for none
+        if reducer.probe is not None:
+            found = state.scores[reducer.probe]
+            at = torch.tensor(rows, dtype=torch.int64, device=found.device)[:, None]
+            scores = found[at, call.past + visual.to(found.device)]
+            if not bool(scores.isfinite().all()):
+                raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
+        chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)
+        for row, tokens, places in zip(rows, visual, chosen, strict=True):
+            kept[row] = tokens[places]
+    trace = Trace(
+        SITE,
+        stage.layer,
+        reducer.name,
+        n_in=tuple(map(len, before)),
+        n_out=tuple(map(len, kept)),
+        kept_indices=tuple(kept),
+        visual_indices=before,
+    )
+    return tuple(kept), trace
+
+
+def _pack(real: Tensor, device: torch.device, *, left: bool) -> Keep:
+    """What goes on of `real` `[B, M]` bool, short rows filled up, at the `left` if need be."""
+    rows = [row.nonzero()[:, 0] for row in real]
+    keep = pack(rows, length=real.shape[1], left=left)
+    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
+    valid = None if full or keep.valid is None else keep.valid.to(device)
+    return Keep(keep.index.to(device), valid)
+
+
+def _insert(state: Forward, call: Call, layer: int, local: Keep) -> None:
+    """From `layer` on the segments see what `local` leaves of the tokens that they saw so far."""
+    old = state.segment_of(layer)
+    if old.first < layer:
+        place = state.segments.index(old) + 1
+        state.segments.insert(place, replace(old, first=layer))
+    for segment in state.segments:
+        if segment.first >= layer:
+            whole = Keep(call.all_rows) if segment.keep is None else segment.keep
+            segment.keep = whole.then(local)
+            segment.local = local.index if segment.local is None else gather(segment.local, local.index)
+            segment.bias = None if segment.bias is None else gather(segment.bias, local.index)
+            segment.layer_masks, segment.known_layout = {}, None

@@ -1,0 +1,1 @@
+"""Pruning inside the blocks of a vision encoder."""

@@ -1,0 +1,120 @@
+"""Running a block's own forward with all tokens up to its MLP and with fewer from there on.
+
+The residual stream between the two branches is local to the forward, and no hook is asked for another one. But the norm
+that the MLP branch begins with is handed the very tensor that the MLP's output is added to later, and that tensor can
+be made another one on the spot. This is exact for blocks of the form `x + attention(norm(x))`, then `x + mlp(norm(x))`,
+whatever scales, norms and gates the branches hold, and for no others: whether a block is of this form is found out by
+running it (:func:`has_halves`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine import Hook
+from tokenprune.upstream.tower import Keys
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def reading(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
+    """A hook that hands a block's keys (or queries) to `found` where they are wanted."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if wanted():
+            found(keys.read(first_argument(args, kwargs)))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if output is not None and wanted():
+            found(keys.read(output))
+
+    return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
+
+
+def become(x: Tensor, other: Tensor) -> None:
+    """Make the tensor `x` what `other` is (values, shape, history) for everyone who holds it. No memory is written."""
+    if x.requires_grad or other.requires_grad:
+        torch.utils.swap_tensors(x, other)  # type: ignore[no-untyped-call]
+    else:
+        x.set_(other)  # type: ignore[call-overload]
+
+
+@contextmanager
+def still(block: nn.Module) -> Iterator[None]:
+    """Within the block of code `block` is in evaluation mode, so that it computes the same twice."""
+    training = [module for module in block.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def hooked(hooks: list[Hook]) -> Iterator[None]:
+    """Within the block of code `hooks` are in place."""
+    handles = []
+    try:
+        for hook in hooks:
+            if hook.kind == "pre":
+                handles.append(hook.module.register_forward_pre_hook(hook.function, with_kwargs=True))
+            else:
+                first = hook.kind == "first"
+                handles.append(hook.module.register_forward_hook(hook.function, with_kwargs=True, prepend=first))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a block gives the same for the other tokens when the last one leaves between its attention and its MLP.
+
+    Args:
+        block: the block; nothing is left on it.
+        norm: the norm that its MLP branch begins with.
+        mlp: its MLP.
+        x: hidden states to try it on, `[B, N, D]`.
+        kwargs: what else its forward takes.
+    """
+    n_left, entered = x.shape[1] - 1, list[int]()
+
+    def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = first_argument(args, kwargs)
+        if given is not x:  # else its branches stand side by side
+            become(given, given[:, :n_left].clone())
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(first_argument(args, kwargs).shape[1])
+
+    with still(block):
+        wanted = first_of(block.forward(x, **kwargs))[:, :n_left]
+        try:
+            with hooked([Hook(norm, "pre", shorten), Hook(mlp, "pre", count)]):
+                found = first_of(block.forward(x, **kwargs))
+        except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token less is not ours
+            return False
+    return entered == [n_left] and agree(found, wanted)
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors are the same but for the order of sums in the dtype of `found`."""
+    close = 1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2
+    if found.shape != wanted.shape:
+        return False
+    return float((found - wanted).abs().max()) <= close * max(1e-6, float(wanted.abs().max()))

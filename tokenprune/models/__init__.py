@@ -1,1 +1,0 @@
-"""Families of models: where their tokens are and how they are taken out."""

@@ -1,0 +1,1 @@
+"""What was pruned and what it saved: measured, counted, compared, drawn."""

@@ -1,0 +1,225 @@
+"""Several methods at several `keep` on the same questions: agreement with the dense model, latency and memory.
+
+All candidates, the dense model among them, run in turn: a machine that slows down does so for all of them.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.api import patch
+from tokenprune.errors import OptionError, TokenPruneError, UnsupportedModelError
+from tokenprune.methods.base import Method
+from tokenprune.parsing import parse_methods, takes
+from tokenprune.report.costs import drift
+from tokenprune.report.generation import Generation, Inspection, inspect_generation, time_generation
+from tokenprune.report.loading import Loaded, decode, prepare
+from tokenprune.report.measure import Timing, rounds
+from tokenprune.report.method_table import Comparison, Row
+from tokenprune.report.progress import progress
+from tokenprune.report.resizing import interpolating, resized_inputs
+from tokenprune.schedule import check_keep
+from tokenprune.upstream.generating import end_ids
+from tokenprune.upstream.loading import prompt_counts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DENSE, RESIZE = "dense", "resize"
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared: methods in force, or none, on inputs for each question."""
+
+    name: str
+    keep: float | None
+    inputs: tuple[Inputs, ...] = field(compare=False)
+    methods: tuple[Method, ...] = ()
+
+
+def candidates(
+    loaded: Loaded, image: "Image.Image", questions: Sequence[str], methods: Sequence[str], keeps: Sequence[float]
+) -> tuple[list[Candidate], list[str]]:
+    """The dense model, then every method at every `keep`, or once where it sets itself how much is left; and notes on
+    those that this model cannot do.
+
+    Args:
+        loaded: the model; it is patched and unpatched for each method once, so that what it refuses is known at once.
+        image: what the questions are about.
+        questions: in plain words.
+        methods: as :func:`~tokenprune.parsing.parse_methods` reads them, or "resize".
+        keeps: as methods take them.
+
+    Raises:
+        TokenPruneError: a method does not exist, an option is out of range, or the model refuses every method.
+    """
+    check_methods(methods, keeps)
+    inputs = tuple(prepare(loaded, image, question) for question in questions)
+    found, notes = [Candidate(DENSE, 1.0, inputs)], list[str]()
+    refused: list[TokenPruneError] = []
+    for text in methods:
+        if text == RESIZE:
+            smaller, reasons = _resized(loaded, image, questions, keeps)
+            found, notes = found + smaller, notes + reasons
+            continue
+        for candidate in _built(text, keeps, inputs):
+            try:
+                patch(loaded.model, list(candidate.methods)).remove()
+            except (OptionError, UnsupportedModelError) as error:
+                refused.append(error)
+                notes.append(f"{text}: {error}")
+            else:
+                found += [candidate] * (candidate not in found)
+    if refused and len(found) == 1:  # what every method but resize runs into is no remark
+        raise refused[0]
+    own = dict.fromkeys(one.name for one in found if one.keep is None)
+    notes += [f"{name}: how much is left follows from its own options, so it stands once, at that cost" for name in own]
+    return found, list(dict.fromkeys(notes))
+
+
+def check_methods(methods: Sequence[str], keeps: Sequence[float]) -> None:
+    """Check that methods of these names can be built, without a model.
+
+    Raises:
+        OptionError: a `keep` or another option is out of range or unknown, or nothing is to be compared.
+        UnknownMethodError: a method does not exist.
+    """
+    if not methods or not keeps:
+        raise OptionError(f"at least one method and one keep are needed, got {list(methods)} and {list(keeps)}")
+    for keep in keeps:
+        check_keep(keep)
+    for text in methods:
+        if text != RESIZE:
+            _built(text, keeps, ())
+
+
+def _built(text: str, keeps: Sequence[float], inputs: tuple[Inputs, ...]) -> list[Candidate]:
+    """A candidate at each `keep`, or one alone where the text's own options say how much is left."""
+    if not takes(text, "keep"):
+        return [Candidate(text, None, inputs, parse_methods(text))]
+    return [Candidate(text, keep, inputs, parse_methods(text, keep=keep)) for keep in keeps]
+
+
+def _resized(
+    loaded: Loaded, image: "Image.Image", questions: Sequence[str], keeps: Sequence[float]
+) -> tuple[list[Candidate], list[str]]:
+    """The image made smaller, and why not."""
+    found, notes = [], []
+    for keep in keeps:
+        try:
+            smaller = tuple(resized_inputs(loaded, image, question, keep=keep) for question in questions)
+            found.append(Candidate(RESIZE, keep, smaller))
+        except OptionError as error:
+            notes.append(str(error))
+    return found, notes
+
+
+def compare(
+    loaded: Loaded,
+    image: "Image.Image",
+    questions: Sequence[str],
+    *,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    expected: Sequence[str] = (),
+    max_new_tokens: int = 16,
+    repeats: int = 3,
+) -> Comparison:
+    """Ask a model about an image with all visual tokens, and with each method at each `keep`.
+
+    Args:
+        loaded: the model and its processor.
+        image: what the questions are about.
+        questions: in plain words, at least one.
+        methods: names, with options as :func:`~tokenprune.parsing.parse_methods` reads them, or "resize": the image
+            itself made smaller.
+        keeps: as methods take them.
+        expected: right answers, one for each question, or none.
+        max_new_tokens: greedy tokens of each answer.
+        repeats: timed runs of each candidate, on the first question.
+
+    Raises:
+        TokenPruneError: an argument is out of range, a method does not exist, or the model refuses it.
+    """
+    if not questions or len(expected) not in (0, len(questions)):
+        raise OptionError(
+            f"at least one question is needed, and an expected answer for each of them or none; got {len(questions)} "
+            f"questions and {len(expected)} answers"
+        )
+    shown, notes = candidates(loaded, image, questions, methods, keeps)
+    seen: list[list[Inspection]] = []
+    for one in progress(shown, label="answers"):
+        with _in_force(loaded.model, one):
+            seen.append(
+                [inspect_generation(loaded.model, given, max_new_tokens=max_new_tokens) for given in one.inputs]
+            )
+    timed: list[list[Generation]] = [[] for _ in shown]
+    for name in progress(list(rounds([str(place) for place in range(len(shown))], repeats)), label="latency"):
+        one = shown[int(name)]
+        with _in_force(loaded.model, one):
+            timed[int(name)].append(time_generation(loaded.model, one.inputs[0], max_new_tokens=max_new_tokens))
+    said = dict.fromkeys(remark for runs in seen for run in runs for remark in run.remarks)
+    rows = [_row(loaded, *found, seen[0], expected) for found in zip(shown, seen, timed, strict=True)]
+    setting = {"max_new_tokens": max_new_tokens, "repeats": repeats}
+    return Comparison(loaded.label, tuple(questions), tuple(expected), tuple(rows), (*notes, *said), setting)
+
+
+def _in_force(model: Any, candidate: Candidate) -> AbstractContextManager[Any]:
+    """Within it the model runs as the candidate."""
+    if candidate.methods:
+        return patch(model, list(candidate.methods))
+    return interpolating(model) if candidate.name == RESIZE else nullcontext()
+
+
+def _row(
+    loaded: Loaded,
+    candidate: Candidate,
+    seen: Sequence[Inspection],
+    timed: Sequence[Generation],
+    dense: Sequence[Inspection],
+    expected: Sequence[str],
+) -> Row:
+    drifts = [drift(theirs, ours, eos=end_ids(loaded.model)) for theirs, ours in zip(dense, seen, strict=True)]
+    answers, wanted = (tuple(decode(loaded, one.new_ids[0]) for one in side) for side in (seen, dense))
+    length, visual = prompt_counts(loaded.model, candidate.inputs[0])
+    decoding = [run.decode_ms for run in timed if run.decode_ms is not None]
+    return Row(
+        method=candidate.name,
+        keep=candidate.keep,
+        visual_tokens=statistics.fmean(seen[0].layer_tokens) - (length - visual) if seen[0].layer_tokens else visual,
+        prefill_share=_prefill_share(seen[0], dense[0]),
+        agreement=statistics.fmean(one.equal_tokens[0] / one.compared_tokens[0] for one in drifts),
+        same_answers=statistics.fmean(map(str.__eq__, answers, wanted)),
+        accuracy=statistics.fmean(map(_same, answers, expected)) if expected else None,
+        first_token_kl=statistics.fmean(one.first_token_kl[0] for one in drifts),
+        first_token_latency_ms=_spread([run.first_token_ms for run in timed]),
+        decode_latency_ms=_spread(decoding) if decoding else None,
+        total_latency_ms=_spread([run.total_ms for run in timed]),
+        kv_mib=seen[0].kv_mib,
+        peak_mib=seen[0].peak_mib,
+        total_flops_g=sum(seen[0].flops_g.values()),
+        answers=answers,
+    )
+
+
+def _prefill_share(seen: Inspection, dense: Inspection) -> float | None:
+    """Arithmetic of the decoder over the prompt, choosing included, as a share of that of the dense model."""
+    spent, everything = (
+        sum(one.flops_g.get(stage, 0.0) for stage in ("selection", "prefill")) for one in (seen, dense)
+    )
+    return spent / everything if everything else None
+
+
+def _same(answer: str, expected: str) -> bool:
+    """Equal up to case, blanks and a full stop."""
+    one, other = (" ".join(text.casefold().split()).rstrip(".") for text in (answer, expected))
+    return one == other
+
+
+def _spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    timing = Timing(tuple(samples))
+    return timing.median, timing.quantile(0.2), timing.quantile(0.8)
