@@ -74,7 +74,7 @@ def summary() -> str:
         for row in rows_of(name, **wanted):
             value = row[ratio] if ratio.startswith("dense") else [1 / value for value in reversed(row[ratio])]
             cells.append([what.format(**row), times(value), held.format(**row)])
-    return table(["what", "dense / pruned", "of what can be had"], cells)
+    return table(["what", "dense / pruned", "of the ideal"], cells)
 
 
 def overall() -> str:

@@ -24,10 +24,10 @@ def check_keep(keep: object, *, name: str = "keep") -> None:
         )
 
 
-def share(keep: float, n_tokens: int, *, down: bool = False) -> int:
+def share(keep: float, n_tokens: int, *, round_down: bool = False) -> int:
     """How many of `n_tokens` tokens a share of them stands for: a fraction in [0, 1] or a count, at most all, rounded
     as in :func:`count` (or down), but 0 where it says so."""
-    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + (1e-6 if down else 0.5))
+    wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + (1e-6 if round_down else 0.5))
     return max(0, min(int(wanted), n_tokens))
 
 

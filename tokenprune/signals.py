@@ -52,12 +52,12 @@ class Stage:
         layer: index of the layer, from 0; later layers see what is left.
         keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens
             of a row.
-        down: whether a fraction of a token counts as none (else half a token counts as one).
+        round_down: whether a fraction of a token counts as none (else half a token counts as one).
     """
 
     layer: int
     keep: float | int
-    down: bool = False
+    round_down: bool = False
 
 
 @dataclass(frozen=True)

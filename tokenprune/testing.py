@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.decoder.adapter import DecoderAdapter
-from tokenprune.encoder.block_split import still
+from tokenprune.encoder.block_split import evaluating
 from tokenprune.engine import Hook
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
@@ -101,7 +101,7 @@ def self_check(adapter: DecoderAdapter) -> None:
     Raises:
         CheckError: what the pruned decoder computes differs from the dense computation.
     """
-    with still(adapter.decoder):
+    with evaluating(adapter.decoder):
         _self_check(adapter)
 
 
@@ -208,7 +208,7 @@ def _calls(method: Any, features: Tensor) -> Iterator[tuple[str, Budget, Callabl
         due = method.budget(n_tokens)
         yield "before_llm", due, partial(before, due)
     for stage in method.schedule(8) if "llm_layer" in sites else ():
-        n_keep = share(stage.keep, n_tokens, down=stage.down)
+        n_keep = share(stage.keep, n_tokens, round_down=stage.round_down)
         if 0 < n_keep < n_tokens:
             due = Budget(n_keep, n_keep)
             yield f"llm_layer after layer {stage.layer}", due, partial(after, stage.layer, due)

@@ -92,7 +92,7 @@ class CheckedLayerReducer:
         return self.method.cache_plan(n_layers)
 
     def count(self, stage: Stage, n_tokens: int) -> int:
-        return share(stage.keep, n_tokens, down=stage.down)
+        return share(stage.keep, n_tokens, round_down=stage.round_down)
 
     def __call__(self, signals: LayerSignals, *, n_keep: int) -> Tensor:
         """Positions that go on, `[R, n_keep]` int64.

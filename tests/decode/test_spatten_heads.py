@@ -165,7 +165,7 @@ def test_what_is_no_plain_linear_layer_is_left_whole_and_the_report_says_so():
     session = patched(made_whole(text_model("llama")))
     assert [type(one.q_proj) for one in attentions(session.model)] == [nn.Linear] * 4
     assert session.remarks == (
-        "Layers 1, 2, 3 project all heads, because o_proj is a WholeLinear; those that left are zeros.",
+        "Layers 1, 2, 3 project all heads, because o_proj is a WholeLinear; pruned ones are zeroed, not skipped.",
     )
     assert "because o_proj is a WholeLinear" in " ".join(str(session.report()).split())
     fused = patched(text_model("gpt2"))

@@ -416,13 +416,13 @@ def test_an_exception_leaves_nothing_behind(where, direct):
         with pytest.raises(Broken):
             call(x)
         state = run_state._CURRENT.get()
-        assert state is None or (state.direct and held(state.passage) <= 2)
+        assert state is None or (state.direct and held(state.run) <= 2)
         hook.remove()
         assert torch.equal(call(x), wanted)
     assert untouched()
 
 
-def held(run: run_state.Passage) -> int:
+def held(run: run_state.RunState) -> int:
     """Most axes of a tensor that a pass holds: hidden states, keys and queries have three or four."""
     return max((value.ndim for value in vars(run).values() if isinstance(value, torch.Tensor)), default=0)
 
@@ -434,7 +434,7 @@ def test_stopping_early_holds_no_states_and_ends_where_another_block_is_called()
         (found,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
         del found
         gc.collect()
-        assert held(run_state._CURRENT.get().passage) <= 2
+        assert held(run_state._CURRENT.get().run) <= 2
         assert model.blocks[3](x.new_ones(1, 17, 24)).shape == (1, 17, 24)
         assert untouched()
         model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)

@@ -326,8 +326,8 @@ def test_what_is_no_plain_linear_layer_is_left_whole_and_the_report_says_so(name
     session = tokenprune.patch(model, "spatten", tokens=1.0, heads=FRACTIONS)
     out = output_of(blocks_of(model)[0])
     assert session.remarks[1:] == (
-        f"Blocks 2 project all heads, because {out} is a WholeLinear; those that left are zeros.",
-        f"Blocks 3 project all heads, because {out} has hooks; those that left are zeros.",
+        f"Blocks 2 project all heads, because {out} is a WholeLinear; pruned ones are zeroed, not skipped.",
+        f"Blocks 3 project all heads, because {out} has hooks; pruned ones are zeroed, not skipped.",
     )
     seen.clear()
     found, shapes = weights_used(model, given)

@@ -63,7 +63,7 @@ def step(
 
 def _n_dense(call: Call, layer: int) -> Tensor:
     """Keys that `layer` of the unpruned model would see in a decoding step, `[B]`."""
-    mask, total = call.hiding, call.past + 1
+    mask, total = call.effective_mask, call.past + 1
     window = None if call.cache is None else window_of(layers_of(call.cache)[layer])
     if isinstance(mask, dict):
         mask = mask.get(call.facts.kind_of(layer), next(iter(mask.values())))

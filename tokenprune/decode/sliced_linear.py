@@ -123,7 +123,7 @@ class SlicedLinear(nn.Linear):
 
     def _replicate_for_data_parallel(self) -> Any:
         original: Any = self.original
-        return original._replicate_for_data_parallel()  # it projects all heads; those that left are zeros
+        return original._replicate_for_data_parallel()  # it projects all heads; pruned ones are zeroed, not skipped
 
 
 def _cut(

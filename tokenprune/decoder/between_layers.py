@@ -90,7 +90,7 @@ def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any
     layout = state.segment_of(layer).layout(call)
     columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
     layout = replace(layout, columns=columns, has_fillers=True)
-    return layer_mask(call.hiding, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
+    return layer_mask(call.effective_mask, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
 
 
 def _cut(

@@ -186,7 +186,7 @@ def _valid(call: Call, segment: Segment, n_new: int, n_keys: int, *, behind: boo
     """Which of the last `n_keys` keys are neither padding nor fill a row up nor, unless these count (`behind`), stand
     behind the prompt; `[B, n_keys]` bool, None where all are so."""
     whole = behind or not call.n_behind
-    if whole and call.flat and call.hiding is None and not segment.layout(call).has_fillers:
+    if whole and call.flat and call.effective_mask is None and not segment.layout(call).has_fillers:
         return None
     rows = call.all_rows if segment.keep is None else segment.keep.index
     device = rows.device

@@ -30,7 +30,7 @@ from tokenprune.upstream.prompts import Prompt
 
 
 @dataclass(frozen=True)
-class Inside:
+class DecoderPlan:
     """What the methods want inside a decoder.
 
     Attributes:
@@ -62,7 +62,7 @@ class Inside:
 
 def plan_inside(
     engine: Engine, root: nn.Module, decoder: nn.Module, facts: DecoderFacts, *, has_images: bool
-) -> Inside:
+) -> DecoderPlan:
     """Plan what `engine` does inside `decoder`; touches nothing.
 
     Raises:
@@ -72,11 +72,11 @@ def plan_inside(
     reducers = engine.layer_reducers()
     check_entrance(engine, facts)
     if not reducers and not facts.flash:
-        return Inside()
+        return DecoderPlan()
     modules = find_layers(decoder, facts)
     last: list[Hook | Swap] = [Hook(module, "pre", between.unpacking_hook(engine)) for module in modules if facts.flash]
     if not reducers:
-        return Inside(tuple(last))
+        return DecoderPlan(tuple(last))
     cuts = plan_cuts(reducers, len(modules))
     guard, plan = plan_text(reducers, facts, n_layers=len(modules), has_images=has_images)
     probes = plan_probes(cuts, modules, plan)
@@ -95,7 +95,7 @@ def plan_inside(
         hooks += plan_projections(engine, attention, modules)
         if attention.threshold is not None:
             check_planes(facts)
-    return Inside((*hooks, *last), probes, guard, plan, attention)
+    return DecoderPlan((*hooks, *last), probes, guard, plan, attention)
 
 
 def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module]) -> AttentionPlan | None:
@@ -155,7 +155,8 @@ def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Modul
             found += swapped
     for reason, layers in whole.items():
         engine.remark(
-            f"Layers {', '.join(map(str, layers))} project all heads, because {reason}; those that left are zeros."
+            f"Layers {', '.join(map(str, layers))} project all heads, because {reason}; pruned ones are zeroed, not "
+            "skipped."
         )
     return found
 

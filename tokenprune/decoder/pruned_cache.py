@@ -77,8 +77,8 @@ class Slots:
         if not bool(((removed == tail) | (removed < 0)).all()) or bool((left >= end - surplus).any()):
             raise InputError(
                 f"cropping the cache to {n_slots} slots would cut into pruned tokens; only what follows them can be "
-                "cropped: the text after images or, where text is pruned too, the last keep_recent tokens, more than "
-                "which no call may have drafted"
+                "cropped: the text after images or, where text is pruned too, the last keep_recent tokens; the draft "
+                "length of an assistant must not exceed keep_recent"
             )
         return replace(self, index=self.index[:, :n_slots], bias=None if self.bias is None else self.bias[:, :n_slots])
 

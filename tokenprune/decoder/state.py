@@ -85,7 +85,7 @@ class Call:
         return ranking
 
     @cached_property
-    def hiding(self) -> Any:
+    def effective_mask(self) -> Any:
         """`mask`, None where it is a padding mask without padding. On a GPU, the first look waits for it."""
         total = self.past + self.length
         flat = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape[1] >= total
@@ -140,7 +140,9 @@ class Segment:
 
     def _is_plain_step(self, call: Call, layer: int) -> bool:
         """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
-        whole = call.length == 1 and call.flat and call.hiding is None and self.keep is None and self.bias is None
+        whole = (
+            call.length == 1 and call.flat and call.effective_mask is None and self.keep is None and self.bias is None
+        )
         if (
             not whole
             or call.cache is None
@@ -167,7 +169,7 @@ class Segment:
         key = (call.facts.kind_of(layer), like.device)
         if key not in self.layer_masks:
             self.layer_masks[key] = masks.layer_mask(
-                call.hiding, self.layout(call), call.cache, call.facts, call.offsets, layer=layer, like=like
+                call.effective_mask, self.layout(call), call.cache, call.facts, call.offsets, layer=layer, like=like
             )
         return self.layer_masks[key]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block, block_of
-from tokenprune.encoder.block_split import become, first_argument, first_of, reading
+from tokenprune.encoder.block_split import first_argument, first_of, reading, replace_in_place
 from tokenprune.encoder.head_pruning import FewerHeads, plan_heads
 from tokenprune.encoder.reducers import SITE, is_proportional, is_scored, reducers_of, restores
-from tokenprune.encoder.run_state import Passage
+from tokenprune.encoder.run_state import RunState
 from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
 from tokenprune.signals import Trace
@@ -94,7 +94,7 @@ class EncoderAdapter:
             )
         n_tokens = self.tower.patches(self.host)
         for reducer in reducers:
-            if n_tokens or reducer.method.scored:
+            if n_tokens or reducer.method.uses_attention_scores:
                 reducer.method.removals(n_layers=len(self.blocks), n_tokens=n_tokens)
         proportional, scored = is_proportional(reducers), is_scored(reducers)
         implementation = self.tower.implementation(self.host)
@@ -136,15 +136,15 @@ class EncoderAdapter:
             return (x,), call.others
 
         def between(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            run = run_state.passage_of(engine)
+            run = run_state.run_of(engine)
             if run is not None and run.due:
                 given = first_argument(args, kwargs)
                 x = self._reduced(engine, number, block, run, given)
                 if x is not given:
-                    become(given, x)
+                    replace_in_place(given, x)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            run = run_state.passage_of(engine)
+            run = run_state.run_of(engine)
             if run is None or output is None:
                 run_state.end(engine)
                 return None
@@ -155,15 +155,15 @@ class EncoderAdapter:
                 raise
 
         def wants(what: str) -> bool:
-            run = run_state.passage_of(engine)
+            run = run_state.run_of(engine)
             return run is not None and bool(getattr(run, what))
 
         def keep_keys(keys: Tensor) -> None:
-            if (run := run_state.passage_of(engine)) is not None:
+            if (run := run_state.run_of(engine)) is not None:
                 run.keys, run.wants_keys = keys, False
 
         def keep(name: str, x: Tensor) -> None:
-            setattr(run_state.passage_of(engine), name, x)
+            setattr(run_state.run_of(engine), name, x)
 
         hooks: list[Hook | Swap] = [Hook(block.module, "pre", before), Hook(block.module, "first", after)]
         hooks += [Hook(block.middle, "pre", between)] if block.middle is not None else ()
@@ -203,7 +203,7 @@ class EncoderAdapter:
             run_state.begin(engine, None)
             return
         plan = tuple(one.method.removals(n_layers=len(self.blocks), n_tokens=length - n_prefix) for one in reducers)
-        run_state.begin(engine, Passage(plan, n_prefix, length, length))
+        run_state.begin(engine, RunState(plan, n_prefix, length, length))
 
     def _end(self, engine: Engine, output: Any) -> None:
         """End a forward.
@@ -228,17 +228,17 @@ class EncoderAdapter:
                     "restored; something between its blocks and its output changes that"
                 )
 
-    def _bias(self, engine: Engine, run: Passage, x: Tensor) -> Tensor | None:
+    def _bias(self, engine: Engine, run: RunState, x: Tensor) -> Tensor | None:
         """What a block's logits get added, `[B, 1, 1, n_left]`."""
         counts = run.n_left < run.length and is_proportional(reducers_of(engine))
         return run.size_mask(x) if counts else None
 
-    def _scores(self, engine: Engine, run: Passage, number: int) -> bool:
+    def _scores(self, engine: Engine, run: RunState, number: int) -> bool:
         """Whether a method goes by the attention that tokens get in block `number`, in this or a later block."""
         pairs = zip(reducers_of(engine), run.plan, strict=True)
-        return any(one.method.scored and (engine.forced or any(plan[number:])) for one, plan in pairs)
+        return any(one.method.uses_attention_scores and (engine.forced or any(plan[number:])) for one, plan in pairs)
 
-    def _reduced(self, engine: Engine, number: int, block: Block, run: Passage, x: Tensor) -> Tensor:
+    def _reduced(self, engine: Engine, number: int, block: Block, run: RunState, x: Tensor) -> Tensor:
         """What is left of a block's tokens `x` `[B, n_left, D]`.
 
         Raises:
@@ -251,7 +251,7 @@ class EncoderAdapter:
             run.score(block.logits, number=number, bias=self._bias(engine, run, x))
         for reducer, plan in zip(reducers_of(engine), run.plan, strict=True):
             left = run.n_left - run.n_prefix
-            r = min(plan[number], left - 1 if reducer.method.scored else left // 2)
+            r = min(plan[number], left - 1 if reducer.method.uses_attention_scores else left // 2)
             if r or engine.forced:
                 x = run.reduce(reducer, x, number=number, r=r, place=END if block.middle is None else BETWEEN)
                 continue
@@ -259,7 +259,7 @@ class EncoderAdapter:
         run.keys = run.rope = None
         return x
 
-    def _after(self, engine: Engine, number: int, block: Block, run: Passage, output: Any) -> Any:
+    def _after(self, engine: Engine, number: int, block: Block, run: RunState, output: Any) -> Any:
         """What a block returns, its tokens reduced if they are not yet; publishes the traces."""
         x, last = first_of(output), number == len(self.blocks) - 1
         if not isinstance(x, Tensor) or x.shape[1:2] != (run.n_left,):

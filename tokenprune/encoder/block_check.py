@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tokenprune.encoder.block_split import has_halves, hooked, reading, still
+from tokenprune.encoder.block_split import evaluating, has_halves, hooked, reading
 from tokenprune.encoder.logit_check import disagreement
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.tower import Keys, Logits, Tower
@@ -50,7 +50,7 @@ def block_of(
     mask = {tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
     seen: list[Tensor] = []
     try:
-        with still(module), hooked([reading(keys, lambda: True, seen.append)]):
+        with evaluating(module), hooked([reading(keys, lambda: True, seen.append)]):
             module.forward(x, **{**kwargs, **mask})
         reason = disagreement(logits, module, x, kwargs, kwargs.get(tower.rope)) if scored else ""
     except Exception as error:  # what others' code raises on parts that are not what they seem is open

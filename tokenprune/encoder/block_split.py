@@ -43,7 +43,7 @@ def reading(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], No
     return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
 
 
-def become(x: Tensor, other: Tensor) -> None:
+def replace_in_place(x: Tensor, other: Tensor) -> None:
     """Make the tensor `x` what `other` is (values, shape, history) for everyone who holds it. No memory is written."""
     if x.requires_grad or other.requires_grad:
         torch.utils.swap_tensors(x, other)  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ def become(x: Tensor, other: Tensor) -> None:
 
 
 @contextmanager
-def still(block: nn.Module) -> Iterator[None]:
+def evaluating(block: nn.Module) -> Iterator[None]:
     """Within the block of code `block` is in evaluation mode, so that it computes the same twice."""
     training = [module for module in block.modules() if module.training]
     for module in training:
@@ -97,12 +97,12 @@ def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwa
     def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = first_argument(args, kwargs)
         if given is not x:  # else its branches stand side by side
-            become(given, given[:, :n_left].clone())
+            replace_in_place(given, given[:, :n_left].clone())
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(first_argument(args, kwargs).shape[1])
 
-    with still(block):
+    with evaluating(block):
         wanted = first_of(block.forward(x, **kwargs))[:, :n_left]
         try:
             with hooked([Hook(norm, "pre", shorten), Hook(mlp, "pre", count)]):

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tokenprune.decode.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.encoder import run_state
-from tokenprune.encoder.block_split import agree, first_of, hooked, still
+from tokenprune.encoder.block_split import agree, evaluating, first_of, hooked
 from tokenprune.encoder.reducers import reducers_of
 from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import OptionError, UnsupportedModelError
@@ -83,7 +83,7 @@ class FewerHeads:
 
     def attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the attention gives without the heads that left; None where it is to run as it is."""
-        run = run_state.passage_of(self.engine)
+        run = run_state.run_of(self.engine)
         if run is None or run.attending != self.number:
             return None
         heads = heads_of(run, self.plan, layer=self.number)
@@ -226,7 +226,9 @@ def plan_heads(
     counts = ", ".join(map(str, found[0].counts))
     engine.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {found[0].parts.n_heads} heads.")
     for reason, numbers in whole.items():
-        engine.remark(f"Blocks {', '.join(numbers)} project all heads, because {reason}; those that left are zeros.")
+        engine.remark(
+            f"Blocks {', '.join(numbers)} project all heads, because {reason}; pruned ones are zeroed, not skipped."
+        )
     return found
 
 
@@ -241,7 +243,7 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
         kwargs[fewer.tower.mask] = x.new_ones(2, 1, 1, x.shape[1]).cumsum(3).log()
     seen: list[Any] = []
     watch = Hook(fewer.module, "post", lambda module, *call: seen.append(call))
-    with still(fewer.block):
+    with evaluating(fewer.block):
         with hooked([watch]):
             fewer.block.forward(x, **kwargs)
         if len(seen) != 1:

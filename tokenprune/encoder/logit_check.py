@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenprune.encoder.block_split import hooked, reading, still
+from tokenprune.encoder.block_split import evaluating, hooked, reading
 from tokenprune.upstream.tower import Logits
 
 _FUSED = nn.functional.scaled_dot_product_attention
@@ -56,7 +56,7 @@ def disagreement(logits: Logits | None, block: nn.Module, x: Tensor, kwargs: dic
         reading(logits.query, lambda: True, partial(found.__setitem__, "query")),
         reading(logits.key, lambda: True, partial(found.__setitem__, "key")),
     ]
-    with still(block), hooked(hooks), _Watch() as watch:
+    with evaluating(block), hooked(hooks), _Watch() as watch:
         block.forward(x, **kwargs)
     if len(found) != 2 or len(watch.seen) != 1:
         return (

@@ -43,7 +43,7 @@ def restores(reducers: tuple[BlockReducer, ...]) -> bool:
 
 def is_scored(reducers: tuple[BlockReducer, ...]) -> bool:
     """Whether a method goes by the attention that tokens gather."""
-    return any(reducer.method.scored for reducer in reducers)
+    return any(reducer.method.uses_attention_scores for reducer in reducers)
 
 
 def check_answer(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_prefix: int) -> None:

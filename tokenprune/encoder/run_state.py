@@ -25,7 +25,7 @@ _REPLACED = "where modules of the encoder were replaced since (some quantizers d
 
 
 @dataclass
-class Passage:
+class RunState:
     """What stands for which token between two blocks.
 
     Attributes:
@@ -138,7 +138,7 @@ class Passage:
         protected = torch.zeros(n_in, dtype=torch.bool, device="cpu")
         protected[: self.n_prefix] = True
         budget = Budget(n_in - r, n_in - r)
-        importance = self.importance if reducer.method.scored else None
+        importance = self.importance if reducer.method.uses_attention_scores else None
         signals = BlockSignals(number, self.keys, self.sizes, protected, importance)
         answer = reducer.method.encoder_block(signals, budget)
         if not type(reducer.method).__module__.startswith("tokenprune."):  # ours are tested
@@ -202,7 +202,7 @@ class Forward:
         owner: whose forward it is.
         outer: the forward that it takes place in.
         direct: whether its first block opened it.
-        passage: the pass that is going on.
+        run: the pass that is going on.
         begun: whether the first block ran.
         last: the pass that is going on, or was last.
     """
@@ -210,9 +210,9 @@ class Forward:
     owner: Engine
     outer: "Forward | None"
     direct: bool
-    passage: Passage | None = None
+    run: RunState | None = None
     begun: bool = False
-    last: Passage | None = None
+    last: RunState | None = None
 
 
 _CURRENT: ContextVar[Forward | None] = ContextVar("tokenprune_encoder", default=None)
@@ -234,17 +234,17 @@ def close_forward(engine: Engine) -> Forward | None:
     return state
 
 
-def begin(engine: Engine, passage: Passage | None) -> None:
+def begin(engine: Engine, run: RunState | None) -> None:
     """Note that the first block runs; None where nothing is to be reduced."""
     state = _CURRENT.get()
     if state is None or state.owner is not engine or state.direct:
-        if passage is None:
+        if run is None:
             close_forward(engine)
             return
         open_forward(engine, direct=True)
         state = _CURRENT.get()
     assert state is not None
-    state.passage = state.last = passage
+    state.run = state.last = run
     state.begun = True
 
 
@@ -252,21 +252,21 @@ def end(engine: Engine) -> None:
     """Note that no further block runs."""
     state = _CURRENT.get()
     if state is not None and state.owner is engine:
-        state.passage = None
+        state.run = None
         if state.direct:
             _CURRENT.set(state.outer)
 
 
-def passage_of(engine: Engine) -> Passage | None:
+def run_of(engine: Engine) -> RunState | None:
     """The pass of `engine` that is going on."""
     state = _CURRENT.get()
-    return state.passage if state is not None and state.owner is engine else None
+    return state.run if state is not None and state.owner is engine else None
 
 
-def entered(engine: Engine, number: int) -> Passage | None:
+def entered(engine: Engine, number: int) -> RunState | None:
     """The pass that block `number` is to take part in. Blocks called by other code than the host's forward make one as
     long as they are called in order: a block that is not the next one is called for itself."""
-    run = passage_of(engine)
+    run = run_of(engine)
     if run is None:
         return None
     if number != run.number + 1 and is_direct(engine):

@@ -31,7 +31,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    scored: ClassVar[bool] = False
+    uses_attention_scores: ClassVar[bool] = False
     """Whether `encoder_block` goes by the attention that tokens gather; one that does may drop more than half."""
 
     keep: float | int | str = 0.25

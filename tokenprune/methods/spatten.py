@@ -142,7 +142,7 @@ class SpAtten(Method):
         kept = self.fractions(n_layers)
         if self.kv == "per_step":
             return ()
-        return tuple(Stage(i, kept[i + 1], down=True) for i in range(n_layers - 1) if kept[i + 1] < kept[i])
+        return tuple(Stage(i, kept[i + 1], round_down=True) for i in range(n_layers - 1) if kept[i + 1] < kept[i])
 
     @property
     def probe(self) -> Probe | None:
@@ -174,7 +174,7 @@ class EncoderSpAtten(SpAtten):
         OptionError: another option asks for what an encoder does not have.
     """
 
-    scored: ClassVar[bool] = True
+    uses_attention_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +199,7 @@ class EncoderSpAtten(SpAtten):
             OptionError: a sequence was given that does not fit the depth.
         """
         kept = self.fractions(n_layers)
-        counts = [max(min(1, n_tokens), share(one, n_tokens, down=True)) for one in (*kept, kept[-1])]
+        counts = [max(min(1, n_tokens), share(one, n_tokens, round_down=True)) for one in (*kept, kept[-1])]
         return tuple(before - after for before, after in pairwise(counts))
 
     def encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep:
