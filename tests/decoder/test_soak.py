@@ -1,5 +1,5 @@
 """Soak: a thousand generations, patched and patched again, paused and interrupted, and nothing piles up; random
-sequences of calls, each of them right or refused (`python tests/helpers/soak.py` runs any number of these)."""
+sequences of calls, each of them right or refused (`tests/helpers/soak.py` runs any number of these)."""
 
 import gc
 import sys
