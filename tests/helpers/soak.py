@@ -1,6 +1,6 @@
 """Random sequences of calls on tiny models, patched and patched again: every call against the dense oracle.
 
-    PYTHONPATH=tests/decoder python tests/helpers/soak.py --seeds 0:500
+PYTHONPATH=tests/decoder python tests/helpers/soak.py --seeds 0:500
 """
 
 import argparse
