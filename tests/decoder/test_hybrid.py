@@ -7,16 +7,17 @@ from contextlib import contextmanager
 import families
 import pytest
 import torch
-from families import IMAGE, RAGGED, batch, fresh, generate
+from families import EVEN, IMAGE, RAGGED, batch, fresh, generate
 from oracle_layers import alive_by_layer, layers_of, spans_of
 from test_generation import second_turn
 from test_pixels import CASES as PIXELS
 from test_pixels import pixel_batch
 from test_state import logits, same_run
-from upstream import EMBEDS, MASK, ROTARY, USE_CACHE, cache_of, with_cache, with_features
+from transformers import DynamicCache
+from upstream import EMBEDS, MASK, POSITIONS, ROTARY, USE_CACHE, cache_of, with_cache, with_features
 
 import tokenprune
-from tokenprune import AIM, DivPrune, FastV, OptionError
+from tokenprune import AIM, DivPrune, FastV, InputError, OptionError
 from tokenprune.reduction import pack
 
 N_LAYERS = 5
@@ -242,6 +243,32 @@ def test_a_second_turn_and_no_cache_and_beams(name):
             )
             score += float(last_logits(dense, single, alive).log_softmax(-1)[ids[length + step]]) / 3
         assert float(out.sequences_scores[row]) == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", [DivPrune(keep=0.5), FastV(layer=2)], ids=["before", "inside"])
+def test_a_later_turn_whose_rows_lose_different_numbers_of_tokens_is_refused(method):
+    """Recurrent layers would run over the slots that fill short rows up, between two calls."""
+    _, model, session = pair(method)
+    first, cache = batch(FAMILY, EVEN), DynamicCache(config=model.config)
+
+    def turn(rows):
+        inputs = fresh(batch(FAMILY, rows, seeds=(5, 6)).inputs)
+        past, length = cache.get_seq_length(), inputs["input_ids"].shape[1]
+        inputs["attention_mask"] = torch.ones(2, past + length, dtype=torch.long)
+        inputs[POSITIONS] = torch.arange(past, past + length).expand(3, 2, -1)
+        with torch.no_grad():
+            model(**inputs, **with_cache(cache))
+
+    with torch.no_grad():
+        model(**fresh(first.inputs), **with_cache(cache))
+    length, traces = cache.get_seq_length(), session.traces
+    with pytest.raises(InputError, match=r"different numbers of tokens.*recurrent layers"):
+        turn(((1, (3, 4), 2), (9, (2, 2), 2)))
+    assert cache.get_seq_length() == length
+    assert session.traces is traces
+    turn(((1, (3, 4), 2), (1, (3, 4), 2)))
+    assert session.traces is not traces
+    assert len(set(session.traces[0].n_out)) == 1
 
 
 def test_static_cache():

@@ -15,6 +15,7 @@ from tokenprune.decoder.pruned_cache import ledger_of
 from tokenprune.decoder.select import SITE, Merged, keep_rows, reduce_images, sizes_of, skipped, tokens_by_row
 from tokenprune.decoder.state import Call, Forward
 from tokenprune.engine import Engine, Reducer
+from tokenprune.errors import InputError
 from tokenprune.upstream.caches import check_cache, layers_of, past_length, window_of
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
@@ -94,6 +95,7 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
         state.visual = tokens_by_row(left, n_rows)
     if through:
         _shorten(state, call, images, left, merged, packed=engine.positions == "packed")
+    _refuse_uneven(state, call)
     if texts:
         eviction.begin(state, call, ledger_of(cache), prompt=prompt)
     hidden = [sum(image.n_hidden for image in left if image.row == row and not texts) for row in range(n_rows)]
@@ -155,6 +157,22 @@ def _shorten(
         segment.bias = None if sizes is None else keep.apply(sizes).log()
     if packed:
         state.lowered = dropped.cumsum(dim=1)
+
+
+def _refuse_uneven(state: Forward, call: Call) -> None:
+    """Check that recurrent layers that go on from earlier tokens need not run over slots that only fill rows up.
+
+    Raises:
+        InputError: they would.
+    """
+    first = state.segments[0].keep
+    uneven = (first is not None and first.valid is not None) or len(set(map(len, state.visual))) > 1
+    if call.recurrent and call.past and uneven:
+        raise InputError(
+            f"the rows of this call would lose different numbers of tokens, and {call.facts.called} has recurrent "
+            "layers, which go on from earlier tokens and would run over what fills short rows up; give each row as "
+            "many visual tokens, or go on with one row at a time"
+        )
 
 
 def note_time(state: Forward, started: float) -> None:
