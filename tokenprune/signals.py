@@ -1,6 +1,6 @@
 """What a site hands to a method, what a method may keep, and what is left behind as a trace.
 
-These records stand between :mod:`tokenprune.methods` and :mod:`tokenprune.models`, which never import each other.
+These records stand between :mod:`tokenprune.methods` and what patches models, which never import each other.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The last token of the prompt ranks, whatever comes behind it in the same call: guesses, or tokens that were generated
+"""The last token of the prompt ranks, whatever comes behind it in the same call: drafts, or tokens that were generated
 without a cache."""
 
 import contextlib
@@ -58,7 +58,7 @@ def assistant():
     return model
 
 
-def guesser(dense):
+def drafter(dense):
     """An assistant that is often wrong."""
     helper = copy.deepcopy(dense)
     with torch.no_grad():
@@ -76,17 +76,17 @@ def lengths_of_calls(decoder):
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_guesses_change_neither_what_is_kept_nor_the_answer(family, name):
+def test_drafts_change_neither_what_is_kept_nor_the_answer(family, name):
     dense, model, session = pair(family, method=methods_inside(family)[name])
     row = (6, (2, 2), 1, (3, 4), 5)
     single = batch(family, (row,))
     ids = single.inputs["input_ids"]
     ids[:, -2:] = ids[:, :2]  # so that a lookup finds what came after them
     alone, wanted = generate(model, single.inputs, 6), kept(session)
-    for options in ({"assistant_model": guesser(dense)}, {"prompt_lookup_num_tokens": 3}):
+    for options in ({"assistant_model": drafter(dense)}, {"prompt_lookup_num_tokens": 3}):
         with lengths_of_calls(model.get_decoder()) as lengths:
             out = generate(model, single.inputs, 6, **options)
-        assert lengths[0] > ids.shape[1]  # guesses came with the prompt
+        assert lengths[0] > ids.shape[1]  # drafts came with the prompt
         assert kept(session) == wanted
         assert torch.equal(out.sequences, alone.sequences)
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(alone.logits), atol=1e-4, rtol=1e-4)
@@ -189,6 +189,6 @@ def test_the_memory_of_a_prompt_does_not_hold_the_model():
 def test_a_model_that_is_not_told_about_logits_has_it_said_in_the_report():
     model = tiny("llava")
     session = tokenprune.patch(model.model, tokenprune.FastV(layer=3, keep=0.5))
-    assert "the last guess ranks" in str(session.report())
+    assert "the last draft ranks" in str(session.report())
     session = tokenprune.patch(model, tokenprune.FastV(layer=3, keep=0.5))
-    assert "guess" not in str(session.report())
+    assert "draft" not in str(session.report())

@@ -104,8 +104,8 @@ class DecoderAdapter:
         inside = plan_inside(engine, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
         if engine.layer_reducers() and not self.callers and not tells_logits(self.root):
             engine.remark(
-                f"{type(self.root).__name__} is not told how many logits are wanted: with guesses of an assistant or "
-                "of a prompt lookup, the last guess ranks the tokens of a prompt, and not its last token."
+                f"{type(self.root).__name__} is not told how many logits are wanted: with drafts of an assistant or "
+                "of a prompt lookup, the last draft ranks the tokens of a prompt, and not its last token."
             )
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

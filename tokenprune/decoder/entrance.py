@@ -90,8 +90,8 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
     refuse_packed(given, host.facts, caches=caches)
     call = state.call = state.call or call_of(given, host.facts, past)
     if later and prompt:
-        guesses = prompt_end.n_guesses(state.prompt, length)
-        call.n_behind = guesses or (0 if caches else prompt_end.n_generated(engine, given.ids, embeds))
+        drafts = prompt_end.n_drafts(state.prompt, length)
+        call.n_behind = drafts or (0 if caches else prompt_end.n_generated(engine, given.ids, embeds))
         state.visual = tokens_by_row(left, n_rows)
     if through:
         _shorten(state, call, images, left, merged, packed=engine.positions == "packed")

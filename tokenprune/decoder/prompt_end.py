@@ -1,6 +1,6 @@
 """Where the prompt ends within a call of the decoder: what ranks its tokens are the tokens up to there.
 
-Two kinds of tokens stand behind it: guesses of an assistant or of a prompt lookup, which come with the prompt and are
+Two kinds of tokens stand behind it: drafts of an assistant or of a prompt lookup, which come with the prompt and are
 told by the number of logits that are asked for, and tokens generated without a KV cache, where every step brings the
 whole sequence again. Ranked by these, a prompt would lose other tokens than without an assistant or with a cache.
 """
@@ -50,8 +50,8 @@ def hooks_of(caller: nn.Module) -> list[Hook]:
     return [Hook(caller, "pre", note), Hook(caller, "post", forget)]
 
 
-def n_guesses(prompt: Prompt, length: int) -> int:
-    """How many of the last of `length` tokens are guesses, whose logits are asked for beside those of the token before
+def n_drafts(prompt: Prompt, length: int) -> int:
+    """How many of the last of `length` tokens are drafts, whose logits are asked for beside those of the token before
     them."""
     wanted = prompt.n_logits or _LOGITS.get() or 1
     return min(wanted, length) - 1

@@ -29,8 +29,7 @@ class AIM(Method):
     The published settings are `AIM()` for images (`merge=0.125`, `prune=(13/32, 21/32)`) and :meth:`for_video`
     (`merge=0.25`, `prune=(14/28, 22/28)`), with depths relative to the decoder's, so that they fit any model.
 
-    All tokens of the call that holds the prompt take part in ranking. Assisted decoding adds its first guesses to that
-    call, so there other tokens may stay than without it.
+    All tokens of the prompt take part in ranking; drafts that assisted decoding adds to its call do not.
 
     Args:
         merge: fraction of the tokens of each image (frame) left after merging, in (0, 1], or a count; None: no merging.
