@@ -27,6 +27,8 @@ class SpAtten(Method):
     A token's score is the attention it receives, summed over heads and queries and added up over layers and decoding
     steps. After each layer the tokens with the highest scores go on, `floor(n * fraction)` of the n that may go. The
     paper fine-tunes its models for this; here it runs without training, visual tokens only by default.
+    With `protect_text=False`, and for heads, drafts of an assistant count as they come, rejected ones too: what is
+    pruned while tokens are generated may differ from decoding without one.
 
     A model that is a vision encoder loses patches between attention and MLP of its blocks. Class, distillation and
     register tokens stay, and so does one patch at least. Behind its last block, and wherever others look at what a
