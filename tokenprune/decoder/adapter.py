@@ -231,11 +231,11 @@ class DecoderAdapter:
             record(cache, ledger)
         if ledger is not None:
             ledger.check(cache)
-        if ledger is not None and state.steering:
-            ledger.head_scores, ledger.patterns = state.head_scores, state.patterns
-            ledger.traffic += state.traffic
         if state.steering:
-            state.owner.publish_traffic(state.traffic if ledger is None else ledger.traffic)
+            state.reads = state.reads.close()
+            state.owner.publish_traffic(state.reads.traffic)
+        if ledger is not None and state.steering:
+            ledger.head_scores, ledger.patterns, ledger.reads = state.head_scores, state.patterns, state.reads
         if ledger is not None and state.scoring:
             eviction.end(state, call, cache, ledger)
         return None if kept_all else lengthened(output, state, call)

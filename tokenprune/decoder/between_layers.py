@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenprune.decode.eviction import pass_over
-from tokenprune.decoder.masks import layer_mask
 from tokenprune.decoder.state import Call, Forward, current
 from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep, gather, pack
 from tokenprune.signals import LayerSignals, Stage, Trace
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
+from tokenprune.upstream.caches import layer_mask_sizes
+from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs, is_unmasked
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -31,7 +32,7 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         state = current(engine)
         if state is None or state.call is None:
             return None
-        if state.plan is not None and not state.plan.persistent and state.scoring and state.call.length == 1:
+        if state.passes_over:
             given = LayerCall.read(module, args, kwargs)
             given.mask = _passing_mask(state, state.call, layer, given.hidden)
             return given.arguments()
@@ -39,7 +40,7 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         if cuts and state.visual:
             shortened = _cut(state, state.call, layer, cuts, first_of_kwargs(args, kwargs))
         segment = state.segment_of(layer)
-        if segment is state.segments[0]:
+        if segment is state.segments[0] or (segment.is_plain_step(state.call, layer) and is_unmasked(args, kwargs)):
             return None
         given = LayerCall.read(module, args, kwargs)
         if segment.local is not None:
@@ -86,11 +87,19 @@ def restoring_hook(engine: Engine) -> Any:
 
 def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any:
     """The mask of a decoding step in which `layer` passes over some of the cache."""
+    segment = state.segment_of(layer)
+    whole = segment.mask(call, layer=layer, like=hidden)
     seen = pass_over(state, call, layer=layer)
-    layout = state.segment_of(layer).layout(call)
-    columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
-    layout = replace(layout, columns=columns, has_fillers=True)
-    return layer_mask(call.effective_mask, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
+    if segment.slots is not None:  # what a padding slot gets is hidden by the mask
+        seen = gather(seen, segment.layout(call).columns.clamp(min=0).to(seen.device))
+    n_keys, first = layer_mask_sizes(call.cache, 1, layer)
+    seen = pad(seen[:, first : first + n_keys], (0, max(0, first + n_keys - seen.shape[1])))
+    if call.flash:
+        return seen if whole is None else whole & seen.to(whole.device)
+    seen = seen[:, None, None].to(hidden.device)
+    if whole is None:
+        return seen
+    return whole & seen if whole.dtype == torch.bool else whole.masked_fill(~seen, torch.finfo(whole.dtype).min)
 
 
 def _cut(

@@ -112,7 +112,7 @@ def mask_of(call: Call, segment: Segment, *, like: Tensor) -> Any:
         if by_kind := call.facts.first_layers():
             return {kind: segment.mask(call, layer=layer, like=like) for kind, layer in by_kind.items()}
         return segment.mask(call, layer=0, like=like)
-    if call.mask is None and call.cache is not None and not layout.has_fillers:
+    if call.mask is None and call.cache is not None and not layout.has_padding_slots:
         return None
     return masks.prune_mask(call.mask, layout, call.cache, call.facts, call.offsets)
 

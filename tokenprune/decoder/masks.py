@@ -27,7 +27,7 @@ class Layout:
             slot that only fills a row up.
         past: tokens of the unpruned sequence before this call.
         length: tokens of the unpruned sequence in this call.
-        has_fillers: whether some slot only fills a row up.
+        has_padding_slots: whether some slot only fills a row up.
         bias: `[B, P + M]` fp32, what is added to the logits of every slot, or None.
     """
 
@@ -35,7 +35,7 @@ class Layout:
     columns: Tensor
     past: int
     length: int
-    has_fillers: bool = False
+    has_padding_slots: bool = False
     bias: Tensor | None = None
 
     @property
@@ -43,7 +43,7 @@ class Layout:
         """Whether None, "plain causality" to fused attention, stands for the pruned rows too: no row is filled up, and
         the keys are the same tokens as the queries or there is one query."""
         same = self.rows.shape[1] == 1 or self.columns.shape[1] == self.rows.shape[1]
-        return same and not self.has_fillers and self.bias is None
+        return same and not self.has_padding_slots and self.bias is None
 
 
 def _padding(mask: Tensor | None, layout: Layout) -> Tensor:
@@ -198,7 +198,7 @@ def layer_mask(
     if mask is not None and mask.ndim == 4:
         block = _entry(mask, layout, cache, layer, offsets[kind])
     else:
-        real = None if mask is None and not layout.has_fillers else _padding(mask, layout)
+        real = None if mask is None and not layout.has_padding_slots else _padding(mask, layout)
         full = real is None or bool(real.all())
         sizes = layer_mask_sizes(cache, layout.rows.shape[1], layer)
         longer = sum(sizes) != layout.columns.shape[1]  # a static cache has room for more

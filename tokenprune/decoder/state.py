@@ -4,21 +4,24 @@ A forward falls into *segments*: stretches of decoder layers that see the same t
 decoder there is one.
 """
 
+from bisect import bisect_right
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenprune.decode.heads import Heads
+from tokenprune.decode.traffic import Reads
 from tokenprune.decoder import masks
 from tokenprune.decoder.pruned_cache import Ledger, Slots, grown, ledger_of
 from tokenprune.decoder.select import padding_of
 from tokenprune.engine import Engine
 from tokenprune.reduction import Keep
-from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard, Trace, Traffic
+from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.masks import dense_mask
@@ -50,9 +53,12 @@ class Call:
     offsets: dict[str | None, int] = field(init=False)
     flat: bool = field(init=False)
     slides: bool = field(init=False)
+    fused: bool = field(init=False)
+    flash: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Note what the cache can only tell before the decoder runs, and build masks that a window makes necessary."""
+        self.fused, self.flash = self.facts.fused, self.facts.flash
         self.flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
         self._given = self.mask, 0 if self.flat else masks.offset_of(self.mask, self.cache, self.facts, self.length)
         self.slides = self.flat and masks.slides(self.facts, self.cache, total=self.past + self.length)
@@ -106,7 +112,12 @@ class Call:
         """Rows of the batch."""
         return int(self.embeds.shape[0])
 
-    @property
+    @cached_property
+    def sequence(self) -> Tensor:
+        """Every position of the sequence so far, `[past + length]`."""
+        return torch.arange(self.past + self.length, dtype=torch.int64, device=self.embeds.device)
+
+    @cached_property
     def all_rows(self) -> Tensor:
         """Every position of the call, `[B, length]`."""
         return torch.arange(self.length, dtype=torch.int64, device=self.embeds.device).expand(self.n_rows, -1)
@@ -132,39 +143,39 @@ class Segment:
     layer_masks: dict[Any, Any] = field(default_factory=dict, repr=False)
     known_layout: masks.Layout | None = field(default=None, repr=False)
 
+    def n_keys(self, call: Call) -> int:
+        """Slots of its layers after a call whose tokens they all see."""
+        return call.past + call.length - (0 if self.slots is None else self.slots.dropped)
+
+    def is_whole(self, call: Call) -> bool:
+        """Whether its layers see all tokens of a call and all their slots, none of which is padding."""
+        slots = self.slots
+        whole = self.keep is None and self.bias is None and call.flat and call.effective_mask is None
+        return whole and (slots is None or not (slots.has_padding_slots or slots.bias is not None))
+
     def layout(self, call: Call) -> masks.Layout:
         """Rows and columns of the segment's masks."""
         if self.known_layout is None:
             self.known_layout = self._layout(call)
         return self.known_layout
 
-    def _is_plain_step(self, call: Call, layer: int) -> bool:
+    def is_plain_step(self, call: Call, layer: int) -> bool:
         """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
-        whole = (
-            call.length == 1 and call.flat and call.effective_mask is None and self.keep is None and self.bias is None
-        )
-        if (
-            not whole
-            or call.cache is None
-            or not call.facts.fused
-            or call.facts.is_recurrent(call.facts.kind_of(layer))
-        ):
+        if call.length > 1 or call.cache is None or not call.fused or not self.is_whole(call):
             return False
-        slots = self.slots
-        if slots is not None and (slots.has_fillers or slots.bias is not None):
-            return False
-        return sum(layer_mask_sizes(call.cache, 1, layer)) == call.past + 1 - (0 if slots is None else slots.dropped)
+        recurrent = call.facts.is_recurrent(call.facts.kind_of(layer))
+        return not recurrent and sum(layer_mask_sizes(call.cache, 1, layer)) == self.n_keys(call)
 
     def _layout(self, call: Call) -> masks.Layout:
         rows = call.all_rows if self.keep is None else self.keep.index
         after = grown(self.slots, self.keep, self.bias, past=call.past, rows=call.all_rows)
-        n_slots = call.past + call.length - after.dropped
-        columns, bias = after.columns(n_slots=n_slots), after.biases(n_slots=n_slots)
-        return masks.Layout(rows, columns.to(rows.device), call.past, call.length, after.has_fillers, bias)
+        columns = after.columns(call.sequence)
+        bias = after.biases(n_slots=columns.shape[1])
+        return masks.Layout(rows, columns.to(rows.device), call.past, call.length, after.has_padding_slots, bias)
 
     def mask(self, call: Call, *, layer: int, like: Tensor) -> Any:
         """What `layer` is to get as `attention_mask`; `like` are its hidden states."""
-        if self._is_plain_step(call, layer):
+        if self.is_plain_step(call, layer):
             return None
         key = (call.facts.kind_of(layer), like.device)
         if key not in self.layer_masks:
@@ -172,6 +183,25 @@ class Segment:
                 call.effective_mask, self.layout(call), call.cache, call.facts, call.offsets, layer=layer, like=like
             )
         return self.layer_masks[key]
+
+
+class Alive(NamedTuple):
+    """The tokens that the layers of a decoding step still look at.
+
+    Attributes:
+        seen: `[B, past + 1]` bool, those that the last layer looked at.
+        movable: `[B, past + 1]` bool, those that may be passed over.
+        n_movable: how many these are, per row.
+        n_left: how many of these the last layer looked at, per row.
+    """
+
+    seen: Tensor
+    movable: Tensor
+    n_movable: tuple[int, ...]
+    n_left: tuple[int, ...]
+
+
+_FIRST = attrgetter("first")
 
 
 @dataclass
@@ -204,9 +234,10 @@ class Forward:
         steering: whether that takes place in this forward.
         head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far, those of earlier forwards included.
         heads: the heads that the last layer kept, if not all.
+        heads_at: index of that layer.
         patterns: for each layer the heads that it kept in the last call on this cache, if the same in all rows.
-        traffic: bytes of keys and values read in this forward.
-        alive: `[B, past + 1]` bool, the tokens that the last layer of a decoding step looked at, if not all.
+        reads: keys and values read by decoding steps, those of earlier forwards on this cache included.
+        alive: the tokens that the last layer of a decoding step looked at, where layers pass over some.
         whole: pairs of hidden states and the same with the unpruned length, where the caller is to get those of all
             layers with gradients (:mod:`tokenprune.decoder.recorded_states`); else None.
     """
@@ -229,13 +260,14 @@ class Forward:
     plan: CachePlan | None = None
     scoring: bool = False
     padding: Tensor | None = None
-    alive: Tensor | None = None
+    alive: Alive | None = None
     attention: AttentionPlan | None = None
     steering: bool = False
     head_scores: Tensor | None = None
     heads: Heads | None = None
+    heads_at: int = -1
     patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    traffic: Traffic = field(default_factory=Traffic)
+    reads: Reads = field(default_factory=Reads)
     whole: list[tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -243,15 +275,21 @@ class Forward:
         """Whether keys and values are to be kept in two planes of four bits."""
         return self.attention is not None and self.attention.threshold is not None
 
+    @property
+    def passes_over(self) -> bool:
+        """Whether each layer passes over some of the cache in this forward, a decoding step."""
+        plan, call = self.plan, self.call
+        return self.scoring and plan is not None and not plan.persistent and call is not None and call.length == 1
+
     def segment_of(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""
-        return next(segment for segment in reversed(self.segments) if segment.first <= layer)
+        return self.segments[bisect_right(self.segments, layer, key=_FIRST) - 1]
 
     def recall(self, ledger: Ledger | None) -> None:
-        """Begin with what a cache knows of heads."""
-        self.heads, self.head_scores, self.patterns = None, None, {}
+        """Begin with what a cache knows of heads and of what was read."""
+        self.heads, self.head_scores, self.patterns, self.reads = None, None, {}, Reads()
         if ledger is not None:
-            self.head_scores, self.patterns = ledger.head_scores, dict(ledger.patterns)
+            self.head_scores, self.patterns, self.reads = ledger.head_scores, dict(ledger.patterns), ledger.reads
 
     def ledger(self, call: Call) -> Ledger:
         """What the cache has to know after this forward."""
