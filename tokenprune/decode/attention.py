@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tokenprune import ops
 from tokenprune.decode.heads import Heads, heads_of, note_magnitude
 from tokenprune.decode.traffic import Read
-from tokenprune.decoder.state import Call, Forward
+from tokenprune.decoder.call import Call
+from tokenprune.decoder.masks import valid_slots
+from tokenprune.decoder.state import Forward
 from tokenprune.reduction import gather
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import RegroupedAttention, check_grouping, layer_index
@@ -131,17 +133,16 @@ def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Te
     """Which keys a decoding step sees, `[B, n_keys]` bool, None for all."""
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return _seen(mask, call.n_rows)[:, :n_keys]
-    if state.segment_of(layer).is_whole(call):
+    segment = state.segment_of(layer)
+    if segment.is_whole(call):
         return None
-    columns = state.segment_of(layer).layout(call).columns
-    valid = columns >= 0
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        valid = valid & gather(call.mask.to(valid.device, torch.bool), columns.clamp(min=0))
+    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
+    valid = valid_slots(call, segment.layout(call), padding)
     return None if bool(valid.all()) else valid
 
 
 def _bias(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:
-    """What tokens that stand for several add to the logits of a decoding step, `[B, n_keys]`, None where none does."""
+    """What merged tokens add to the logits of a decoding step, `[B, n_keys]`, None where none does."""
     slots = state.segment_of(layer).slots
     if slots is None or slots.bias is None:
         return None

@@ -1,4 +1,4 @@
-"""What leaves the KV cache while tokens are generated, layer by layer."""
+"""Dropping entries of the KV cache while tokens are generated, layer by layer."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune import ops
+from tokenprune.decoder.call import Call
 from tokenprune.decoder.pruned_cache import Ledger, Slots
-from tokenprune.decoder.state import Alive, Call, Forward
+from tokenprune.decoder.state import Alive, Forward
 from tokenprune.errors import OptionError
 from tokenprune.reduction import gather, pack
 from tokenprune.signals import CachePlan, TextGuard
@@ -17,7 +18,7 @@ from tokenprune.upstream.facts import DecoderFacts
 
 
 def check_layers(facts: DecoderFacts) -> None:
-    """Check that entries can leave the caches of this decoder's layers by index.
+    """Check that entries of the caches of this decoder's layers can be dropped by index.
 
     Raises:
         OptionError: they cannot.
@@ -25,13 +26,13 @@ def check_layers(facts: DecoderFacts) -> None:
     if kinds := facts.positional_caches:
         raise OptionError(
             f"{facts.called} has layers of {', '.join(kinds)}, whose caches count by position, so that no "
-            "entry can leave them by index; keep protect_text=True, which leaves the caches alone while tokens are "
+            "entry can be dropped by index; keep protect_text=True, which keeps the caches whole while tokens are "
             "generated"
         )
 
 
 def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
-    """Which tokens of a prompt may go where text may, `[B, length]` bool on the CPU.
+    """Which tokens of a prompt are prunable where text is, `[B, length]` bool on the CPU.
 
     Args:
         padding: `[B, length]` bool on the CPU, False for padding.
@@ -45,7 +46,7 @@ def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
 
 
 def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) -> None:
-    """Note which tokens of a call may go where text may, and what was known of the sequence before it."""
+    """Note which tokens of a call are prunable where text is, and what was known of the sequence before it."""
     assert state.guard is not None
     state.padding = torch.cat([_earlier(call, ledger), call.real_tokens], dim=1)
     found, total = {} if ledger is None else ledger.scores, call.past + call.length
@@ -74,7 +75,7 @@ def _earlier(call: Call, ledger: Ledger | None) -> Tensor:
 
 
 def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
-    """Write down what the forward has learnt of the tokens' importance, and let entries leave the cache."""
+    """Write down what the forward has learnt of the tokens' importance, and drop entries of the cache."""
     assert state.plan is not None
     ledger.padding, ledger.scores = state.padding, dict(state.scores)
     if state.plan.persistent:
@@ -82,7 +83,7 @@ def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
 
 
 def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
-    """Which tokens of the sequence so far may go, `[B, n]` bool."""
+    """Which tokens of the sequence so far are prunable, `[B, n]` bool."""
     return text_candidates(padding, guard, past=0)
 
 

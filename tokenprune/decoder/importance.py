@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from tokenprune import ops
 from tokenprune.decode import attention
 from tokenprune.decode.heads import Heads, heads_of
-from tokenprune.decoder.state import CURRENT, Call, Forward, Segment
+from tokenprune.decoder.call import Call
+from tokenprune.decoder.masks import valid_slots
+from tokenprune.decoder.segments import Segment
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Swap
 from tokenprune.errors import InputError
 from tokenprune.reduction import gather
+from tokenprune.running import current
 from tokenprune.signals import Probe
 from tokenprune.upstream.attention import (
     implementation_of,
@@ -47,7 +51,7 @@ def swap(module: nn.Module) -> Swap:
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """The attention function of a probed module: the real one, and the scores that were asked for beside it."""
-    state, layer = CURRENT.get(), layer_index(module)
+    state, layer = current(Forward), layer_index(module)
     call = None if state is None else state.call
     if state is None or call is None:
         return real_function(module)(module, query, key, value, mask, *args, **kwargs)
@@ -147,7 +151,8 @@ def _scores(
     if heads is not None:
         query, (key,) = heads.take(query), heads.serving(key)
     seen = None
-    given = not _is_flat(call.mask) or segment.bias is not None or state.alive is not None
+    flat = call.mask is None or (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
+    given = not flat or segment.bias is not None or state.alive is not None
     if given and isinstance(mask, Tensor) and mask.ndim == 4:  # it says more than padding and causality
         seen = mask[..., : n_past + n_new][..., -n_keys:]
     return ops.attention_importance(
@@ -162,26 +167,18 @@ def _scores(
     )
 
 
-def _is_flat(mask: Any) -> bool:
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-
-
 def _valid(call: Call, segment: Segment, n_new: int, n_keys: int, *, behind: bool) -> Tensor | None:
-    """Which of the last `n_keys` keys are neither padding nor fill a row up nor, unless these count (`behind`), stand
+    """Which of the last `n_keys` keys are neither padding nor padding slots nor, unless these count (`behind`), stand
     behind the prompt; `[B, n_keys]` bool, None where all are so."""
-    whole = behind or not call.n_behind
-    if whole and call.flat and call.effective_mask is None and not segment.layout(call).has_padding_slots:
+    whole, layout = behind or not call.n_behind, segment.layout(call)
+    if whole and call.flat and call.effective_mask is None and not layout.has_padding_slots:
         return None
-    rows = call.all_rows if segment.keep is None else segment.keep.index
-    device = rows.device
-    new = gather(call.real_tokens if whole else call.ranking, rows.cpu())
+    new = gather(call.real_tokens if whole else call.ranking, layout.rows.cpu())
     if segment.keep is not None and segment.keep.valid is not None:
         new = new & segment.keep.valid.cpu()
     if bool(new.all()) and n_keys == n_new:
         return None
-    columns = segment.layout(call).columns
-    valid = columns >= 0
-    valid[:, -n_new:] &= new.to(device)
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        valid &= gather(call.mask.to(device, torch.bool), columns.clamp(min=0))
+    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
+    valid = valid_slots(call, layout, padding)
+    valid[:, -n_new:] &= new.to(valid.device)
     return valid[:, -n_keys:]

@@ -1,7 +1,7 @@
 """What a KV cache that is shorter than the sequence it represents knows of itself.
 
 After pruning, a cache holds fewer slots than the sequence has tokens. Everything outside the decoder (``generate``, a
-manual loop, the model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything
+manual loop, the model's own position and mask code) counts in tokens of the unpruned sequence; everything
 inside the decoder counts slots. The cache object bridges the two (:mod:`tokenprune.upstream.caches`), and the map
 between them, a :class:`Ledger`, sits on it. So a second turn, chunked prefill, assisted decoding and manual loops need
 no code of their own.
@@ -31,10 +31,10 @@ class Slots:
     """Where the slots of some layers of a pruned cache stand in the unpruned sequence.
 
     Attributes:
-        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a slot that only
-            fills a row up. Slots after the M-th stand at `slot + dropped`.
+        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a padding
+            slot. Slots after the M-th stand at `slot + dropped`.
         dropped: how many more tokens than slots there are.
-        has_padding_slots: whether some slot only fills a row up.
+        has_padding_slots: whether there are padding slots.
         bias: `[B, M]` fp32, what attention adds to the logits of each of the first M slots (0 for later ones), or None.
     """
 
@@ -99,7 +99,7 @@ class Ledger:
     Attributes:
         starts: first layer of each part of the decoder whose layers hold the same tokens; the first one is 0.
         parts: the slots of each part.
-        shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
+        shift: `[B]` int64, by how much later positions are lowered (`positions="packed"`), or None.
         inside: whether the decoder's forward is running, so that lengths are asked for in slots.
         scores: `[B, n]` fp32, importance that the first n tokens of the unpruned sequence have gathered, by what asked
             for it.
