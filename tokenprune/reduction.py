@@ -201,6 +201,9 @@ def pack(kept: list[Tensor], *, length: int, left: bool = False) -> Keep:
         `Keep` with `index` `[B, M]` and `valid` `[B, M]`, M the largest m (at least 1).
     """
     width = max(1, *(len(row) for row in kept))
+    if all(len(row) == width for row in kept):
+        index = torch.stack(kept)
+        return Keep(index, torch.ones_like(index, dtype=torch.bool))
     mask = torch.zeros(len(kept), length, dtype=torch.bool, device=kept[0].device)
     for mask_row, row in zip(mask, kept, strict=True):
         mask_row[row] = True

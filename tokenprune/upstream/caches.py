@@ -238,6 +238,11 @@ def layer_mask_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
     return int(n_keys), int(first)
 
 
+def grows(cache: Any) -> bool:
+    """Whether the layers of a cache are known to hold all tokens that they were given, with no room for more."""
+    return {type(layer).__name__ for layer in layers_of(cache)} == {"DynamicLayer"}
+
+
 def first_key(cache: Any, length: int, layer: int) -> int:
     """Position in the unpruned sequence of the first key that the mask of `layer` covers when `length` more tokens
     come; asked of the whole cache, so before the decoder runs."""
