@@ -205,7 +205,7 @@ def test_taking_tokens(residual: int) -> None:
 def test_planes_are_those_of_all_tokens(residual: int) -> None:
     layer = PlanesLayer(residual=residual)
     for part in zip(*(x.split([6, 1, 3], dim=2) for x in states(10)), strict=True):
-        layer.store(*part)
+        layer.update(*part)
     for planes, whole in zip(layer.planes(), states(10), strict=True):
         want = ops.quantize_planes(whole)
         assert torch.equal(planes.high, want.high)

@@ -1,28 +1,23 @@
-"""What a text decoder is called with and what it returns, in neutral words.
+"""What a text decoder is called with and what it returns, in neutral words."""
 
-:class:`DecoderCall` holds the values of a call by their roles; ``arguments`` gives them back under the names they came
-by or, where they were not given, by those of the forward's signature.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from tokenprune.reduction import Keep
-from tokenprune.upstream.calls import DECODER_ROLES, DECODER_WORDS, bind, refuse_unknown, sorted_out, written
+from tokenprune.upstream.calls import ModuleCall, bind, parameters_of, parts_of, refuse_unknown
 from tokenprune.upstream.check import missing
 
 _RECORDS = "output_hidden_states"
 
 
 @dataclass
-class DecoderCall:
+class DecoderCall(ModuleCall):
     """What a text decoder is called with.
 
     Attributes:
-        module: the decoder.
         embeds: `[B, L, D]`, or None where it is called with ids.
         ids: `[B, L]`, or None.
         mask: the attention mask in any of its forms.
@@ -31,10 +26,9 @@ class DecoderCall:
         caches: whether one is wanted; None: as the config says.
         plane_tokens: `[B, L]` bool, which tokens DeepStack's features belong to, or None.
         planes: DeepStack's features for the first layers, `[n, D]` each, or None.
-        others: what else was given, by upstream's names.
     """
 
-    module: nn.Module
+    roles = ("embeds", "ids", "mask", "positions", "cache", "caches", "plane_tokens", "planes")
     embeds: Tensor | None = None
     ids: Tensor | None = None
     mask: Any = None
@@ -43,23 +37,15 @@ class DecoderCall:
     caches: bool | None = None
     plane_tokens: Tensor | None = None
     planes: list[Tensor] | None = None
-    others: dict[str, Any] = field(default_factory=dict)
-    _names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         """What `module` is being called with."""
-        values, names, others = sorted_out(bind(module.forward, args, kwargs), DECODER_WORDS)
-        return cls(module, **values, others=others, _names=names)
+        return cls._sorted(module, bind(parameters_of(module), args, kwargs))
 
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments."""
-        given = dict(self.others)
-        for role in DECODER_ROLES:
-            value = getattr(self, role)
-            if role in self._names or value is not None:
-                given[self._names.get(role) or written(role, DECODER_ROLES, self.module)] = value
-        return given
+        return self._written()
 
     @property
     def records(self) -> bool:
@@ -76,16 +62,11 @@ class DecoderCall:
             UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
         """
         assert self.embeds is not None
-        per_token = self.embeds.shape[:2]
-        for name, value in self.others.items():
-            if isinstance(value, Tensor) and value.shape[:2] == per_token:
-                self.others[name] = keep.apply(value)
-            else:
-                refuse_unknown(name, self.module, value)
+        self._shorten_others(self.embeds.shape[:2], keep.apply)
         if self.plane_tokens is not None and self.planes is not None:
             self._shorten_planes(keep)
         elif self.planes is not None:
-            refuse_unknown(self._names["planes"], self.module, self.planes)
+            refuse_unknown(self.names["planes"], self.planes, of=type(self.module).__name__)
         if self.positions is not None:
             self.positions = keep.apply(self.positions, dim=self.positions.ndim - 1)
         self.embeds = keep.apply(self.embeds)
@@ -98,11 +79,11 @@ class DecoderCall:
         assert visual is not None
         assert self.planes is not None
         number = (visual.flatten().cumsum(0) - 1).view_as(visual)
-        left = keep.apply(visual)
-        left = left if keep.valid is None else left & keep.valid.to(left.device)
-        rows = keep.apply(number)[left]
+        kept = keep.apply(visual)
+        kept = kept if keep.valid is None else kept & keep.valid.to(kept.device)
+        rows = keep.apply(number)[kept]
         self.planes = [plane[rows.to(plane.device)] for plane in self.planes]
-        self.plane_tokens = left
+        self.plane_tokens = kept
 
     def change_planes(self, change: Callable[[Tensor], None]) -> None:
         """Let `change` write into each plane, laid out as `[B, L, D]`."""
@@ -131,11 +112,10 @@ def states_of(output: Any, called: str) -> Tensor:
     Raises:
         UnsupportedModelError: there are none.
     """
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-    found = next((value for value in values if isinstance(value, Tensor) and value.ndim == 3), None)
+    parts = parts_of(output)
+    found = next((part for part in parts.values() if isinstance(part, Tensor) and part.ndim == 3), None)
     if found is None:
-        seen = output.keys() if isinstance(output, Mapping) else [type(output).__name__]
-        raise missing("hidden states", of=f"what {called} returns", wanted=["a tensor [B, L, D]"], seen=seen)
+        raise missing("hidden states", of=f"what {called} returns", wanted=["a tensor [B, L, D]"], seen=parts)
     return found
 
 

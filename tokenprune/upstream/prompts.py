@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.upstream.calls import LOGITS, bind
+from tokenprune.upstream.calls import LOGITS, bind, parameters_of
 
 _ENCODED = "mm_encoder_outputs"
 _PIXELS = "pixel_values"
@@ -30,7 +30,7 @@ class Prompt:
     @classmethod
     def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Prompt":
         """What `module` is being called with."""
-        return cls(bind(module.forward, args, kwargs))
+        return cls(bind(parameters_of(module), args, kwargs))
 
     @classmethod
     def of(cls, ids: Tensor, *, features: Tensor | None = None) -> "Prompt":
@@ -124,5 +124,4 @@ class Prompt:
             return [int(token) for token in self.ids[row].tolist()]
         if self.embeds is None:
             return None
-        numbers: Tensor = torch.unique(self.embeds[row], dim=0, return_inverse=True)[1]
-        return [int(number) for number in numbers.tolist()]
+        return [int(number) for number in torch.unique(self.embeds[row], dim=0, return_inverse=True)[1].tolist()]

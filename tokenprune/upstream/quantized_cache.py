@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.ops import Planes, dequantize_planes, quantize_planes
 from tokenprune.upstream.caches import cropped_length
 from tokenprune.upstream.check import need
 
-_Stored = tuple[Tensor, Tensor, Tensor]
+_PLANES = ("_quantized_keys", "_quantized_values")
+_NEWEST = ("keys", "values")
 
 
 class _PlanesLayer:
@@ -37,9 +39,10 @@ class _PlanesLayer:
     is_initialized: bool
     keys: Tensor
     values: Tensor
-    # Named as transformers names what a quantized layer holds, and plain tuples, which tree utilities look into.
-    _quantized_keys: _Stored | None
-    _quantized_values: _Stored | None
+    # The tensors of planes, None before the first states. Named as transformers names what a quantized layer holds, and
+    # plain tuples, which tree utilities look into.
+    _quantized_keys: Any
+    _quantized_values: Any
 
     def __init__(self, *, residual: int = 0) -> None:
         """An empty layer.
@@ -59,20 +62,12 @@ class _PlanesLayer:
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take over dtype, device and shapes from the first states."""
         super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
-        self.keys, self.values = (_no_tokens(states) for states in (key_states, value_states))
-        self._quantized_keys, self._quantized_values = (_store(states) for states in (self.keys, self.values))
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._quantized_keys, self._quantized_values = _store(self.keys), _store(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new states and return all of them, `[B, Hkv, L, K]`, as they are stored."""
-        self.store(key_states, value_states)
-        keys, values = self._past()
-        return (
-            torch.cat([dequantize_planes(keys, dtype=self.keys.dtype), self.keys], dim=-2),
-            torch.cat([dequantize_planes(values, dtype=self.keys.dtype), self.values], dim=-2),
-        )
-
-    def store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store new states `[B, Hkv, n, K]`; states that are no longer among the newest are quantized.
+        """Store new states `[B, Hkv, n, K]` and return all of them, `[B, Hkv, L, K]`, as they are stored: quantized,
+        but for the newest.
 
         Raises:
             InputError: the width of a head is odd.
@@ -82,6 +77,11 @@ class _PlanesLayer:
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
         self._quantize(max(0, self.keys.shape[-2] - self.residual))
+        keys, values = self._past()
+        return (
+            torch.cat([dequantize_planes(keys, dtype=self.keys.dtype), self.keys], dim=-2),
+            torch.cat([dequantize_planes(values, dtype=self.keys.dtype), self.values], dim=-2),
+        )
 
     def planes(self) -> tuple[Planes, Planes]:
         """Keys and values `[B, Hkv, L, K]`, all of them in planes; from now on the newest ones are too."""
@@ -107,7 +107,7 @@ class _PlanesLayer:
             place = old if x.ndim == 4 else old[..., 0]
             return x.gather(2, place.unsqueeze(1).expand(-1, x.shape[1], *place.shape[1:2], *x.shape[3:]))
 
-        self._change(gather, None)
+        self._each(gather, _PLANES)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
@@ -120,7 +120,8 @@ class _PlanesLayer:
         left = cropped_length(length, tokens_to_remove)
         past = length - self.keys.shape[-2] if length else 0
         if left < length:
-            self._change(lambda x: x[:, :, :left].clone(), lambda x: x[:, :, : max(0, left - past)].clone())
+            self._each(lambda x: x[:, :, :left].clone(), _PLANES)
+            self._each(lambda x: x[:, :, : max(0, left - past)].clone(), _NEWEST)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -148,39 +149,24 @@ class _PlanesLayer:
         self._each(lambda x: x.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
 
     def _past(self) -> tuple[Planes, Planes]:
-        assert self._quantized_keys is not None
-        assert self._quantized_values is not None
         return Planes(*self._quantized_keys), Planes(*self._quantized_values)
 
     def _quantize(self, n_tokens: int) -> None:
         """Move the oldest of the tokens that stayed as they came to the planes."""
         if n_tokens == 0:
             return
-        past, new = self._past(), (_store(states[:, :, :n_tokens]) for states in (self.keys, self.values))
-        self._quantized_keys, self._quantized_values = (
-            (torch.cat([old.high, high], 2), torch.cat([old.low, low], 2), torch.cat([old.scale, scale], 2))
-            for old, (high, low, scale) in zip(past, new, strict=True)
-        )
-        self.keys, self.values = (states[:, :, n_tokens:].clone() for states in (self.keys, self.values))
+        new = _store(self.keys[:, :, :n_tokens]), _store(self.values[:, :, :n_tokens])
+        past = self._quantized_keys, self._quantized_values
+        self._quantized_keys, self._quantized_values = tree_map(lambda *both: torch.cat(both, 2), past, new)
+        self._each(lambda x: x[:, :, n_tokens:].clone(), _NEWEST)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._change(change, change)
-
-    def _change(self, change: Callable[[Tensor], Tensor], newest: Callable[[Tensor], Tensor] | None) -> None:
-        """Change all tensors of the planes, and what stayed as it came."""
-        if not self.is_initialized:
-            return
-        changed = (planes.each(change) for planes in self._past())
-        self._quantized_keys, self._quantized_values = ((p.high, p.low, p.scale) for p in changed)
-        if newest is not None:
-            self.keys, self.values = newest(self.keys), newest(self.values)
+    def _each(self, change: Callable[[Tensor], Tensor], parts: tuple[str, ...] = (*_PLANES, *_NEWEST)) -> None:
+        """Change all tensors of some parts, of which there are none before the first states."""
+        for part in parts:
+            setattr(self, part, tree_map_only(Tensor, change, getattr(self, part)))
 
 
-def _no_tokens(states: Tensor) -> Tensor:
-    return states.new_empty(*states.shape[:2], 0, states.shape[-1])
-
-
-def _store(states: Tensor) -> _Stored:
+def _store(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     planes = quantize_planes(states)
     return planes.high, planes.low, planes.scale
 
