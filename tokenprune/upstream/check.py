@@ -61,10 +61,12 @@ def missing(
         role: what was looked for, in neutral words.
         of: where.
         wanted: the names that it is known by.
-        seen: the names that are there.
+        seen: the names that are there; those that share a word with the wanted ones are shown first.
         library: the package that it belongs to.
     """
     names = [str(name) for name in seen if not str(name).startswith("_")]
+    words = {word for name in wanted for word in re.split(r"[._ ]", name)}
+    names.sort(key=lambda name: words.isdisjoint(name.split("_")))  # likely ones first
     names = [*names[:_SHOWN], f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else names
     proven = f"; tested are {tested()}" if library == "transformers" else ""
     return UnsupportedModelError(
@@ -98,7 +100,8 @@ def look_up(thing: Any, *paths: str, role: str, library: str = "transformers") -
             return attrgetter(path)(thing)
         except AttributeError:
             continue
-    holder = getattr(thing, paths[0].rpartition(".")[0], thing)  # what has the names that were looked for last
+    places = paths[0].split(".")[:-1]
+    holder = reduce(lambda found, name: getattr(found, name, found), places, thing)
     raise missing(role, of=type(holder).__name__, wanted=paths, seen=seen_in(holder), library=library)
 
 

@@ -13,9 +13,8 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
 from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
-from tokenprune.upstream.calls import CACHE, parameters_of, text_decoder
-from tokenprune.upstream.check import missing, need, version_of
-from tokenprune.upstream.layer_call import first_of_kwargs
+from tokenprune.upstream.calls import CACHE, bind, parameters_of, parts_of, text_decoder
+from tokenprune.upstream.check import look_up, missing, need, need_attributes, version_of
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,
@@ -30,8 +29,7 @@ GREEDY: Mapping[str, object] = {
 PROMPTS = ("input_ids", "inputs_embeds")
 """Names of a prompt among the inputs of ``generate``: ids or embeddings."""
 _TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
-_CACHES = (*CACHE, "cache_params")
-_NOT_INPUTS = {*GREEDY, *_CACHES, _TAP, _LENGTH, "max_length", "generation_config", "labels"}
+_NOT_INPUTS = {*GREEDY, *CACHE, "cache_params", _TAP, _LENGTH, "max_length", "generation_config", "labels"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ def _check_generate() -> None:
     if _TAP not in (seen := inspect.signature(generate).parameters):
         raise missing("argument for a function that sees the logits", of="generate", wanted=[_TAP], seen=seen)
     config = need("transformers", "GenerationConfig", role="settings of generate")()
-    if lacking := [name for name in (*GREEDY, _LENGTH) if not hasattr(config, name)]:
-        raise missing("setting", of="GenerationConfig", wanted=lacking, seen=vars(config))
+    need_attributes(config, (*GREEDY, _LENGTH), role="setting")
 
 
 def generate_greedily(
@@ -74,34 +71,28 @@ def generate_greedily(
     Raises:
         UnsupportedModelError: something that is needed is not there under any name known.
     """
-    if not callable(getattr(model, "generate", None)):
-        raise missing("way to generate", of=type(model).__name__, wanted=["generate"])
+    generate = look_up(model, "generate", role="way to generate")
     _check_generate()
-    n_seen = 0
+    lengths: list[int] = []
 
-    def tap(_ids: Tensor, scores: Tensor) -> Tensor:
-        nonlocal n_seen
-        n_seen += 1
+    def tap(ids: Tensor, scores: Tensor) -> Tensor:
+        lengths.append(ids.shape[1])
         on_token()
         return scores
 
     processors = need("transformers", "LogitsProcessorList", role="list of functions that see the logits")
     fresh = {name: dict(value) if type(value) is dict else value for name, value in inputs.items()}
-    output = model.generate(**fresh, **GREEDY, **{_LENGTH: max_new_tokens, _TAP: processors([tap])})
-    ids = getattr(output, _IDS, None)
+    output = generate(**fresh, **GREEDY, **{_LENGTH: max_new_tokens, _TAP: processors([tap])})
+    ids = parts_of(output).get(_IDS)
     if not isinstance(ids, Tensor):
-        raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=_names(output))
-    if not n_seen:
+        raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=parts_of(output))
+    if not lengths:
         raise UnsupportedModelError(
             f"generate of {type(model).__name__} took {_TAP} and never called it, so its steps cannot be told apart; "
             f"transformers {version_of()}"
         )
     cache, remark = _cache_of(output, wanted=_wants_cache(model, inputs))
     return Generated(ids[:, -max_new_tokens:], cache, remark)
-
-
-def _names(output: Any) -> list[str]:
-    return list(map(str, output)) if isinstance(output, Mapping) else [type(output).__name__]
 
 
 def _wants_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
@@ -112,11 +103,9 @@ def _wants_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
 def _cache_of(output: Any, *, wanted: bool) -> tuple[Any, str]:
     """The KV cache among what ``generate`` returned and, where one is wanted and not found, a sentence on that."""
     cache = cache_in(output)
-    if cache is None:
-        cache = next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
-    if cache is not None and (hasattr(cache, "layers") or _halves(cache)):
+    if hasattr(cache, "layers") or _halves(cache):
         return cache, ""
-    found = f"it returned {', '.join(_names(output))}" if cache is None else f"it is a {type(cache).__name__}"
+    found = f"it returned {', '.join(parts_of(output))}" if cache is None else f"it is a {type(cache).__name__}"
     why = f"The KV cache was not measured: generate gave back none that is made of layers ({found})."
     return None, why if wanted else ""
 
@@ -150,7 +139,7 @@ def logits_in(output: Any) -> Tensor:
     """
     logits = getattr(output, _LOGITS, None)
     if not isinstance(logits, Tensor):
-        raise missing("logits", of="what the model returned", wanted=[_LOGITS], seen=_names(output))
+        raise missing("logits", of="what the model returned", wanted=[_LOGITS], seen=parts_of(output))
     return logits
 
 
@@ -181,8 +170,9 @@ def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     Raises:
         UnsupportedModelError: they do not come first.
     """
-    names = [] if args else [name for name in parameters_of(layer) if name in kwargs]
-    states = kwargs[names[0]] if names else first_of_kwargs(args, kwargs)
+    parameters = parameters_of(layer)
+    given = bind(parameters, args, kwargs)
+    states = next((given[name] for name in parameters if name in given), None)
     if not isinstance(states, Tensor) or states.ndim != 3:
         called = f"a call of {type(layer).__name__}"
         raise missing("hidden states", of=called, wanted=["a first argument [B, L, D]"], seen=kwargs)
@@ -211,7 +201,5 @@ def not_inputs(inputs: Mapping[str, Any]) -> list[str]:
 def end_ids(model: Any) -> int | list[int] | None:
     """The ids that end a sequence, as the model's settings for ``generate`` have them."""
     config = getattr(model, "generation_config", None)
-    if config is not None and not hasattr(config, "eos_token_id"):
-        raise missing("end of a sequence", of=type(config).__name__, wanted=["eos_token_id"], seen=vars(config))
-    found: int | list[int] | None = getattr(config, "eos_token_id", None)
+    found: int | list[int] | None = config and look_up(config, "eos_token_id", role="end of a sequence")
     return found

@@ -158,7 +158,7 @@ class Tower:
         """
         flags = [getattr(module, self.flag) for module in host.modules() if hasattr(module, self.flag)]
         if not flags:
-            seen = sorted({name for module in host.modules() for name in seen_in(module) if "checkpoint" in name})
+            seen = sorted({name for module in host.modules() for name in seen_in(module)})
             raise missing("flag of gradient checkpointing", of=type(host).__name__, wanted=[self.flag], seen=seen,
                           library=self.library)  # fmt: skip
         if any(flags):
@@ -198,14 +198,12 @@ class Tower:
         Raises:
             UnsupportedModelError: an argument is missing.
         """
-        turns = self._rope(host, torch.zeros(1, 1, dtype=torch.float32, device="cpu")) is not None
+        turns = self.sample_rope(host, torch.zeros(1, 1, dtype=torch.float32, device="cpu")) is not None
+        mask = "argument for an attention mask, which sizes of tokens take (proportional=False works)"
         seen, of = inspect.signature(block.forward).parameters, f"the forward of {type(block).__name__}"
-        if counts and self.mask not in seen:
-            role = "argument for an attention mask, which sizes of tokens take (proportional=False works)"
-            raise missing(role, of=of, wanted=[self.mask], seen=seen, library=self.library)
-        if turns and self.rope not in seen:
-            role = "argument for rotary embeddings"
-            raise missing(role, of=of, wanted=[self.rope], seen=seen, library=self.library)
+        for role, name, needed in ((mask, self.mask, counts), ("argument for rotary embeddings", self.rope, turns)):
+            if needed and name not in seen:
+                raise missing(role, of=of, wanted=[name], seen=seen, library=self.library)
 
     def sample(self, host: nn.Module, block: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
         """Random hidden states for a block, and what else it takes, with no mask."""
@@ -217,16 +215,13 @@ class Tower:
         generator = torch.Generator(device="cpu").manual_seed(number)
         shape = (2, n_tokens, self.width(host))
         x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, weight.dtype)
-        rope = self._rope(host, x[0, -_TRIED:])
+        rope = self.sample_rope(host, x[0, -_TRIED:])
         kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
         return x, kwargs if rope is None else {**kwargs, self.rope: rope}
 
     def lacking(self, role: str, module: nn.Module, wanted: Any) -> UnsupportedModelError:
         """The error for a part of a module that is not there under any name known."""
         return missing(role, of=type(module).__name__, wanted=wanted, seen=seen_in(module), library=self.library)
-
-    def _rope(self, host: nn.Module, x: Tensor) -> Any:
-        return self.sample_rope(host, x) if self.rope else None
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -248,9 +243,5 @@ def shorten_rope(rope: Any, index: Tensor) -> Any:
     """
     if isinstance(rope, tuple):
         return tuple(shorten_rope(part, index) for part in rope)
-    index = index.to(rope.device)
-    if rope.ndim == 2:
-        return rope[index][:, None]
-    if rope.ndim == 3:
-        return rope[:, index].transpose(0, 1)
+    rope = rope[(None,) * (4 - rope.ndim)]
     return gather(rope.transpose(1, 2), index).transpose(1, 2)
