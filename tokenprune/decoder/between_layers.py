@@ -18,7 +18,7 @@ from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep, gather, pack
 from tokenprune.signals import LayerSignals, Stage, Trace
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")

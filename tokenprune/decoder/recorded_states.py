@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tokenprune.decoder.state import Forward, current
 from tokenprune.engine import Engine, Hook
 from tokenprune.upstream.attention import checkpoints
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs
 from tokenprune.upstream.facts import layers_of
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
 
 
 def wanted(decoder: nn.Module) -> bool:

@@ -5,7 +5,6 @@ through a proxy config; everyone else (the masks above all) goes on seeing the c
 """
 
 import copy
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.upstream.calls import names_of
 from tokenprune.upstream.check import look_up, missing, need, need_attributes
 
 NAME = "tokenprune"
@@ -127,12 +127,7 @@ def softcap_of(real: Any, options: dict[str, Any]) -> float | None:
     function of transformers 5.17 does as if there were none, and later ones raise.
     """
     softcap = options.get("softcap")
-    return softcap if softcap is not None and _names_softcap(real) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _names_softcap(real: Any) -> bool:
-    return "softcap" in inspect.signature(real).parameters
+    return softcap if softcap is not None and "softcap" in names_of(real) else None
 
 
 def scale_of(query: Tensor, options: dict[str, Any]) -> float:
@@ -158,8 +153,7 @@ def checkpoints(module: nn.Module) -> bool:
 
 def head_width(module: nn.Module) -> int:
     """Width K of the heads of an attention whose projections can be sliced."""
-    width = getattr(module, "head_dim", None)
-    return width if isinstance(width, int) else 0
+    return int(getattr(module, "head_dim", 0))
 
 
 def whole_projections(module: nn.Module) -> str | None:

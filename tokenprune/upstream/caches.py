@@ -27,7 +27,6 @@ _UNPATCHED = (
     "this cache was pruned, and the model is not patched: it counts tokens that the cache does not hold; patch it "
     "again with any method, and go on within session.pause() if nothing more is to be pruned"
 )
-_STATE = "_tokenprune_slots"
 _MODULE = "transformers.cache_utils"
 _LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
 _ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
@@ -149,7 +148,7 @@ def check_classes() -> None:
 
 def slots_of(cache: Any) -> Any:
     """What a pruned cache knows of its slots, None for any other cache or for no cache."""
-    return getattr(cache, _STATE, None)
+    return getattr(cache, "_tokenprune_slots", None)
 
 
 def record(cache: Any, slots: Slotted) -> None:
@@ -157,12 +156,12 @@ def record(cache: Any, slots: Slotted) -> None:
     if slots_of(cache) is None:
         cls: Any = type(cache)
         cache.__class__ = _pruned_class(cls)
-    setattr(cache, _STATE, slots)
+    cache._tokenprune_slots = slots
 
 
 def forget(cache: Any) -> None:
     """Make a pruned cache an ordinary one."""
-    delattr(cache, _STATE)
+    del cache._tokenprune_slots
     cache.__class__ = type(cache).__mro__[2]
 
 

@@ -50,16 +50,16 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @lru_cache(maxsize=256)
-def _parameters_of_class(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+def names_of(function: Any) -> tuple[str, ...]:
+    """Names of the parameters of a function, which is remembered: no bound method."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's forward."""
     if "forward" in module.__dict__:  # wrapped by somebody, such as accelerate
         return tuple(inspect.signature(module.forward).parameters)
-    cls: Any = type(module)
-    return _parameters_of_class(cls)
+    return names_of(type(module).forward)[1:]
 
 
 def bind(names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

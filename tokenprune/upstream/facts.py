@@ -142,8 +142,6 @@ class DecoderFacts:
 
 def layers_of(decoder: nn.Module) -> list[nn.Module] | None:
     """The decoder's layers, None where they are not found."""
-    config: Any = decoder.config
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-            return list(child)
-    return None
+    depth = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    lists = (list(child) for child in decoder.children() if isinstance(child, nn.ModuleList))
+    return next((layers for layers in lists if len(layers) == depth), None)

@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from tokenprune.upstream.check import look_up
 
 
-def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
-    """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field
-    named."""
-
-    def tokens(config: Any) -> int:
-        vision = config.vision_config
-        side = vision.image_size // vision.patch_size
-        stride = getattr(config, names[0], halve) if names else halve
-        return int(math.ceil(side / stride) ** 2)
-
-    return tokens
+def _pooled_frame(config: Any) -> int:
+    """Tokens of a frame whose side is image_size / patch_size, pooled by two or as the config says, and rounded up."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    return int(math.ceil(side / getattr(config, "spatial_pool_stride", 2)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,11 @@ FAMILIES: tuple[Family, ...] = (
         "llava_next_video",
         "LlavaNextVideo",
         _BOTH,
-        frame_tokens=_square("spatial_pool_stride", halve=2),
+        frame_tokens=_pooled_frame,
         square=0,
         video=True,
     ),
-    Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_square(halve=2), square=0, video=True),
+    Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_pooled_frame, square=0, video=True),
     Family("video_llava", "VideoLlava", _BOTH, rows_are_images=True, video=True),
     Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, apart=True, video=True),
     Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, apart=True, video=True),

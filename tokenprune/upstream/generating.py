@@ -1,7 +1,6 @@
 """Greedy generation with ``generate``, and what is read off the model, its prompt and what comes back."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
 from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
-from tokenprune.upstream.calls import CACHE, bind, parameters_of, parts_of, text_decoder
+from tokenprune.upstream.calls import CACHE, bind, names_of, parameters_of, parts_of, text_decoder
 from tokenprune.upstream.check import look_up, missing, need, need_attributes, version_of
 
 GREEDY: Mapping[str, object] = {
@@ -28,7 +27,7 @@ GREEDY: Mapping[str, object] = {
 """Arguments that make ``generate`` run a fixed number of greedy steps. They hold for one call, no config is touched."""
 PROMPTS = ("input_ids", "inputs_embeds")
 """Names of a prompt among the inputs of ``generate``: ids or embeddings."""
-_TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
+_TAP, _LENGTH, _LOGITS, _IDS, _USES_CACHE = "logits_processor", "max_new_tokens", "logits", "sequences", "use_cache"
 _NOT_INPUTS = {*GREEDY, *CACHE, "cache_params", _TAP, _LENGTH, "max_length", "generation_config", "labels"}
 
 
@@ -51,7 +50,7 @@ class Generated:
 def _check_generate() -> None:
     """Check that ``generate`` takes what a measured run is called with. Looked at once."""
     generate = need("transformers", "GenerationMixin", role="way to generate").generate
-    if _TAP not in (seen := inspect.signature(generate).parameters):
+    if _TAP not in (seen := names_of(generate)):
         raise missing("argument for a function that sees the logits", of="generate", wanted=[_TAP], seen=seen)
     config = need("transformers", "GenerationConfig", role="settings of generate")()
     need_attributes(config, (*GREEDY, _LENGTH), role="setting")
@@ -91,13 +90,9 @@ def generate_greedily(
             f"generate of {type(model).__name__} took {_TAP} and never called it, so its steps cannot be told apart; "
             f"transformers {version_of()}"
         )
-    cache, remark = _cache_of(output, wanted=_wants_cache(model, inputs))
+    by_default = getattr(getattr(model, "generation_config", None), _USES_CACHE, None)
+    cache, remark = _cache_of(output, wanted=inputs.get(_USES_CACHE, by_default) is not False)
     return Generated(ids[:, -max_new_tokens:], cache, remark)
-
-
-def _wants_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
-    name = "use_cache"
-    return inputs.get(name, getattr(getattr(model, "generation_config", None), name, None)) is not False
 
 
 def _cache_of(output: Any, *, wanted: bool) -> tuple[Any, str]:
@@ -159,9 +154,8 @@ def decoder_apart(model: nn.Module) -> tuple[nn.Module | None, str]:
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     """The layers of a text decoder; empty where they are not found."""
-    found = facts.layers_of(decoder) if hasattr(getattr(decoder, "config", None), "num_hidden_layers") else None
     lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return found or max(lists, key=len, default=[])
+    return facts.layers_of(decoder) or max(lists, key=len, default=[])
 
 
 def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -45,7 +45,14 @@ def _attending(attention: nn.Module) -> Attending | str:
     _dropout(attention)
     if outward == "output.dense":
         return Attending(inward, outward, _n_heads(attention), last=("output.dropout",), dropout=_dropout)
-    return Attending(inward, outward, _n_heads(attention), dropout=_dropout, paired=True, plain=_is_eager)
+    return Attending(
+        inward,
+        outward,
+        _n_heads(attention),
+        dropout=_dropout,
+        paired=True,
+        plain=lambda attention: _implementation(attention) == "eager",
+    )
 
 
 def _dropout(attention: Any) -> float:
@@ -55,10 +62,6 @@ def _dropout(attention: Any) -> float:
 
 def _implementation(host: Any) -> str:
     return str(look_up(host, "config._attn_implementation", role="attention implementation") or "sdpa")
-
-
-def _is_eager(attention: Any) -> bool:
-    return _implementation(attention) == "eager"
 
 
 def _split(n_heads: int, x: Tensor) -> Tensor:

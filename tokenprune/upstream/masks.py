@@ -1,28 +1,21 @@
 """The masks that a decoder would build, by upstream's own function."""
 
-import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.upstream.calls import check_roles
+from tokenprune.upstream.calls import check_roles, names_of
 from tokenprune.upstream.check import need
 from tokenprune.upstream.facts import DecoderFacts
 
 _NAME = "create_masks_for_generate"
 
 
-def _builder() -> Any:
-    return need("transformers.masking_utils", _NAME, role="function that builds masks")
-
-
-@lru_cache(maxsize=4)
-def _names(build: Any) -> dict[str, str]:
-    """What the function that builds masks calls its arguments."""
-    seen = inspect.signature(build).parameters
-    return check_roles(seen, ("config", "embeds", "mask", "positions", "cache"), of=_NAME)
+def _builder() -> tuple[Any, dict[str, str]]:
+    """The function that builds masks, and what it calls its arguments."""
+    build = need("transformers.masking_utils", _NAME, role="function that builds masks")
+    return build, check_roles(names_of(build), ("config", "embeds", "mask", "positions", "cache"), of=_NAME)
 
 
 def check_builder() -> None:
@@ -31,7 +24,7 @@ def check_builder() -> None:
     Raises:
         UnsupportedModelError: they cannot.
     """
-    _names(_builder())
+    _builder()
 
 
 def dense_mask(
@@ -51,6 +44,6 @@ def dense_mask(
     empty = embeds.new_empty(embeds.shape[0], embeds.shape[1], 0)
     if mask is None:  # without a mask and a cache, gaps in the positions would be taken for packed sequences
         mask = embeds.new_ones(embeds.shape[0], embeds.shape[1] + past, dtype=torch.int64)
-    build = _builder()
+    build, names = _builder()
     given = {"config": facts.config, "embeds": empty, "mask": mask, "positions": positions, "cache": cache}
-    return build(**{_names(build)[role]: value for role, value in given.items()})
+    return build(**{names[role]: value for role, value in given.items()})

@@ -66,11 +66,9 @@ class Prompt:
 
         Placeholders are looked for in such calls only: one that was *generated* looks just like an image's.
         """
-        if any(value is not None for value in (self.given.get(_ENCODED) or {}).values()):
-            return True
-        return any(
-            value is not None and (name.startswith(_PIXELS) or name in _FEATURES) for name, value in self.given.items()
-        )
+        encoded = (self.given.get(_ENCODED) or {}).values()
+        pixels = (value for name, value in self.given.items() if name.startswith(_PIXELS) or name in _FEATURES)
+        return any(value is not None for value in (*encoded, *pixels))
 
     def encoded(self, *, video: bool) -> Any:
         """What the vision encoder gave: a tensor, a sequence of tensors (one for each image), or None."""
