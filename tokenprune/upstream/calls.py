@@ -121,6 +121,11 @@ def check_layer(layer: nn.Module) -> None:
     _check(layer, "mask", "cache")
 
 
+@lru_cache
+def _roles_by_name(roles: tuple[str, ...]) -> dict[str, str]:
+    return {name: role for role in roles for name in ROLES[role]}
+
+
 @dataclass
 class ModuleCall:
     """What a module is called with, by role.
@@ -140,14 +145,15 @@ class ModuleCall:
     @classmethod
     def _sorted(cls, module: nn.Module, given: Mapping[str, Any], **known: Any) -> Self:
         """A call with the arguments `given` by name and with values `known` already."""
-        roles = {name: role for role in cls.roles for name in ROLES[role]}
+        roles = _roles_by_name(cls.roles)
         values: dict[str, Any] = {}
         names: dict[str, str] = {}
+        others: dict[str, Any] = {}
         for name, value in given.items():
-            role = roles.get(name)
-            if role is not None and values.get(role) is None:
-                values[role], names[role] = value, name
-        others = {name: value for name, value in given.items() if name not in roles}
+            if name not in roles:
+                others[name] = value
+            elif values.get(roles[name]) is None:
+                values[roles[name]], names[roles[name]] = value, name
         return cls(module, **known, **values, others=others, names=names)
 
     def _written(self) -> dict[str, Any]:
@@ -157,8 +163,8 @@ class ModuleCall:
         for role in self.roles:
             value = getattr(self, role)
             if role in self.names or value is not None:
-                own = next((name for name in ROLES[role] if name in parameters), ROLES[role][0])
-                given[self.names.get(role, own)] = value
+                name = self.names.get(role) or next((one for one in ROLES[role] if one in parameters), ROLES[role][0])
+                given[name] = value
         return given
 
     def _shorten_others(self, per_token: tuple[int, ...], shorten: Callable[[Tensor], Tensor]) -> None:

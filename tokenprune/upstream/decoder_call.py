@@ -159,22 +159,17 @@ class LayerCall(ModuleCall):
 
 
 def call_decoder(decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
-    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without."""
-    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
-    output = decoder(**call.arguments())
-    return states_of(output, type(decoder).__name__)
-
-
-def states_of(output: Any, called: str) -> Tensor:
-    """The last hidden states among what a decoder returned.
+    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without.
 
     Raises:
-        UnsupportedModelError: there are none.
+        UnsupportedModelError: there are none among what it returns.
     """
-    parts = parts_of(output)
+    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
+    parts = parts_of(decoder(**call.arguments()))
     found = next((part for part in parts.values() if isinstance(part, Tensor) and part.ndim == 3), None)
     if found is None:
-        raise missing("hidden states", of=f"what {called} returns", wanted=["a tensor [B, L, D]"], seen=parts)
+        of = f"what {type(decoder).__name__} returns"
+        raise missing("hidden states", of=of, wanted=["a tensor [B, L, D]"], seen=parts)
     return found
 
 

@@ -28,15 +28,11 @@ def towers_of(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
     """The vision encoders that `model` is or holds, with their rows."""
     found: list[tuple[nn.Module, Tower]] = []
     for module in model.modules():
-        tower = next((row for row in TOWERS if _descends(module, row)), None)
+        classes = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(module).__mro__}
+        tower = next((row for row in TOWERS if any((row.library, host) in classes for host in row.hosts)), None)
         if tower is not None and not any(module in set(host.modules()) for host, _ in found):
             found.append((module, tower))
     return found
-
-
-def _descends(module: nn.Module, tower: Tower) -> bool:
-    classes = type(module).__mro__
-    return any(cls.__name__ in tower.hosts and cls.__module__.partition(".")[0] == tower.library for cls in classes)
 
 
 def tower_of(model: nn.Module) -> tuple[nn.Module, Tower]:
@@ -132,13 +128,13 @@ class BlockCall:
         return bool(self.others.get("is_causal"))
 
     def shorten(self, index: Tensor | None, *, n_prefix: int, length: int, mask: Tensor | None) -> None:
-        """Shorten everything beside the hidden states to the tokens that are left.
+        """Shorten everything beside the hidden states to the tokens that are kept.
 
         Args:
-            index: `[B, n_left]`, where they stood among those that entered the first block; None where all are left.
+            index: `[B, M]`, where they stood among those that entered the first block; None where all are kept.
             n_prefix: tokens before the patches.
             length: tokens that entered the first block.
-            mask: what is to be added to the attention logits, `[B, 1, 1, n_left]`.
+            mask: what is to be added to the attention logits, `[B, 1, 1, M]`.
 
         Raises:
             UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.

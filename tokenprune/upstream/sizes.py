@@ -160,42 +160,30 @@ def grouped(root: nn.Module, mode: str, prompt: Prompt, row: int, runs: list[Ten
     labels = prompt.labels(row) or []
     stops = [int(run[-1]) + 1 for run in runs]
     gaps = [labels[stop : int(run[0])] for stop, run in zip([0, *stops], runs, strict=False)]
-    if mode == "opened":
-        ends = _opened(gaps, _opener(root, prompt, row, labels))
-    else:
-        ends = _closed(mode, gaps, labels[stops[-1] :])
+    mark = _opener(root, prompt, row, labels) if mode == "opened" else next(iter(labels[stops[-1] :]), None)
+    ends = [] if mark is None else _ends(mode, gaps, mark)
     places = [-1, *(place for place, ends_here in enumerate(ends) if ends_here)]
     images = [runs[before + 1 : after + 1] for before, after in pairwise(places)]
     even = all(len({len(run) for run in image}) == 1 for image in images)
     return [len(image) for image in images] if images and even else None
 
 
-def _opened(gaps: list[list[int]], opener: int | None) -> list[bool]:
-    """Whether each run is the last of its image, where a token opens every image; empty where none does.
+def _ends(mode: str, gaps: list[list[int]], mark: int) -> list[bool]:
+    """Whether each run is the last of its image, as the last run of the row is; empty where that cannot be told.
 
     Args:
+        mode: how it is told.
         gaps: labels of the tokens that stand before each run, back to the run before it.
-        opener: label of the token, None where there is none.
+        mark: label of the token that opens an image where one does, and else of the one behind the last run.
     """
-    return [*(opener in gap for gap in gaps[1:]), True] if opener in gaps[0] else []
-
-
-def _closed(mode: str, gaps: list[list[int]], behind: list[int]) -> list[bool]:
-    """Whether each run is the last of its image, as the last run of the row is; empty where it is not told.
-
-    Args:
-        mode: how it tells.
-        gaps: labels of the tokens that stand before each run, back to the run before it.
-        behind: those of the tokens behind the last run.
-    """
-    if not behind:
-        return []
+    if mode == "opened":
+        return [*(mark in gap for gap in gaps[1:]), True] if mark in gaps[0] else []
     if mode == "lined":
         return [*(len(gap) > 1 or gap != gaps[1] for gap in gaps[1:]), True]
     if mode == "closed":
-        return [*(gap[0] == behind[0] for gap in gaps[1:]), True]
-    # The tag of a tile is what stands between it and the last such token before it.
-    tags = [gap[len(gap) - gap[::-1].index(behind[0]) :] if behind[0] in gap else [] for gap in gaps]
+        return [*(gap[0] == mark for gap in gaps[1:]), True]
+    # The tag of a tile is what stands between it and the last mark before it.
+    tags = [gap[len(gap) - gap[::-1].index(mark) :] if mark in gap else [] for gap in gaps]
     return [tag == tags[-1] for tag in tags] if all(tags) else []
 
 
