@@ -27,7 +27,7 @@ GREEDY: Mapping[str, object] = {
 """Arguments that make ``generate`` run a fixed number of greedy steps. They hold for one call, no config is touched."""
 PROMPTS = ("input_ids", "inputs_embeds")
 """Names of a prompt among the inputs of ``generate``: ids or embeddings."""
-_TAP, _LENGTH, _LOGITS, _IDS, _USES_CACHE = "logits_processor", "max_new_tokens", "logits", "sequences", "use_cache"
+_TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
 _NOT_INPUTS = {*GREEDY, *CACHE, "cache_params", _TAP, _LENGTH, "max_length", "generation_config", "labels"}
 
 
@@ -90,8 +90,8 @@ def generate_greedily(
             f"generate of {type(model).__name__} took {_TAP} and never called it, so its steps cannot be told apart; "
             f"transformers {version_of()}"
         )
-    by_default = getattr(getattr(model, "generation_config", None), _USES_CACHE, None)
-    cache, remark = _cache_of(output, wanted=inputs.get(_USES_CACHE, by_default) is not False)
+    by_default = getattr(getattr(model, "generation_config", None), "use_cache", None)
+    cache, remark = _cache_of(output, wanted=inputs.get("use_cache", by_default) is not False)
     return Generated(ids[:, -max_new_tokens:], cache, remark)
 
 

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from tokenprune.upstream.check import look_up
 from tokenprune.upstream.tower import CONVOLUTIONS, RELATIVE, STAGES, WINDOWS, Attending, Keys, Logits, Tower, child
 
-# Parts of an attention: as most have them, and as DINOv2 of older transformers does.
-_QUERY, _KEY, _VALUE = ("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")
-_OUTPUT = ("o_proj", "out_proj", "output.dense")
+_PARTS = {
+    "query": ("q_proj", "attention.query"),
+    "key": ("k_proj", "attention.key"),
+    "value": ("v_proj", "attention.value"),
+    "output": ("o_proj", "out_proj", "output.dense"),
+}
+"""Projections of an attention: as most have them and, last, as DINOv2 of older transformers does."""
+_TOKENS = {
+    "class": ("embeddings.cls_token", "embeddings.class_embedding"),
+    "distillation": ("embeddings.distillation_token",),
+    "registers": ("embeddings.register_tokens",),
+}
+"""Parameters `[..., D]` of a host: the tokens before the patches."""
 
 
 def _n_heads(attention: Any) -> int:
@@ -21,27 +31,26 @@ def _n_heads(attention: Any) -> int:
     return int(look_up(attention, *names, role="number of heads"))
 
 
-def _name(attention: nn.Module, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if child(attention, name) is not None), None)
+def _name(attention: nn.Module, part: str) -> str | None:
+    return next((name for name in _PARTS[part] if child(attention, name) is not None), None)
 
 
 def _logits(block: nn.Module) -> Logits | None:
-    attention = next(
-        (child(block, name) for name in ("attention", "self_attn") if child(block, name) is not None), None
-    )
-    if attention is None or _name(attention, _KEY) is None:
+    attention = child(block, "attention") or child(block, "self_attn")
+    if attention is None or _name(attention, "key") is None:
         return None
-    query = look_up(attention, *_QUERY, role="projection of the queries")
+    query = look_up(attention, *_PARTS["query"], role="projection of the queries")
+    key = look_up(attention, *_PARTS["key"], role="projection of the keys")
     scale = look_up(attention, "scaling", "scale", "attention.scaling", role="factor of the attention logits")
-    key, read = look_up(attention, *_KEY, role="projection of the keys"), partial(_split, _n_heads(attention))
+    read = partial(_split, _n_heads(attention))
     return Logits(Keys(query, "post", read), Keys(key, "post", read), float(scale), _rotate)
 
 
 def _attending(attention: nn.Module) -> Attending | str:
-    outward = _name(attention, _OUTPUT)
+    outward = _name(attention, "output")
     if outward is None:
         return "it has no attention with an output projection of its own"
-    inward = tuple(_name(attention, names) or names[0] for names in (_QUERY, _KEY, _VALUE))
+    inward = tuple(_name(attention, part) or _PARTS[part][0] for part in ("query", "key", "value"))
     _dropout(attention)
     if outward == "output.dense":
         return Attending(inward, outward, _n_heads(attention), last=("output.dropout",), dropout=_dropout)
@@ -83,18 +92,14 @@ def _patches(host: Any) -> int:
     return math.prod(whole // part for whole, part in zip(*sides, strict=True))
 
 
-def _prefix(*kinds: tuple[str, ...]) -> Callable[[Any], int]:
-    """Counts the tokens before the patches: those of each kind are a parameter `[..., D]` of the embeddings."""
+def _prefix(*kinds: str) -> Callable[[Any], int]:
+    """Counts the tokens before the patches, which are of some kinds of :data:`_TOKENS`."""
 
     def count(host: Any) -> int:
-        found = [look_up(host, *names, role="tokens before the patches") for names in kinds]
+        found = [look_up(host, *_TOKENS[kind], role="tokens before the patches") for kind in kinds]
         return sum(tokens.numel() // tokens.shape[-1] for tokens in found)
 
     return count
-
-
-_CLASS = ("embeddings.cls_token", "embeddings.class_embedding")
-_DISTILLATION, _REGISTERS = ("embeddings.distillation_token",), ("embeddings.register_tokens",)
 
 
 def _sample_rope(host: Any, x: Tensor) -> Any:
@@ -122,9 +127,9 @@ _DINO = ("norm1", "attention", "norm2", "mlp")
 
 
 TOWERS: tuple[Tower, ...] = (
-    _tower("vit", ("ViTModel",), ("layers",), _VIT, _prefix(_CLASS)),
-    _tower("deit", ("DeiTModel",), ("layers",), _VIT, _prefix(_CLASS, _DISTILLATION)),
-    _tower("clip_vision_model", ("CLIPVisionModel",), ("encoder.layers",), _CLIP, _prefix(_CLASS)),
+    _tower("vit", ("ViTModel",), ("layers",), _VIT, _prefix("class")),
+    _tower("deit", ("DeiTModel",), ("layers",), _VIT, _prefix("class", "distillation")),
+    _tower("clip_vision_model", ("CLIPVisionModel",), ("encoder.layers",), _CLIP, _prefix("class")),
     _tower("siglip_vision_model", ("SiglipVisionModel",), ("encoder.layers",), _CLIP, _prefix()),
     _tower(
         "siglip2_vision_model",
@@ -134,20 +139,20 @@ TOWERS: tuple[Tower, ...] = (
         _prefix(),
         patches=lambda host: int(look_up(host, "config.num_patches", role="number of patches")),
     ),
-    _tower("dinov2", ("Dinov2Model", "Dinov2Backbone"), ("encoder.layer",), _DINO, _prefix(_CLASS)),
+    _tower("dinov2", ("Dinov2Model", "Dinov2Backbone"), ("encoder.layer",), _DINO, _prefix("class")),
     _tower(
         "dinov2_with_registers",
         ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         ("encoder.layer",),
         _DINO,
-        _prefix(_CLASS, _REGISTERS),
+        _prefix("class", "registers"),
     ),
     _tower(
         "dinov3_vit",
         ("DINOv3ViTModel", "DINOv3ViTBackbone"),
         ("model.layer", "layer"),
         _DINO,
-        _prefix(_CLASS, _REGISTERS),
+        _prefix("class", "registers"),
         rope="position_embeddings",
         sample_rope=_sample_rope,
     ),
