@@ -43,11 +43,11 @@ class DecoderFacts:
         self.config: Any = decoder.config
         kinds = getattr(self.config, "layer_types", None)
         self.kinds: tuple[str, ...] | None = tuple(kinds) if kinds else None
-        some_slide = any(_SLIDING in kind for kind in self.kinds or ())
+        self._slide = [_SLIDING in kind for kind in self.kinds or (_SLIDING,) * self.depth]
         window = getattr(self.config, "sliding_window", None)
-        if window is None and some_slide:
+        if window is None and self.kinds is not None and any(self._slide):
             raise self._missing("sliding window", "", "sliding_window")
-        self.window = int(window) if window is not None and (some_slide or self.kinds is None) else None
+        self.window = int(window) if window is not None and any(self._slide) else None
         self.recurrent = not _RECURRENT.isdisjoint(self.kinds or ())
         self.mrope = "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
 
@@ -105,10 +105,6 @@ class DecoderFacts:
         """Whether layers of a kind go through the tokens one by one."""
         return kind in _RECURRENT
 
-    def slides(self, layer: int) -> bool:
-        """Whether a layer sees a window only."""
-        return self.window is not None and (self.kinds is None or _SLIDING in self.kinds[layer])
-
     @property
     def positional_caches(self) -> list[str]:
         """Kinds of layers whose caches count by position, so that no entry can leave them by index."""
@@ -131,7 +127,8 @@ class DecoderFacts:
         Raises:
             UnsupportedModelError: they do not.
         """
-        wrong = [i for i, window in enumerate(windows) if window is not None and not self.slides(i)]
+        sliding = [i for i, window in enumerate(windows) if window is not None]
+        wrong = [i for i in sliding if self.window is None or not self._slide[i]]
         if wrong:
             raise UnsupportedModelError(
                 f"layers {', '.join(map(str, wrong))} of the KV cache keep a window of {windows[wrong[0]]} tokens, and "
