@@ -101,8 +101,8 @@ class Engine(Protocol):
         """Put further hooks in place while the model runs."""
         ...
 
-    def publish_traffic(self, traffic: Traffic) -> None:
-        """Make `traffic` what was read while the last tokens were generated."""
+    def publish_traffic(self, traffic: Callable[[], Traffic]) -> None:
+        """Make what `traffic` gives what was read while the last tokens were generated."""
         ...
 
     def publish(self, traces: tuple[Trace, ...]) -> None:

@@ -49,7 +49,7 @@ class Session:
         self._pauses: list[None] = []  # one for each block that pauses all threads; a list changes in one step
         self._traces: tuple[Trace, ...] = ()
         self._later: tuple[tuple[Trace, ...], ...] = ()
-        self._traffic: Traffic | None = None
+        self._traffic: Callable[[], Traffic] | None = None
         self._remarks: tuple[str, ...] = ()
         self._reducers = {
             site: tuple(CheckedReducer(method, site) for method in methods if site in method.sites())
@@ -88,7 +88,7 @@ class Session:
     @property
     def traffic(self) -> Traffic | None:
         """Bytes of keys and values read by the last generation so far; None where no method counts them."""
-        return self._traffic
+        return None if self._traffic is None else self._traffic()
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -103,8 +103,8 @@ class Session:
         """Have the report say `sentence` (called by adapters while planning)."""
         self._remarks = (*self._remarks, sentence)
 
-    def publish_traffic(self, traffic: Traffic) -> None:
-        """Make `traffic` that of the last generation (called by adapters)."""
+    def publish_traffic(self, traffic: Callable[[], Traffic]) -> None:
+        """Make what `traffic` gives that of the last generation (called by adapters)."""
         self._traffic = traffic
 
     def publish(self, traces: tuple[Trace, ...]) -> None:

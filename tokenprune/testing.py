@@ -67,7 +67,7 @@ class _Probe:
     def add(self, hooks: list[Hook]) -> None:
         return None
 
-    def publish_traffic(self, traffic: Traffic) -> None:
+    def publish_traffic(self, traffic: Callable[[], Traffic]) -> None:
         return None
 
     def publish(self, traces: tuple[Trace, ...]) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Who may import whom at any place, inside functions too. A package stands for all of its modules; a module of a package
 # without a line of its own has the package's. "*" is everything.
-ROOMS = ("engine", "upstream", "decoder", "decode", "encoder")
+ROOMS = ("engine", "running", "upstream", "decoder", "decode", "encoder")
 ARROWS = {
     "errors": (),
     "signals": ("errors",),
@@ -28,13 +28,14 @@ ARROWS = {
     "methods": ("errors", "signals", "reduction", "schedule", "ops", "methods"),
     "upstream": ("errors", "reduction", "ops", "upstream"),
     "engine": ("signals", "reduction"),
-    "decoder": ("errors", "signals", "reduction", "ops", "engine", "upstream", "decoder", "decode"),
+    "running": ("engine",),
+    "decoder": ("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "decoder", "decode"),
     "decode": (
-        *("errors", "signals", "reduction", "ops", "engine", "upstream", "decode", "decoder.state"),
-        *("decoder.pruned_cache", "decoder.importance"),
+        *("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "decode", "decoder.state"),
+        *("decoder.call", "decoder.masks", "decoder.pruned_cache"),
     ),
     "encoder": (
-        *("errors", "signals", "reduction", "ops", "engine", "upstream", "encoder", "decoder.adapter"),
+        *("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "encoder", "decoder.adapter"),
         "decode.heads",
     ),
     "validate": ("errors", "signals", "reduction", "schedule", "methods.base"),

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from tokenprune.reduction import Keep, gather
-from tokenprune.upstream.calls import ModuleCall, bind, parameters_of, parts_of, refuse_unknown
+from tokenprune.upstream.calls import ROLES, ModuleCall, bind, parameters_of, parts_of, refuse_unknown
 from tokenprune.upstream.check import missing
 
 _RECORDS = "output_hidden_states"
@@ -198,3 +198,8 @@ def lengthen_output(output: Any, last: Callable[[Tensor], Tensor], by_layer: Cal
 def first_of_kwargs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first argument of a call."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def is_unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is called by keywords, without an attention mask."""
+    return len(args) <= 1 and all(kwargs.get(name) is None for name in ROLES["mask"])
