@@ -85,40 +85,13 @@ def check_roles(seen: Iterable[str], wanted: Iterable[str], *, of: str) -> dict[
     return found
 
 
-def _check(module: nn.Module, *wanted: str) -> None:
+def check_forward(module: nn.Module, *wanted: str) -> None:
+    """Check that the forward of a module has arguments for the `wanted` roles, which are some of :data:`ROLES`.
+
+    Raises:
+        UnsupportedModelError: a role is missing.
+    """
     check_roles(parameters_of(module), wanted, of=f"the forward of {type(module).__name__}")
-
-
-def check_decoder(decoder: nn.Module, *, planes: bool) -> None:
-    """Check that the forward of a decoder takes all that pruning works with.
-
-    Args:
-        decoder: the text decoder.
-        planes: whether it takes feature planes for its first layers (DeepStack).
-
-    Raises:
-        UnsupportedModelError: a role is missing.
-    """
-    _check(decoder, "embeds", "mask", "positions", "cache", *(("plane_tokens", "planes") if planes else ()))
-
-
-def check_root(root: nn.Module) -> None:
-    """Check that the forward of the module that calls a decoder takes the text as it is known.
-
-    Raises:
-        UnsupportedModelError: a role is missing.
-    """
-    _check(root, "ids", "embeds")
-
-
-def check_layer(layer: nn.Module) -> None:
-    """Check that the forward of a decoder layer takes all that pruning between layers works with: rotary embeddings are
-    not among it, for positions may be in the embeddings.
-
-    Raises:
-        UnsupportedModelError: a role is missing.
-    """
-    _check(layer, "mask", "cache")
 
 
 @lru_cache

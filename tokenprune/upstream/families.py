@@ -202,18 +202,6 @@ def breaks_lines(root: nn.Module, family: Family) -> bool:
     return look_up(root, "config.vision_config.model_type", role="type of the vision encoder") in _BROKEN
 
 
-def pixels_per_token(root: nn.Module) -> int:
-    """Pixels between neighbouring tokens of a packed tower."""
-    size = look_up(root, "config.vision_config.patch_size", role="size of patches")
-    return int(size) * int(getattr(root.config, "spatial_merge_size", 1) or 1)
-
-
-def merge_of(root: nn.Module) -> int:
-    """How many neighbouring patches, in height and in width, a vision encoder that takes grids makes one token of."""
-    vision = look_up(root, "config.vision_config", role="config of the vision encoder")
-    return int(getattr(vision, "spatial_merge_size", 1) or 1)
-
-
 def n_planes(root: nn.Module) -> int:
     """Decoder layers whose visual tokens get features of the vision encoder added (DeepStack)."""
     vision = getattr(getattr(root, "config", None), "vision_config", None)

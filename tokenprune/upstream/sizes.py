@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.upstream.calls import embedding_of
-from tokenprune.upstream.families import Family, breaks_lines, merge_of, pixels_per_token
+from tokenprune.upstream.check import look_up
+from tokenprune.upstream.families import Family, breaks_lines
 from tokenprune.upstream.prompts import Prompt
 
 
@@ -64,7 +65,10 @@ def _gridded(root: nn.Module, prompt: Prompt, *, video: bool) -> list[Item]:
         return []
     if grids.shape[1] == 4:  # a coarse view of the whole image, then a fine one, with lines broken in both
         return [Item(h * w + height * width) for h, w, height, width in grids.tolist()]
-    merge = 1 if counted else merge_of(root)
+    merge = 1
+    if not counted:
+        vision = look_up(root, "config.vision_config", role="config of the vision encoder")
+        merge = int(getattr(vision, "spatial_merge_size", 1) or 1)
     found = [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
     return [Item(t * h * w, t, (h, w)) for t, h, w in found]
 
@@ -72,14 +76,11 @@ def _gridded(root: nn.Module, prompt: Prompt, *, video: bool) -> list[Item]:
 def _encoded(family: Family, prompt: Prompt, *, video: bool) -> list[Item]:
     """Of features that were encoded before."""
     features = prompt.encoded(video=video)
-    if isinstance(features, Tensor):
-        if features.ndim != 3 or not (video or family.rows_are_images):
-            return []  # a row for each tile of an image
-        frames = None if video and family.frame_tokens is not None else 1
-        sizes = [features.shape[1]] * features.shape[0]
-    else:
-        frames = None if video else 1
-        sizes = [math.prod(image.shape[:-1]) for image in features or ()]
+    stacked = isinstance(features, Tensor)
+    if stacked and (features.ndim != 3 or not (video or family.rows_are_images)):
+        return []  # a row for each tile of an image
+    frames = 1 if not video or (stacked and family.frame_tokens is None) else None
+    sizes = [math.prod(image.shape[:-1]) for image in (() if features is None else features)]
     whole = len(sizes) > 1 or not prompt.is_cut(video=video)
     return [Item(size, frames, whole=whole) for size in sizes]
 
@@ -88,7 +89,8 @@ def _lined(root: nn.Module, family: Family, sizes: list[tuple[int, int]]) -> lis
     """Of the images' sizes in pixels, where each stretch of so many pixels is a token."""
     if not breaks_lines(root, family):
         return []
-    unit = pixels_per_token(root)
+    patch = look_up(root, "config.vision_config.patch_size", role="size of patches")
+    unit = int(patch) * int(getattr(root.config, "spatial_merge_size", 1) or 1)
     return [Item((h // unit) * (w // unit)) for h, w in sizes]
 
 
