@@ -4,7 +4,6 @@ transformers keeps a table of attention functions. A probed attention module see
 through a proxy config; everyone else (the masks above all) goes on seeing the configuration itself.
 """
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -39,9 +38,6 @@ class ProxyConfig:
         if name.startswith("__") or name == "original":
             raise AttributeError(name)
         return getattr(self.original, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, tuple[Any]]:
         return _itself, (self.original,)

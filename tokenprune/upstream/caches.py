@@ -28,8 +28,18 @@ _UNPATCHED = (
     "again with any method, and go on within session.pause() if nothing more is to be pruned"
 )
 _MODULE = "transformers.cache_utils"
-_LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
-_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+_LENGTH = "get_seq_length"
+_ASKED = (
+    _LENGTH,
+    "get_mask_sizes",
+    "update",
+    "crop",
+    "reset",
+    "reorder_cache",
+    "batch_select_indices",
+    "batch_repeat_interleave",
+)
+"""What a cache and each of its layers are asked for."""
 _PAGED = "PagedAttentionCache"
 _KINDS = (
     "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
@@ -57,9 +67,8 @@ class _PrunedCache:
         n_queries, layer = inspect.signature(ask).bind(*args, **kwargs).arguments.values()
         past = int(self.get_seq_length(layer))
         window = window_of(self.layers[layer])
-        if window is None or past < window:
-            return past + n_queries, 0
-        return window - 1 + n_queries, past - window + 1
+        first = 0 if window is None else max(0, past - window + 1)
+        return past + n_queries - first, first
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Store new states.
@@ -138,12 +147,10 @@ def check_classes() -> None:
     Raises:
         UnsupportedModelError: they have not.
     """
-    cache = need(_MODULE, "Cache", role="KV cache")
-    need_attributes(cache, (_LENGTH, _SIZES, "update", "crop", "reset", *_ROWS), role="function of the KV cache")
-    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")
-    wanted = (_LENGTH, _SIZES, "update", "crop", "reset", "is_sliding", "lazy_initialization", *_ROWS)
+    need_attributes(need(_MODULE, "Cache", role="KV cache"), _ASKED, role="function of the KV cache")
+    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")()
+    wanted = (*_ASKED, "keys", "values", "is_initialized", "is_sliding", "lazy_initialization")
     need_attributes(layer, wanted, role="attribute of a layer of the KV cache")
-    need_attributes(layer(), ("keys", "values", "is_initialized"), role="attribute of a layer of the KV cache")
 
 
 def slots_of(cache: Any) -> Any:

@@ -117,9 +117,8 @@ def need_attributes(thing: Any, names: Iterable[str], *, role: str) -> None:
 
 
 def seen_in(thing: Any) -> list[str]:
-    """Names of what a module holds (submodules, parameters, attributes), of the fields of a config, or of all that a
-    class has."""
-    own = dir(thing) if isinstance(thing, type) else getattr(thing, "__dict__", ())
+    """Names of what a module holds (submodules, parameters, attributes), or of all that another thing has."""
+    own = vars(thing) if isinstance(thing, nn.Module) else dir(thing)
     names = [*own, *getattr(thing, "_modules", ()), *getattr(thing, "_parameters", ())]
     return [name for name in names if not name.startswith("_")]
 
