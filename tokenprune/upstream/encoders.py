@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import InputError
 from tokenprune.reduction import gather
@@ -159,7 +160,5 @@ class BlockCall:
 
 def lengths_in(output: Any, width: int) -> set[int]:
     """Lengths N of the hidden states `[B, N, D]` in what an encoder returned."""
-    if isinstance(output, Tensor):
-        return {output.shape[1]} if output.ndim == 3 and output.shape[2] == width else set()
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return {length for part in parts for length in lengths_in(part, width)}
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return {leaf.shape[1] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 3 and leaf.shape[2] == width}

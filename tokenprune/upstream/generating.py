@@ -14,6 +14,7 @@ from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
 from tokenprune.upstream.calls import CACHE, bind, names_of, parameters_of, parts_of, text_decoder
 from tokenprune.upstream.check import look_up, missing, need, need_attributes, version_of
+from tokenprune.upstream.families import is_text
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,
@@ -143,11 +144,10 @@ def decoder_apart(model: nn.Module) -> tuple[nn.Module | None, str]:
     decoder, name = text_decoder(model), type(model).__name__
     if decoder is None or decoder is model:
         return None, f"The stages before the first token were not told apart: {name} shows no text decoder apart."
-    if all(getattr(getattr(part, "config", None), "vision_config", None) is not None for part in (model, decoder)):
-        holder = type(decoder).__name__
+    if not is_text(model) and not is_text(decoder):
         return None, (
-            f"The stages before the first token were not told apart: {name} names {holder} as its text decoder, which "
-            "holds the vision encoder."
+            f"The stages before the first token were not told apart: {name} names {type(decoder).__name__} as its text "
+            "decoder, which holds the vision encoder."
         )
     return decoder, ""
 
