@@ -22,7 +22,7 @@ from tokenprune.reduction import Keep, gather
 from tokenprune.running import current
 from tokenprune.signals import LayerSignals, Stage, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs, is_unmasked
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, is_unmasked
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
