@@ -6,6 +6,7 @@ tokens, all layers' importance is followed in every step, so what is dropped has
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -51,10 +52,8 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
     with tokenprune.patch(model, "spatten", protect_text=False, **options) as session:
 
         def run(*, dense: bool) -> float:
-            if not dense:
-                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS).decode_ms or 0.0
-            with session.pause():
-                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS).decode_ms or 0.0
+            with session.pause() if dense else nullcontext():
+                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS)["decode_latency_ms"]
 
         pruned = inspect_generation(model, inputs, max_new_tokens=NEW_TOKENS)
         with session.pause():
@@ -75,8 +74,8 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
             "repeats": REPEATS,
             **{f"{side}_decode_latency_ms": round(time.median, 3) for side, time in times.items()},
             "pruned_over_dense": measured,
-            "dense_kv_mib": round(whole.kv_mib or 0, 3),
-            "pruned_kv_mib": round(pruned.kv_mib or 0, 3),
+            "dense_kv_mib": round(whole.amounts["kv_mib"], 3),
+            "pruned_kv_mib": round(pruned.amounts["kv_mib"], 3),
             "bytes_read": None if traffic is None else round(traffic.read / traffic.dense, 4),
         }
         if target is not None:

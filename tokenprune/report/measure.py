@@ -14,14 +14,16 @@
 """
 
 import ctypes
+import re
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ from tokenprune.errors import OptionError
 from tokenprune.upstream.generating import stored_by_layer
 
 MIB = 2.0**20
+PROGRESS_DELAY_S = 3.0
+PROCESS = Path("/proc/self")
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def rounds(names: Sequence[str], repeats: int) -> Iterator[str]:
+def rounds(names: Iterable[Name], repeats: int) -> Iterator[Name]:
     """`names` in turn, `repeats` times, every other round backwards.
 
     Raises:
@@ -95,8 +101,28 @@ def rounds(names: Sequence[str], repeats: int) -> Iterator[str]:
     """
     if repeats < 1:
         raise OptionError(f"repeats must be at least 1 to measure anything, got {repeats}")
+    names = list(names)
     for turn in range(repeats):
         yield from names if turn % 2 == 0 else reversed(names)
+
+
+def in_turn(calls: Mapping[Name, Callable[[], Result]], *, repeats: int, label: str) -> dict[Name, list[Result]]:
+    """Call each of `calls` `repeats` times, in turn.
+
+    A progress bar called `label` appears on stderr after three seconds, if that is a terminal and tqdm is installed.
+
+    Returns:
+        What they returned, by name; entry i of every name is of round i.
+    """
+    results: dict[Name, list[Result]] = {name: [] for name in calls}
+    turns: Iterable[Name] = list(rounds(calls, repeats))
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        turns = tqdm(turns, desc=label, disable=None, delay=PROGRESS_DELAY_S, leave=False)
+    for name in turns:
+        results[name].append(calls[name]())
+    return results
 
 
 def alternate(
@@ -111,24 +137,20 @@ def alternate(
     Returns:
         Latencies by name; sample i of every candidate was taken in round i.
     """
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in [call for _ in range(warmup) for call in candidates.values()]:
+    for call in [*candidates.values()] * warmup:
         call()
-    for name in rounds(tuple(candidates), repeats):
-        watch = Stopwatch(device)
-        watch.mark("start")
-        result = candidates[name]()
-        watch.mark("end")
-        samples[name].append(watch.read()[-1][1])
-        del result
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    timed = {name: partial(latency_ms, call, device=device) for name, call in candidates.items()}
+    return {name: Timing(tuple(times)) for name, times in in_turn(timed, repeats=repeats, label="latency").items()}
 
 
-def latency_ms(
-    call: Callable[[], object], *, repeats: int = 5, warmup: int = 1, device: torch.device | str = "cpu"
-) -> Timing:
-    """Latency of one callable; to compare several, see :func:`alternate`."""
-    return alternate({"call": call}, repeats=repeats, warmup=warmup, device=device)["call"]
+def latency_ms(call: Callable[[], object], *, device: torch.device | str) -> float:
+    """Milliseconds that one call takes."""
+    watch = Stopwatch(device)
+    watch.mark("start")
+    result = call()
+    watch.mark("end")
+    del result
+    return watch.read()[-1][1]
 
 
 class Meter(TorchDispatchMode):
@@ -203,54 +225,54 @@ def flops_g(call: Callable[[], object]) -> float:
     return meter.flops / 1e9
 
 
-@contextmanager
-def watch_peak(devices: Sequence[torch.device], meter: Meter) -> Iterator[Callable[[], float]]:
-    """Yield a reader of the peak so far in MiB: from CUDA's allocator if any device is one, else from `meter`."""
-    gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+def watch_memory(devices: Iterable[torch.device], meter: Meter) -> Callable[[], dict[str, float]]:
+    """Watch memory from now on.
+
+    Args:
+        devices: where the tensors are.
+        meter: follows them from now on; the peak is CUDA's allocator's if any device is one, else the meter's.
+
+    Returns:
+        A reader of `peak_mib` and, where the devices are CPUs and the system tells it (Linux), of `resident_peak_mib`.
+    """
+    devices = set(devices)
+    gpus = [device for device in devices if device.type == "cuda"]
     for gpu in gpus:
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
-    before = {gpu: int(torch.cuda.memory_allocated(gpu)) for gpu in gpus}
+    before = sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
+    has_resident = all(device.type == "cpu" for device in devices) and _forget_resident_peak()
 
-    def read() -> float:
-        peaks = [int(torch.cuda.max_memory_allocated(gpu)) - before[gpu] for gpu in gpus]
-        return (sum(peaks) if gpus else meter.peak) / MIB
+    def read() -> dict[str, float]:
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) - before if gpus else meter.peak
+        found = {"peak_mib": peak / MIB}
+        status = (PROCESS / "status").read_text(encoding="utf-8", errors="replace") if has_resident else ""
+        if told := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            found["resident_peak_mib"] = int(told[1]) / 1024
+        return found
 
-    yield read
+    return read
 
 
-@contextmanager
-def watch_resident(devices: Sequence[torch.device]) -> Iterator[Callable[[], float | None]]:
-    """Yield a reader of the process's largest resident memory so far in MiB.
-
-    It reads None where the system does not tell (any but Linux), or where a device is no CPU.
-    """
-    process = Path("/proc/self")
-    on_cpu = all(device.type == "cpu" for device in devices)
+def _forget_resident_peak() -> bool:
+    """Let the high-water mark of this process's resident memory be what is resident now; False where that fails."""
     try:
-        if on_cpu:
-            if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-                trim(0)
-            (process / "clear_refs").write_bytes(b"5")  # the high-water mark becomes what is resident now
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
+        (PROCESS / "clear_refs").write_bytes(b"5")
     except (OSError, TypeError):  # no such file; no libc under that name
-        on_cpu = False
-
-    def read() -> float | None:
-        if not on_cpu:
-            return None
-        lines = (process / "status").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-    yield read
+        return False
+    return True
 
 
 def peak_mib(call: Callable[[], object], *, devices: Sequence[torch.device] = ()) -> float:
     """Largest memory that one call holds beyond what was allocated before it, in MiB, over `devices` (none: CPU)."""
     meter = Meter()
     on_gpu = any(device.type == "cuda" for device in devices)
-    with nullcontext() if on_gpu else meter, watch_peak(devices, meter) as read:
+    with nullcontext() if on_gpu else meter:
+        read = watch_memory(devices, meter)
         call()
-        return read()
+        return read()["peak_mib"]
 
 
 def kv_mib(cache: object) -> float:

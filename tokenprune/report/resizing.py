@@ -49,7 +49,7 @@ def resized_inputs(loaded: Loaded, image: "Image.Image", question: str, *, keep:
     best = min(found, key=lambda pair: pair[0], default=None)
     if best is None or best[0] > max(1.0, NEAR * wanted):
         raise OptionError(
-            f"resize: {loaded.name} turns images of every size into about {whole} visual tokens, so a smaller image "
+            f"{loaded.name} turns images of every size into about {whole} visual tokens, so a smaller image "
             f"does not bring them to {wanted}"
         )
     return best[1]
