@@ -120,7 +120,7 @@ def test_a_comparison_is_as_wide_as_a_terminal_and_has_a_line_for_each_candidate
 
 
 def test_resize_that_cannot_be_done_is_told_and_the_rest_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.report.resizing.interpolators", lambda model: [])
+    monkeypatch.setattr("tokenprune.report.loading.interpolators", lambda model: [])
     status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", "uniform,resize", "--keep", "0.25")
     assert status == 0
     assert "resize: " in out

@@ -17,10 +17,9 @@ from tokenprune.methods.base import Method
 from tokenprune.parsing import parse_methods, takes
 from tokenprune.report.costs import drift
 from tokenprune.report.generation import Inspection, inspect_generation, time_generation
-from tokenprune.report.loading import Loaded, decode, prepare
+from tokenprune.report.loading import Loaded, decode, interpolating, prepare, resized_inputs
 from tokenprune.report.measure import Timing, in_turn
 from tokenprune.report.method_table import Comparison, Row
-from tokenprune.report.resizing import interpolating, resized_inputs
 from tokenprune.schedule import check_keep
 from tokenprune.upstream.generating import end_ids
 from tokenprune.upstream.loading import prompt_counts

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.distributions import Categorical, kl_divergence
 
-from tokenprune.report.generation import Inspection
+from tokenprune.report.generation import ForwardInspection, Inspection
 from tokenprune.report.measure import Timing
 from tokenprune.report.tables import factor, number, percent
 
@@ -157,3 +158,17 @@ def drift(dense: Inspection, pruned: Inspection, *, eos: int | list[int] | None 
         compared.append(limit)
         equal.append(next((place for place in range(limit) if expected[place] != actual[place]), limit))
     return Drift(tuple(kl.tolist()), tuple(equal), tuple(compared))
+
+
+def agreement(dense: ForwardInspection, pruned: ForwardInspection) -> list[str]:
+    """How far the outputs of two forwards on the same inputs agree, as sentences."""
+    expected, actual = dense.output, pruned.output
+    if expected is None or actual is None or expected.shape != actual.shape:
+        return ["The outputs differ in shape."]
+    rows = expected.float().flatten(1), actual.float().flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(*rows)[:SHOWN_ROWS].tolist()
+    said = [f"Drift, row by row: cosine of the outputs {', '.join(f'{cosine:.4f}' for cosine in cosines)}."]
+    if expected.ndim == 2:
+        n_same = int((rows[0].argmax(1) == rows[1].argmax(1)).sum())
+        said.append(f"The largest entry is the same in {n_same} of {len(expected)} rows.")
+    return said

@@ -1,4 +1,4 @@
-"""One greedy generation, timed or inspected, stage by stage.
+"""One greedy generation, timed or inspected, stage by stage; or one forward of a model without ``generate``.
 
 The stages are the encoder (everything before the decoder: vision encoder, projector, embedding), the decoder over the
 prompt with everything that pruning does in it, the head with the choice of the first token, and the decoding steps.
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.report.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, watch_memory
+from tokenprune.report.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, latency_ms, watch_memory
 from tokenprune.upstream.generating import GREEDY as GREEDY
 from tokenprune.upstream.generating import (
     decoder_apart,
@@ -52,6 +53,19 @@ class Inspection:
     remarks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ForwardInspection:
+    """What does not vary from run to run of a forward of a model without ``generate``, such as a vision transformer.
+
+    Attributes:
+        output: the first floating-point tensor that the model returned, rows first; None if there was none.
+        amounts: `peak_mib`, `resident_peak_mib` where the system tells it, `total_flops_g`.
+    """
+
+    output: Tensor | None
+    amounts: dict[str, float]
+
+
 def time_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_tokens: int) -> dict[str, float]:
     """Time one greedy generation of exactly `max_new_tokens` tokens; the end of a sequence does not stop it.
 
@@ -66,7 +80,7 @@ def time_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_toke
         decoder. `first_token_latency_ms`: from the call to the first token, the two before included.
         `decode_latency_ms`: each token after the first; absent if there is none. `total_latency_ms`: end to end.
     """
-    watch = Stopwatch(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
+    watch = Stopwatch(_devices(model)[0])
     with _marked(decoder_apart(model)[0], watch.mark):
         watch.mark("start")
         output = generate_greedily(model, inputs, max_new_tokens=max_new_tokens, on_token=lambda: watch.mark("token"))
@@ -148,7 +162,7 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
         _marked(decoder, mark),
         _layer_lengths(decoder) as lengths,
     ):
-        read_memory = watch_memory((parameter.device for parameter in model.parameters()), meter)
+        read_memory = watch_memory(_devices(model), meter)
         output = generate_greedily(model, inputs, max_new_tokens=max_new_tokens, on_token=lambda: mark("token"))
         memory = read_memory()
     mark("end")
@@ -192,3 +206,34 @@ def _layer_lengths(decoder: nn.Module | None) -> Iterator[list[int]]:
         for place, layer in enumerate(layers):
             hooks.enter_context(layer.register_forward_pre_hook(noting(place), with_kwargs=True))
         yield lengths
+
+
+def _forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
+    with torch.no_grad():
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def time_forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds of a forward, as `forward_latency_ms`.
+
+    Args:
+        model: takes `inputs` as its one argument or, if it is a mapping, as its keyword arguments.
+        inputs: what it is called with.
+    """
+    return {"forward_latency_ms": latency_ms(lambda: _forward(model, inputs), device=_devices(model)[0])}
+
+
+def inspect_forward(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> ForwardInspection:
+    """Run a forward and note what it computed, held and returned; arguments as in :func:`time_forward`."""
+    with Meter() as meter:
+        read_memory = watch_memory(_devices(model), meter)
+        output = _forward(model, inputs)
+        memory = read_memory()
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return ForwardInspection(next(iter(tensors), None), {**memory, "total_flops_g": meter.flops / 1e9})
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """Where the model's parameters are; a CPU for none."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters())) or [torch.device("cpu")]

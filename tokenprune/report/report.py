@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import OptionError
-from tokenprune.report.costs import BreakEven, Cost, Drift, break_even, costs_of, drift
-from tokenprune.report.encoding import ForwardInspection, agreement, inspect_forward, time_forward
-from tokenprune.report.generation import Inspection, inspect_generation, time_generation
+from tokenprune.report.costs import BreakEven, Cost, Drift, agreement, break_even, costs_of, drift
+from tokenprune.report.generation import (
+    ForwardInspection,
+    Inspection,
+    inspect_forward,
+    inspect_generation,
+    time_forward,
+    time_generation,
+)
 from tokenprune.report.measure import in_turn
 from tokenprune.report.site_tables import (
     LayerReport,
