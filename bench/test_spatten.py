@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokenprune
 from tokenprune.report.generation import inspect_generation, time_generation
-from tokenprune.report.measure import Timing, rounds
+from tokenprune.report.measure import Timing, in_turn
 
 NEW_TOKENS, REPEATS = 17, 5
 # What is asked of SpAtten, and what decoding may at most take of the unpruned time, where something was promised.
@@ -51,16 +51,14 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
     inputs = {"input_ids": torch.randint(1, 4000, (1, length), device=DEVICE)}
     with tokenprune.patch(model, "spatten", protect_text=False, **options) as session:
 
-        def run(*, dense: bool) -> float:
-            with session.pause() if dense else nullcontext():
-                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS)["decode_latency_ms"]
+        def run(_side: str = "pruned") -> float:
+            return time_generation(model, inputs, max_new_tokens=NEW_TOKENS)["decode_latency_ms"]
 
         pruned = inspect_generation(model, inputs, max_new_tokens=NEW_TOKENS)
         with session.pause():
             whole = inspect_generation(model, inputs, max_new_tokens=NEW_TOKENS)
-        samples: dict[str, list[float]] = {"dense": [], "pruned": []}
-        for side in rounds(("dense", "pruned"), REPEATS):
-            samples[side].append(run(dense=side == "dense"))
+        sides = {"dense": session.pause, "pruned": nullcontext}
+        samples = in_turn(sides, run, repeats=REPEATS, label=kind)
         times = {side: Timing(tuple(found)) for side, found in samples.items()}
         traffic = session.traffic
         measured = ratio(times["pruned"], times["dense"])
@@ -80,4 +78,4 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
         }
         if target is not None:
             row |= {"target": f"pruned_over_dense <= {target:g}", "met": measured[1] <= target}
-        record(lambda: run(dense=False), row)
+        record(run, row)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from decoder_flops import decoder_flops_g
 from families import batch, fresh, tiny
+from measuring import flops_g
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from tokenprune.report.measure import flops_g
 
 DENSE = ("llava", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "mistral3", "smolvlm", "glm4v")
 

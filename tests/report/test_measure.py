@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from families import batch, fresh, tiny
+from measuring import alternate, flops_g, peak_mib
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -19,17 +23,26 @@ from tokenprune.report.measure import (
     MIB,
     Meter,
     Timing,
-    alternate,
-    flops_g,
+    in_turn,
     kv_mib,
-    peak_mib,
-    rounds,
     watch_memory,
 )
 
 
-def test_rounds_take_turns_and_every_other_round_runs_backwards() -> None:
-    assert list(rounds("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
+def test_sides_take_turns_in_their_contexts_and_every_other_round_runs_backwards() -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        said.append(name)
+        yield
+        said.append("left")
+
+    sides = {name: partial(around, name) for name in "ab"}
+    found = in_turn(sides, lambda name: said.append(name.upper()) or len(said), repeats=3, label="turns")
+    assert "".join(name for name in said if name != "left") == "aAbBbBaAaAbB"
+    assert said[:3] == ["a", "A", "left"]
+    assert found == {"a": [2, 11, 14], "b": [5, 8, 17]}
 
 
 @pytest.mark.parametrize("repeats", [0, -1])

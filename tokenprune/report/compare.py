@@ -140,19 +140,13 @@ def compare(
         )
     shown, notes = candidates(loaded, image, questions, methods, keeps)
 
-    def inspect(one: Candidate) -> list[Inspection]:
-        with _in_force(loaded.model, one):
-            return [inspect_generation(loaded.model, given, max_new_tokens=max_new_tokens) for given in one.inputs]
-
-    def time(one: Candidate) -> dict[str, float]:
-        with _in_force(loaded.model, one):
-            return time_generation(loaded.model, one.inputs[0], max_new_tokens=max_new_tokens)
-
-    places = range(len(shown))
-    inspected = in_turn({place: partial(inspect, shown[place]) for place in places}, repeats=1, label="answers")
-    timed = in_turn({place: partial(time, shown[place]) for place in places}, repeats=repeats, label="latency")
-    seen = [inspected[place][0] for place in places]
-    rows = [_row(loaded, shown[place], seen[place], timed[place], seen[0], expected) for place in places]
+    inspect = partial(inspect_generation, loaded.model, max_new_tokens=max_new_tokens)
+    time = partial(time_generation, loaded.model, max_new_tokens=max_new_tokens)
+    sides = {place: partial(_in_force, loaded.model, one) for place, one in enumerate(shown)}
+    inspected = in_turn(sides, lambda place: list(map(inspect, shown[place].inputs)), repeats=1, label="answers")
+    timed = in_turn(sides, lambda place: time(shown[place].inputs[0]), repeats=repeats, label="latency")
+    seen = [inspected[place][0] for place in sides]
+    rows = [_row(loaded, shown[place], seen[place], timed[place], seen[0], expected) for place in sides]
     said = dict.fromkeys(remark for runs in seen for run in runs for remark in run.remarks)
     setting = {"max_new_tokens": max_new_tokens, "repeats": repeats}
     return Comparison(loaded.label, tuple(questions), tuple(expected), tuple(rows), (*notes, *said), setting)

@@ -8,6 +8,7 @@ Both runs of a comparison take the same number of steps: the end of a sequence d
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,17 +130,14 @@ def _marked(decoder: nn.Module | None, mark: Callable[[str], object]) -> Iterato
     """Within the block each call of `decoder` marks "enter", "begin" (after what other hooks do before it) and
     "leave"."""
 
-    def marking(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            mark(name)
-
-        return hook
+    def hook(name: str, *_: object) -> None:
+        mark(name)
 
     with ExitStack() as hooks:
         if decoder is not None:  # first in and last out: what pruning does belongs to the decoder
-            hooks.enter_context(decoder.register_forward_pre_hook(marking("enter"), prepend=True))
-            hooks.enter_context(decoder.register_forward_pre_hook(marking("begin")))
-            hooks.enter_context(decoder.register_forward_hook(marking("leave")))
+            hooks.enter_context(decoder.register_forward_pre_hook(partial(hook, "enter"), prepend=True))
+            hooks.enter_context(decoder.register_forward_pre_hook(partial(hook, "begin")))
+            hooks.enter_context(decoder.register_forward_hook(partial(hook, "leave")))
         yield
 
 
@@ -196,15 +194,12 @@ def _layer_lengths(decoder: nn.Module | None) -> Iterator[list[int]]:
     layers = [] if decoder is None else decoder_layers(decoder)
     lengths = [0] * len(layers)
 
-    def noting(place: int) -> Callable[..., None]:
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            lengths[place] = lengths[place] or tokens_entering(layer, args, kwargs)
-
-        return note
+    def note(place: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lengths[place] = lengths[place] or tokens_entering(layer, args, kwargs)
 
     with ExitStack() as hooks:
         for place, layer in enumerate(layers):
-            hooks.enter_context(layer.register_forward_pre_hook(noting(place), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, place), with_kwargs=True))
         yield lengths
 
 

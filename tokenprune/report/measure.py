@@ -1,4 +1,4 @@
-"""Instruments: latency, memory and arithmetic, measured the same way by the report, the benchmarks and the demos.
+"""Instruments: latency, memory and arithmetic, measured the same way by reports, comparisons and benchmarks.
 
 * Latency in milliseconds: wall time on a CPU, time between two events of the current stream on CUDA. Candidates that
   are compared run in turn (A B, B A, A B, ...), so that a machine that slows down or speeds up does so for all of them.
@@ -18,10 +18,9 @@ import re
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,54 +92,42 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def rounds(names: Iterable[Name], repeats: int) -> Iterator[Name]:
-    """`names` in turn, `repeats` times, every other round backwards.
+def in_turn(
+    sides: Mapping[Name, Callable[[], AbstractContextManager[Any]]],
+    run: Callable[[Name], Result],
+    *,
+    repeats: int,
+    label: str,
+) -> dict[Name, list[Result]]:
+    """Run several sides in turn, every other round backwards.
+
+    A progress bar called `label` appears on stderr after three seconds, if that is a terminal and tqdm is installed.
+
+    Args:
+        sides: for each name, what makes the context in which it is run.
+        run: called with a name, `repeats` times each.
+        repeats: rounds.
+        label: what is done.
+
+    Returns:
+        What `run` returned, by name; entry i of every name is of round i.
 
     Raises:
         OptionError: `repeats` is less than 1.
     """
     if repeats < 1:
         raise OptionError(f"repeats must be at least 1 to measure anything, got {repeats}")
-    names = list(names)
-    for turn in range(repeats):
-        yield from names if turn % 2 == 0 else reversed(names)
-
-
-def in_turn(calls: Mapping[Name, Callable[[], Result]], *, repeats: int, label: str) -> dict[Name, list[Result]]:
-    """Call each of `calls` `repeats` times, in turn.
-
-    A progress bar called `label` appears on stderr after three seconds, if that is a terminal and tqdm is installed.
-
-    Returns:
-        What they returned, by name; entry i of every name is of round i.
-    """
-    results: dict[Name, list[Result]] = {name: [] for name in calls}
-    turns: Iterable[Name] = list(rounds(calls, repeats))
+    orders = list(sides), list(sides)[::-1]
+    turns: Iterable[Name] = [name for turn in range(repeats) for name in orders[turn % 2]]
     with suppress(ImportError):
         from tqdm import tqdm
 
         turns = tqdm(turns, desc=label, disable=None, delay=PROGRESS_DELAY_S, leave=False)
+    results: dict[Name, list[Result]] = {name: [] for name in sides}
     for name in turns:
-        results[name].append(calls[name]())
+        with sides[name]():
+            results[name].append(run(name))
     return results
-
-
-def alternate(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int = 5,
-    warmup: int = 1,
-    device: torch.device | str = "cpu",
-) -> dict[str, Timing]:
-    """Time several callables in turn, each `repeats` times after `warmup` untimed calls.
-
-    Returns:
-        Latencies by name; sample i of every candidate was taken in round i.
-    """
-    for call in [*candidates.values()] * warmup:
-        call()
-    timed = {name: partial(latency_ms, call, device=device) for name, call in candidates.items()}
-    return {name: Timing(tuple(times)) for name, times in in_turn(timed, repeats=repeats, label="latency").items()}
 
 
 def latency_ms(call: Callable[[], object], *, device: torch.device | str) -> float:
@@ -217,14 +204,6 @@ def _formula(func: Any) -> Any:
     return _attention_flops if fused else flop_registry.get(func._overloadpacket)
 
 
-def flops_g(call: Callable[[], object]) -> float:
-    """Billions of floating-point operations of one call."""
-    meter = Meter()
-    with meter:
-        call()
-    return meter.flops / 1e9
-
-
 def watch_memory(devices: Iterable[torch.device], meter: Meter) -> Callable[[], dict[str, float]]:
     """Watch memory from now on.
 
@@ -263,16 +242,6 @@ def _forget_resident_peak() -> bool:
     except (OSError, TypeError):  # no such file; no libc under that name
         return False
     return True
-
-
-def peak_mib(call: Callable[[], object], *, devices: Sequence[torch.device] = ()) -> float:
-    """Largest memory that one call holds beyond what was allocated before it, in MiB, over `devices` (none: CPU)."""
-    meter = Meter()
-    on_gpu = any(device.type == "cuda" for device in devices)
-    with nullcontext() if on_gpu else meter:
-        read = watch_memory(devices, meter)
-        call()
-        return read()["peak_mib"]
 
 
 def kv_mib(cache: object) -> float:

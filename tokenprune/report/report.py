@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from tokenprune.session import Session
 
 TENSORS = ("kept_indices", "visual_indices", "assignment")
-Seen = TypeVar("Seen")
 Inspected = TypeVar("Inspected", bound=Inspection | ForwardInspection)
 
 
@@ -191,35 +191,23 @@ def _measured(
     """The report with what happened at the sites and what it cost, and what an inspection saw dense and pruned."""
     traces: list[Sequence[Trace]] = []
 
-    def timed() -> dict[str, float]:
-        taken = time(session.model)
-        if not session.active:
-            return {**taken, "selection_latency_ms": 0.0}
+    def timed(side: str) -> dict[str, float]:
+        latencies = time(session.model)
+        if side == "dense":
+            return {**latencies, "selection_latency_ms": 0.0}
         traces.append(session.traces)
-        return {**taken, "selection_latency_ms": sum(trace.overhead_ms for trace in session.traces)}
+        return {**latencies, "selection_latency_ms": sum(trace.overhead_ms for trace in session.traces)}
 
-    inspected = _both_sides(session, lambda: inspect(session.model), 1, label="memory and arithmetic")
-    dense, pruned = inspected[0][0], inspected[1][0]
-    latencies = _both_sides(session, timed, repeats, label="latency, dense and pruned in turn")
-    sites = tuple(site_of(*runs) for runs in zip(*traces, strict=True))
+    sides: dict[str, Callable[[], AbstractContextManager[Any]]] = {"dense": session.pause, "pruned": nullcontext}
+    inspected = in_turn(sides, lambda _: inspect(session.model), repeats=1, label="memory and arithmetic")
+    dense, pruned = inspected["dense"][0], inspected["pruned"][0]
+    runs = in_turn(sides, timed, repeats=repeats, label="latency, dense and pruned in turn")
+    sites = tuple(site_of(*same) for same in zip(*traces, strict=True))
     tokens = visual_tokens(sites)
     costs = [] if tokens is None else [Cost("visual_tokens", *tokens)]
-    costs += [*costs_of(*latencies), *costs_of([dense.amounts], [pruned.amounts])]
+    costs += [*costs_of(runs["dense"], runs["pruned"]), *costs_of([dense.amounts], [pruned.amounts])]
     setting = {**_machine(session.model), "repeats": repeats}
     return dataclasses.replace(report, sites=sites, setting=setting, costs=tuple(costs)), dense, pruned
-
-
-def _both_sides(
-    session: "Session", run: Callable[[], Seen], repeats: int, *, label: str
-) -> tuple[list[Seen], list[Seen]]:
-    """What `run` returns dense and what it returns pruned, in turn."""
-
-    def dense() -> Seen:
-        with session.pause():
-            return run()
-
-    found = in_turn({"dense": dense, "pruned": run}, repeats=repeats, label=label)
-    return found["dense"], found["pruned"]
 
 
 def _describe(method: Any) -> str:
