@@ -24,14 +24,13 @@ from typing import Any
 import pytest
 import torch
 from decoder_flops import decoder_flops_g
-from measuring import alternate, flops_g
+from measuring import Timing, alternate, flops_g, kv_mib
 from test_prefill import CUDA, DEVICE, DTYPE, IMAGE, SHAPE, TEXT, Prompt, forward, make_model, prefill, ratio, summary
 from test_prefill import twin as twin_of
 from torch import nn
 from upstream import cache_of
 
 import tokenprune
-from tokenprune.report.measure import Timing, kv_mib
 from tokenprune.schedule import share
 
 N_LAYERS = SHAPE["num_hidden_layers"] if CUDA else 24

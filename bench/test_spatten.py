@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import Timing
 from test_prefill import CUDA, DEVICE, DTYPE, SHAPE, ratio
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokenprune
 from tokenprune.report.generation import inspect_generation, time_generation
-from tokenprune.report.measure import Timing, in_turn
+from tokenprune.report.measure import in_turn
 
 NEW_TOKENS, REPEATS = 17, 5
 # What is asked of SpAtten, and what decoding may at most take of the unpruned time, where something was promised.

@@ -1,11 +1,35 @@
 """The library's instruments around a call, for benchmarks and tests: latencies in turn, arithmetic, peak memory."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
-from tokenprune.report.measure import Meter, Timing, in_turn, latency_ms, watch_memory
+from tokenprune.report import measure
+from tokenprune.report.measure import Meter, in_turn, latency_ms, watch_memory
+from tokenprune.upstream.generating import stored_by_layer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latencies of one candidate in milliseconds, in the order they were taken (or ratios of such)."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.samples)
+
+    def quantile(self, fraction: float) -> float:
+        """Linearly interpolated quantile; `fraction` in [0, 1]."""
+        return float(torch.tensor(self.samples, dtype=torch.float64, device="cpu").quantile(fraction))
+
+    def over(self, other: "Timing") -> "Timing":
+        """Ratios of the samples taken in the same rounds: less touched by drift than the ratio of two medians."""
+        return Timing(tuple(mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=True)))
 
 
 def alternate(
@@ -46,3 +70,15 @@ def peak_mib(call: Callable[[], object], *, devices: Sequence[torch.device] = ()
         read = watch_memory(devices, meter)
         call()
         return read()["peak_mib"]
+
+
+def kv_mib(cache: object) -> float:
+    """Memory that a KV cache holds, in MiB: storages of keys, values and recurrent states, each counted once.
+
+    Args:
+        cache: a cache of transformers (anything with `layers`); of an encoder-decoder cache both halves count.
+
+    Raises:
+        UnsupportedModelError: it is not made of layers.
+    """
+    return measure.kv_mib(stored_by_layer(cache))

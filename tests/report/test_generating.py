@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch, tiny
+from measuring import kv_mib
 from torch import nn
 from transformers import DynamicCache
 from upstream import USE_CACHE
@@ -15,7 +16,6 @@ import tokenprune
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.report.generation import inspect_generation, time_generation
 from tokenprune.report.loading import n_visual
-from tokenprune.report.measure import kv_mib
 
 INPUTS = batch("llava", ((1, (2, 2), 3),)).inputs
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import batch, fresh, tiny
-from measuring import alternate, flops_g, peak_mib
+from measuring import Timing, alternate, flops_g, kv_mib, peak_mib
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -22,9 +22,7 @@ from tokenprune.report.generation import inspect_generation, time_generation
 from tokenprune.report.measure import (
     MIB,
     Meter,
-    Timing,
     in_turn,
-    kv_mib,
     watch_memory,
 )
 

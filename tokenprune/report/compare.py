@@ -18,7 +18,7 @@ from tokenprune.parsing import parse_methods, takes
 from tokenprune.report.costs import drift
 from tokenprune.report.generation import Inspection, inspect_generation, time_generation
 from tokenprune.report.loading import Loaded, decode, interpolating, prepare, resized_inputs
-from tokenprune.report.measure import Timing, in_turn
+from tokenprune.report.measure import in_turn, spread
 from tokenprune.report.method_table import Comparison, Row
 from tokenprune.schedule import check_keep
 from tokenprune.upstream.generating import end_ids
@@ -172,6 +172,7 @@ def _row(
     answers, wanted = (tuple(decode(loaded, one.new_ids[0]) for one in side) for side in (seen, dense))
     length, visual = prompt_counts(loaded.model, candidate.inputs[0])
     amounts, whole = seen[0].amounts, _prefill_flops_g(dense[0])
+    latencies = {name: spread([run[name] for run in timed]) for name in timed[0]}
     return Row(
         method=candidate.name,
         keep=candidate.keep,
@@ -181,9 +182,9 @@ def _row(
         same_answers=statistics.fmean(map(str.__eq__, answers, wanted)),
         accuracy=statistics.fmean(map(_same, answers, expected)) if expected else None,
         first_token_kl=statistics.fmean(one.first_token_kl[0] for one in drifts),
-        first_token_latency_ms=_spread("first_token_latency_ms", timed),
-        decode_latency_ms=_spread("decode_latency_ms", timed) if "decode_latency_ms" in timed[0] else None,
-        total_latency_ms=_spread("total_latency_ms", timed),
+        first_token_latency_ms=latencies["first_token_latency_ms"],
+        decode_latency_ms=latencies.get("decode_latency_ms"),
+        total_latency_ms=latencies["total_latency_ms"],
         kv_mib=amounts.get("kv_mib"),
         peak_mib=amounts["peak_mib"],
         total_flops_g=amounts["total_flops_g"],
@@ -200,9 +201,3 @@ def _same(answer: str, expected: str) -> bool:
     """Equal up to case, blanks and a full stop."""
     one, other = (" ".join(text.casefold().split()).rstrip(".") for text in (answer, expected))
     return one == other
-
-
-def _spread(name: str, timed: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile of the runs."""
-    timing = Timing(tuple(run[name] for run in timed))
-    return timing.median, timing.quantile(0.2), timing.quantile(0.8)

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from tokenprune.report.generation import ForwardInspection, Inspection
-from tokenprune.report.measure import Timing
+from tokenprune.report.measure import spread
 from tokenprune.report.tables import factor, number, percent
 
 SHOWN_ROWS = 12
@@ -44,8 +44,8 @@ class Cost:
     def cells(self) -> list[str]:
         """The row of a table."""
         cells = [self.name]
-        for value, spread in ((self.dense, self.dense_range), (self.pruned, self.pruned_range)):
-            cells.append(number(value) + (f" ({number(spread[0])}-{number(spread[1])})" if spread else ""))
+        for value, quantiles in ((self.dense, self.dense_range), (self.pruned, self.pruned_range)):
+            cells.append(number(value) + (f" ({'-'.join(map(number, quantiles))})" if quantiles else ""))
         return [*cells, percent(self.saved), factor(self.dense, self.pruned)]
 
 
@@ -53,9 +53,9 @@ def costs_of(dense: Sequence[Mapping[str, float]], pruned: Sequence[Mapping[str,
     """The quantities that the runs of both sides tell, in the order of the dense ones."""
     costs = []
     for name in [name for name in dense[0] if name in pruned[0]]:
-        sides = [Timing(tuple(run[name] for run in runs)) for runs in (dense, pruned)]
-        ranges = [(side.quantile(0.2), side.quantile(0.8)) for side in sides if len(side.samples) > 1]
-        costs.append(Cost(name, sides[0].median, sides[1].median, *ranges))
+        sides = [spread([run[name] for run in runs]) for runs in (dense, pruned)]
+        ranges = [(low, high) for _, low, high in sides] if len(dense) > 1 else []
+        costs.append(Cost(name, sides[0][0], sides[1][0], *ranges))
     return costs
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.report.measure import Meter, Stopwatch, kv_mib, kv_mib_by_layer, latency_ms, watch_memory
+from tokenprune.report.measure import Meter, Stopwatch, kv_mib, latency_ms, watch_memory
 from tokenprune.upstream.generating import GREEDY as GREEDY
 from tokenprune.upstream.generating import (
     decoder_apart,
     decoder_layers,
     generate_greedily,
     logits_in,
+    stored_by_layer,
     tokens_entering,
 )
 
@@ -167,13 +168,14 @@ def inspect_generation(model: nn.Module, inputs: Mapping[str, Any], *, max_new_t
     if not logits:
         raise UnsupportedModelError(f"generate of {type(model).__name__} did not call the model it belongs to")
     stages = stages_between(marks)
-    kv = {} if output.cache is None else {"kv_mib": kv_mib(output.cache)}
+    layers = [] if output.cache is None else stored_by_layer(output.cache)
+    kv = {} if output.cache is None else {"kv_mib": kv_mib(layers)}
     return Inspection(
         new_ids=output.ids.cpu(),
         first_logits=logits[0],
         amounts={**memory, **kv, **{f"{stage}_flops_g": flops / 1e9 for stage, flops in stages.items()}},
         layer_tokens=tuple(lengths),
-        layer_kv_mib=() if output.cache is None else kv_mib_by_layer(output.cache),
+        layer_kv_mib=tuple(kv_mib([layer]) for layer in layers),
         remarks=tuple(filter(None, [apart, output.remark, _unseen(decoder, stages, lengths)])),
     )
 

@@ -15,22 +15,20 @@
 
 import ctypes
 import re
-import statistics
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import OptionError
-from tokenprune.upstream.generating import stored_by_layer
 
 MIB = 2.0**20
 PROGRESS_DELAY_S = 3.0
@@ -39,24 +37,10 @@ Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Latencies of one candidate in milliseconds, in the order they were taken (or ratios of such)."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Median of the samples."""
-        return statistics.median(self.samples)
-
-    def quantile(self, fraction: float) -> float:
-        """Linearly interpolated quantile; `fraction` in [0, 1]."""
-        return float(torch.tensor(self.samples, dtype=torch.float64, device="cpu").quantile(fraction))
-
-    def over(self, other: "Timing") -> "Timing":
-        """Ratios of the samples taken in the same rounds: less touched by drift than the ratio of two medians."""
-        return Timing(tuple(mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=True)))
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile, linearly interpolated."""
+    median, low, high = np.quantile(samples, [0.5, 0.2, 0.8]).tolist()
+    return median, low, high
 
 
 class Stopwatch:
@@ -244,23 +228,7 @@ def _forget_resident_peak() -> bool:
     return True
 
 
-def kv_mib(cache: object) -> float:
-    """Memory that a KV cache holds, in MiB: storages of keys, values and recurrent states, each counted once.
-
-    Args:
-        cache: a cache of transformers (anything with `layers`); of an encoder-decoder cache both halves count.
-
-    Raises:
-        UnsupportedModelError: it is not made of layers.
-    """
-    return _mib(leaf for layer in stored_by_layer(cache) for leaf in layer)
-
-
-def kv_mib_by_layer(cache: object) -> tuple[float, ...]:
-    """The same for each layer of the cache; a storage that layers share counts in each of them."""
-    return tuple(map(_mib, stored_by_layer(cache)))
-
-
-def _mib(tensors: Iterable[Tensor]) -> float:
-    storages = (tensor.untyped_storage() for tensor in tensors)
+def kv_mib(layers: Iterable[Iterable[Tensor]]) -> float:
+    """Memory of the tensors that layers of a KV cache hold, in MiB; a storage that several share counts once."""
+    storages = [tensor.untyped_storage() for layer in layers for tensor in layer]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) / MIB

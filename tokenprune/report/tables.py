@@ -111,8 +111,4 @@ def settings(setting: Mapping[str, Any]) -> str:
 
 def plain(value: Any) -> Any:
     """`value` as lists, dictionaries and numbers that JSON has; numbers that are not finite become None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
