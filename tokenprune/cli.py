@@ -26,7 +26,7 @@ SPEC = "name or name:option=value,... (see tokenprune methods)"
 KEEP = "how many visual tokens are kept: 0.25 = a quarter, 64 = 64 per image; 1 is one token, 1.0 is all"
 COMPARE = """\
 several methods and keeps on one image: agreement, latency, memory. A method whose own options say how much is kept
-(aim, spatten, divprune:keep=0.3) stands once, without keep; one that prunes inside the decoder costs more than keep of
+(aim, spatten, divprune:keep=0.3) has one row, without keep; one that prunes inside the decoder costs more than keep of
 the tokens. The column cost says what each row costs the decoder: compare rows that cost alike."""
 EXAMPLES = """\
 examples:
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 def _keep(text: str) -> float:
     if text == "auto":
         raise argparse.ArgumentTypeError(
-            "auto goes with a radius and stands with the method: divprune:keep=auto,radius=0.05"
+            "auto needs a radius, and both are written with the method: divprune:keep=auto,radius=0.05"
         )
     is_count = text.strip().lstrip("+-").isdecimal()
     try:

@@ -102,7 +102,7 @@ def test_compare_shows_a_method_that_sets_how_much_is_left_once(run: Run) -> Non
         ("divprune+aim:merge=36,prune=None", 0.375, 36),
         ("tome:r=[9,9,9,9]", None, 108),
     ]
-    assert "divprune:keep=0.25: its own options say how much is kept, so it stands once, at that cost" in found["notes"]
+    assert "divprune:keep=0.25: its own options say how much is kept, so it has one row, at that cost" in found["notes"]
     fails(run, "compare", *ASKED, "--methods", "aim", "--keep", "1.5", saying="must lie in (0, 1]")
 
 

@@ -44,8 +44,8 @@ class Candidate:
 def candidates(
     loaded: Loaded, image: "Image.Image", questions: Sequence[str], methods: Sequence[str], keeps: Sequence[float]
 ) -> tuple[list[Candidate], list[str]]:
-    """The dense model, then every method at every `keep`, or once where it sets itself how much is kept; and notes on
-    those that this model cannot do.
+    """The dense model, then every method at every `keep`, or once where its own options say how much is kept; and
+    notes on those that this model cannot do.
 
     Args:
         loaded: the model; it is patched and unpatched for each method once, so that what it refuses is known at once.
@@ -79,7 +79,7 @@ def candidates(
     if refused and len(found) == 1:  # what every method but resize runs into is no remark
         raise refused[0]
     own = dict.fromkeys(one.name for one in found if one.keep is None)
-    notes += [f"{name}: its own options say how much is kept, so it stands once, at that cost" for name in own]
+    notes += [f"{name}: its own options say how much is kept, so it has one row, at that cost" for name in own]
     return found, list(dict.fromkeys(notes))
 
 

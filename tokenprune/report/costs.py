@@ -74,8 +74,7 @@ class BreakEven:
     of magnitude, and measure near it.
 
     Attributes:
-        visual_tokens: the number, all rows of the batch together; None where nothing was dropped or saved, so that no
-            number of tokens can be told.
+        visual_tokens: the number, all rows of the batch together; None where nothing was dropped or saved.
         saved_ms_per_token: `s`, negative where pruning costs more than it saves before any selection.
         selection_ms: `selection`.
         shares: part of the dense end-to-end time by stage, in order: `encoder`, `prefill`, `head` (with everything
@@ -100,10 +99,9 @@ class BreakEven:
             return [stages]
         each = f"{number(self.saved_ms_per_token)} ms saved per dropped token, {number(self.selection_ms)} ms selection"
         if self.visual_tokens is None:
-            told = "none; at this size dropping tokens does not bring the first token nearer"
-            return [stages, f"Break-even: {told} ({each})."]
-        told = f"the first token comes sooner from about {max(1, round(self.visual_tokens)):,} visual tokens on"
-        return [stages, f"Break-even, estimated from these runs: {told} ({each})."]
+            return [stages, f"Break-even: none; at this size pruning does not make the first token earlier ({each})."]
+        least = f"from about {max(1, round(self.visual_tokens)):,} visual tokens on"
+        return [stages, f"Break-even, estimated from these runs: the first token comes earlier {least} ({each})."]
 
 
 def break_even(costs: Sequence[Cost]) -> BreakEven | None:

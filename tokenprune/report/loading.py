@@ -181,13 +181,13 @@ def n_visual(model: Any, inputs: Mapping[str, Any]) -> int:
     """Placeholders of visual tokens in a prompt.
 
     Raises:
-        UnsupportedModelError: the prompt or the id of the placeholders cannot be told.
+        UnsupportedModelError: the prompt or the id of the placeholders is not found.
     """
     return prompt_counts(model, inputs)[1]
 
 
 def resized_inputs(loaded: Loaded, image: "Image.Image", question: str, *, keep: float) -> dict[str, Any]:
-    """Inputs of ``generate`` whose image is so much smaller that about `keep` of its visual tokens are left.
+    """Inputs of ``generate`` whose image is so much smaller that it has about `keep` of its visual tokens.
 
     Run them inside :func:`interpolating`.
 

@@ -210,8 +210,8 @@ def watch_memory(devices: Iterable[torch.device], meter: Meter) -> Callable[[], 
         peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) - before if gpus else meter.peak
         found = {"peak_mib": peak / MIB}
         status = (PROCESS / "status").read_text(encoding="utf-8", errors="replace") if has_resident else ""
-        if told := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-            found["resident_peak_mib"] = int(told[1]) / 1024
+        if line := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            found["resident_peak_mib"] = int(line[1]) / 1024
         return found
 
     return read

@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         method: its name, or "dense" or "resize".
-        keep: what was asked for; 1 for the dense model; None for methods that set themselves how much is left.
+        keep: what was asked for; 1 for the dense model; None for methods whose own options say how much is kept.
         visual_tokens: visual tokens in the decoder at the prefill of the first question, mean over its layers: what
             makes methods that prune at different depths comparable.
         prefill_share: arithmetic of the decoder over the prompt of the first question, with choosing, as a share of the

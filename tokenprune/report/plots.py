@@ -1,6 +1,7 @@
 """Pictures of reports and comparisons, drawn by matplotlib where it is installed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def plot_report(path: str | Path, *, title: str, layers: Sequence[LayerReport], 
 
     Args:
         path: an image file; its ending says which kind.
-        title: stands above the picture.
+        title: of the picture.
         layers: the decoder's layers, measured.
         costs: dense against pruned; those named in `SHOWN` are drawn.
 
@@ -43,15 +44,13 @@ def plot_report(path: str | Path, *, title: str, layers: Sequence[LayerReport], 
         )
     drawn = [layer for layer in layers if layer.dense_tokens is not None and layer.pruned_tokens is not None]
 
-    def draw(figure: Any) -> None:
+    with _figure(path, title=title, size=(11, 4.6)) as figure:
         panels = figure.subplots(1, 2 if drawn else 1, squeeze=False, width_ratios=[2, 3] if drawn else None)[0]
         if drawn:
             _draw_layers(panels[0], drawn)
         _draw_latencies(panels[-1], timed)
         handles, labels = panels[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-
-    save(path, draw, title=title, size=(11, 4.6))
 
 
 def _draw_layers(axes: Any, layers: Sequence[LayerReport]) -> None:
@@ -90,8 +89,8 @@ def plot_lines(
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
 
-    def draw(figure: Any) -> None:
-        shown: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    with _figure(path, title=title, size=(4.2 * len(panels), 4.4)) as figure:
         for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             for name, points in lines.items():
                 style = names.index(name) % len(LINES)
@@ -103,11 +102,10 @@ def plot_lines(
             _plain(axes)
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 8), frameon=False)
 
-    save(path, draw, title=title, size=(4.2 * len(panels), 4.4))
 
-
-def save(path: str | Path, draw: Callable[[Any], None], *, title: str, size: tuple[float, float]) -> None:
-    """Let `draw` fill a figure of so many inches and write it to `path`; no state of matplotlib is touched.
+@contextmanager
+def _figure(path: str | Path, *, title: str, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of so many inches, written to `path` after the block; no state of matplotlib is touched.
 
     Raises:
         OptionError: matplotlib is not installed, or the file cannot be written.
@@ -117,7 +115,7 @@ def save(path: str | Path, draw: Callable[[Any], None], *, title: str, size: tup
 
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     figure.suptitle(title if len(title) <= 90 else f"{title[:87]}...", fontsize=11)
-    draw(figure)
+    yield figure
     try:
         figure.savefig(path)
     except OSError as error:

@@ -88,7 +88,7 @@ class Report(Document):
         """Everything as plain data: lists, dictionaries, strings, numbers; numbers that are not finite become None."""
         data = dataclasses.asdict(self)
         data["costs"] = [dict(dataclasses.asdict(cost), saved=cost.saved, factor=cost.factor) for cost in self.costs]
-        data["sites"] = [{name: told for name, told in site.items() if name not in TENSORS} for site in data["sites"]]
+        data["sites"] = [{name: value for name, value in site.items() if name not in TENSORS} for site in data["sites"]]
         if self.break_even is not None:
             data["break_even"]["dominant"] = self.break_even.dominant
         result: dict[str, Any] = plain(data)

@@ -26,7 +26,7 @@ class LayerReport:
 
     Attributes:
         layer: its index.
-        visual_in: visual tokens that reached it, all rows together; None if no site told.
+        visual_in: visual tokens that reached it, all rows together; None if no site saw any.
         visual_out: visual tokens that were kept after it, likewise.
         dense_tokens: length of the sequence that entered it without pruning, text and padding included.
         pruned_tokens: the same with pruning.
@@ -156,8 +156,8 @@ def _neighbours(layers: Iterable[Layered], same: Callable[[Layered], object]) ->
 
 
 def traffic_parts(traffic: Traffic) -> Iterator[Part]:
-    """Bytes of keys and values read while tokens were generated: a row for each thing that is not read, with what is
-    left after it and the factor that it makes."""
+    """Bytes of keys and values read while tokens were generated: a row for each thing that is not read, with the bytes
+    that remain and the factor that it saves."""
     steps = {
         "dense": traffic.dense,
         "without dropped tokens": traffic.tokens,

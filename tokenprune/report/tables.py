@@ -55,7 +55,7 @@ class Document:
 
 
 def as_text(part: Part) -> str:
-    """A wrapped sentence, or columns aligned with blanks; a long name goes on in the lines below."""
+    """A wrapped sentence, or columns aligned with blanks; a long name is continued in the lines below."""
     if isinstance(part, str):
         return textwrap.fill(part, TEXT_WIDTH, subsequent_indent="  ")
     lines = [list(part.header)]
