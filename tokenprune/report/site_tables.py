@@ -158,17 +158,15 @@ def _neighbours(layers: Iterable[Layered], same: Callable[[Layered], object]) ->
 def traffic_parts(traffic: Traffic) -> Iterator[Part]:
     """Bytes of keys and values read while tokens were generated: a row for each thing that is not read, with the bytes
     that remain and the factor that it saves."""
-    steps = {
+    amounts = {
         "dense": traffic.dense,
         "without dropped tokens": traffic.tokens,
         "without pruned heads": traffic.heads,
         "without values not read": traffic.values,
         "without bits not read": traffic.read,
     }
-    rows, before = [], traffic.dense
-    for name, after in steps.items():
-        rows.append([name, number(after / MIB), "" if name == "dense" else factor(before, after)])
-        before = after
+    steps = zip(amounts.items(), [traffic.dense, *amounts.values()], strict=False)
+    rows = [[name, number(after / MIB), factor(before, after)] for (name, after), before in steps]
     yield Table(TRAFFIC_HEADER, [*rows, ["in all", number(traffic.read / MIB), factor(traffic.dense, traffic.read)]])
     yield (
         f"Counted over {traffic.steps:,} attentions of a row in decoding steps; {percent(traffic.recomputed)} of their "
