@@ -175,6 +175,8 @@ class BlockSignals:
             CPU; they come first.
         importance: attention that each one has gathered, summed over heads, queries and the blocks so far, this one
             included, `[B, N]` fp32; None unless the method is `scored`.
+        order: the tokens as ToMe's concatenation orders them, `[B, N]` int64: each merging leaves those at even places
+            of it before those at odd ones, behind the protected; None before the first one.
     """
 
     layer: int
@@ -182,6 +184,7 @@ class BlockSignals:
     sizes: Tensor | None
     protected: Tensor
     importance: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)

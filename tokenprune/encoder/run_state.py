@@ -35,7 +35,9 @@ class RunState:
         n_left: tokens that are left of them.
         index: `[B, n_left]` int64, where the tokens that are left stood at first; None while nothing was reduced.
         assign: `[B, length]` int64, which of them carries each token that entered.
-        sizes: `[B, n_left]` fp32, how many tokens each stands for.
+        order: `[B, n_left]` int64, the tokens in ToMe's order (:class:`tokenprune.signals.BlockSignals`); None while
+            nothing was merged.
+        sizes: `[B, n_left]` fp32, how many tokens each represents.
         keys: keys of the block that runs, `[B, n_left, K]`, once they are seen; `wants_keys` while looked for.
         importance: attention gathered so far by the tokens that are left, `[B, n_left]` fp32; None while none was seen.
         query: queries of the block that runs, `[B, H, n_left, K]`, once they are seen; `key` likewise; `scoring` while
@@ -55,6 +57,7 @@ class RunState:
     n_left: int
     index: Tensor | None = None
     assign: Tensor | None = None
+    order: Tensor | None = None
     sizes: Tensor | None = None
     keys: Tensor | None = None
     wants_keys: bool = False
@@ -139,7 +142,7 @@ class RunState:
         protected[: self.n_prefix] = True
         budget = Budget(n_in - r, n_in - r)
         importance = self.importance if reducer.method.uses_attention_scores else None
-        signals = BlockSignals(number, self.keys, self.sizes, protected, importance)
+        signals = BlockSignals(number, self.keys, self.sizes, protected, importance, self.order)
         answer = reducer.method.encoder_block(signals, budget)
         if not type(reducer.method).__module__.startswith("tokenprune."):  # ours are tested
             check_answer(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
@@ -186,12 +189,24 @@ class RunState:
             self.importance = gathered.scatter_add_(1, answer.assign, self.importance)
         elif self.importance is not None:
             self.importance = gather(self.importance, answer.index)
+        self.order = self._reordered(answer)
         if self.keys is not None and len(self.plan) > 1:  # another method may go by them
             self.keys = gather(self.keys, answer.index)
         self.index = answer.index if self.index is None else gather(self.index, answer.index)
         self.assign = carries if self.assign is None else gather(carries, self.assign)
         self.n_left = answer.index.shape[1]
         return x
+
+    def _reordered(self, answer: Reduction) -> Tensor | None:
+        """The order `[B, M]` of the tokens that a reduction leaves of `n_left`."""
+        merged = isinstance(answer, Merge) and answer.index.shape[1] < self.n_left
+        if self.order is None and not merged:
+            return None
+        place = torch.arange(self.n_left, dtype=torch.int64, device=answer.index.device)
+        place = place.expand(len(answer.index), -1) if self.order is None else self.order.argsort(1)
+        if merged:
+            place = place + self.n_left * (place % 2) * (place >= self.n_prefix)
+        return gather(place, answer.index).argsort(1)
 
 
 @dataclass

@@ -21,6 +21,10 @@ class DivPrune(Method):
     that is farthest from all chosen ones. Ties go to the lowest index. A greedy k-centre: no other choice of
     as many tokens reaches less than a quarter of the radius in the trace (half of it in the chord distance, a metric).
 
+    Departures from the authors' release: a fraction `keep` is rounded half up and keeps one token at least; cosines are
+    summed in fp32 whatever the model's dtype; and tokens that are equal are never chosen twice, where the release can
+    repeat an index and then hands on fewer tokens.
+
     Args:
         keep: float in (0, 1] = fraction of each image (frame), int = tokens of each image (frame), or `"auto"`: as few
             as needed for every dropped token to lie within cosine distance `radius` of a kept one.

@@ -9,7 +9,7 @@ from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
 from tokenprune.ops.equal import equal_tokens
-from tokenprune.reduction import Keep, Merge, pack
+from tokenprune.reduction import Keep, Merge, gather, pack
 from tokenprune.schedule import Removal, check_keep, check_removal, removals
 from tokenprune.signals import BlockSignals, Budget, Signals
 
@@ -19,8 +19,14 @@ class ToMe(Method):
     """In every block, between attention and MLP, merge the tokens whose keys are most alike.
 
     Tokens at even positions look among those at odd positions for the one whose head-averaged key has the highest
-    cosine; the `r` best pairs are merged into means weighted by how many tokens each stands for. Class, distillation
-    and register tokens are left alone.
+    cosine; the `r` best pairs are merged into means weighted by how many tokens each represents. Class, distillation
+    and register tokens are left alone. Ties go to the first position.
+
+    Positions are those of the paper's code (appendix D): each merging leaves the tokens at even positions before those
+    at odd ones, class token and the like still first, and the next block splits that order. (Where there is no class
+    token, the release moreover sorts those left at even positions by similarity; the paper and this do not.) What a
+    block hands on is in spatial order all the same, a merged token at the place of the one at the odd position: blocks
+    do not depend on it, and what reads the patches in their places is right.
 
     Inside a multimodal model, of the visual tokens that are equal because their patches were merged, only the one in
     their middle goes on to the decoder.
@@ -28,9 +34,11 @@ class ToMe(Method):
     Args:
         keep: float in (0, 1] = fraction of the patches that is left after the last block, int >= 1 = patches left; or
         r: patches removed per block: an int, a pair of an int and an inflection in [-1, 1] (-1: from twice as many
-            down to none), or a list with a number for each block. No block removes more than half.
+            down to none), or a list with a number for each block. No block removes more than half of the patches that
+            reach it, as in the paper's release. Numbers that add up to all patches are refused; the release, which caps
+            them block by block, goes on with what is left.
         proportional: add the logarithm of a token's size to its attention logits, so that a merged token counts as
-            much as those it stands for.
+            much as those it represents.
         restore: give what leaves the encoder all patches back, each with the value of its merged token. Where an
             encoder pools all patches, they then count by their sizes; False hands on the merged tokens.
         backend: `"auto"`, `"torch"` or `"triton"`, see :mod:`tokenprune.ops`.
@@ -75,9 +83,14 @@ class ToMe(Method):
 
     def encoder_block(self, signals: BlockSignals, budget: Budget) -> Merge:
         """Merge the tokens behind `signals.keys` `[B, N, K]` into `budget.high` ones."""
-        r = signals.keys.shape[1] - budget.high
-        found = ops.bipartite_match(signals.keys, r=r, protected=signals.protected, backend=self.backend)
-        return Merge(found.index, found.assign, signals.sizes)
+        n_tokens, order = signals.keys.shape[1], signals.order
+        keys = signals.keys if order is None else gather(signals.keys, order)
+        found = ops.bipartite_match(keys, r=n_tokens - budget.high, protected=signals.protected, backend=self.backend)
+        if order is None:
+            return Merge(found.index, found.assign, signals.sizes)
+        index, groups = gather(order, found.index).sort(dim=1)  # back to spatial order
+        assign = torch.empty_like(order).scatter_(1, order, gather(groups.argsort(dim=1), found.assign))
+        return Merge(index, assign, signals.sizes)
 
     def budget(self, n_tokens: int) -> Budget:
         """Before the decoder goes on what is left of the patches, however many that are."""
