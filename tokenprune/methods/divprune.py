@@ -22,8 +22,8 @@ class DivPrune(Method):
     as many tokens reaches less than a quarter of the radius in the trace (half of it in the chord distance, a metric).
 
     Departures from the authors' release: a fraction `keep` is rounded half up and keeps one token at least; cosines are
-    summed in fp32 whatever the model's dtype; and tokens that are equal are never chosen twice, where the release can
-    repeat an index and then hands on fewer tokens.
+    summed in fp32 whatever the model's dtype; and as many distinct tokens are chosen as are due, where the release can
+    choose a token again that has an equal one.
 
     Args:
         keep: float in (0, 1] = fraction of each image (frame), int = tokens of each image (frame), or `"auto"`: as few
