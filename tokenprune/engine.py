@@ -141,11 +141,6 @@ class Adapter(Protocol):
         """Name of the family."""
         ...
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Modules that get hooks."""
-        ...
-
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Raise unless the model can honour what is asked; touches nothing."""
         ...

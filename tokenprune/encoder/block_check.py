@@ -1,21 +1,37 @@
 """How a block of a vision encoder can be reduced: found out by running it on a few random tokens."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from tokenprune.encoder.block_split import evaluating, has_halves, hooked, reading
-from tokenprune.encoder.logit_check import disagreement
+from tokenprune.encoder.block_split import agree, attempt, has_halves, reading
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.tower import Keys, Logits, Tower
+
+_FUSED = nn.functional.scaled_dot_product_attention
+_SOFTMAX = (torch.softmax, nn.functional.softmax, Tensor.softmax)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block, the norm behind which its second half begins where it has such, where its keys are read, what its logits
-    are made of where a method asks for that, and what its forward's arguments are called."""
+    """A block, and how its tokens can be reduced.
 
+    Attributes:
+        number: its index.
+        module: the block.
+        middle: the norm before its MLP, in front of which tokens are reduced; None where that is not possible.
+        keys: where its keys are read.
+        logits: what its attention logits are made of; None where no method asks for them.
+        names: what its forward's arguments are called.
+    """
+
+    number: int
     module: nn.Module
     middle: nn.Module | None
     keys: Keys
@@ -34,7 +50,7 @@ def block_of(
         number: index of the block.
         module: the block; nothing is left on it.
         proportional: whether its attention is to count tokens by their sizes.
-        scored: whether a method goes by the attention that its tokens gather.
+        scored: whether a method ranks its tokens by the attention that they receive.
 
     Raises:
         UnsupportedModelError: it cannot.
@@ -50,14 +66,63 @@ def block_of(
     mask = {tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
     seen: list[Tensor] = []
     try:
-        with evaluating(module), hooked([reading(keys, lambda: True, seen.append)]):
-            module.forward(x, **{**kwargs, **mask})
-        reason = disagreement(logits, module, x, kwargs, kwargs.get(tower.rope)) if scored else ""
+        attempt(module, x, {**kwargs, **mask}, reading(keys, seen.append))
+        reason = _disagreement(logits, module, x, kwargs, kwargs.get(tower.rope)) if scored else ""
     except Exception as error:  # what others' code raises on parts that are not what they seem is open
         raise UnsupportedModelError(f"{what}: on a few random tokens it raised {error!r}") from error
     if len(seen) != 1 or seen[0].shape[:2] != x.shape[:2]:
         raise UnsupportedModelError(f"{what}: its keys were not found where they were looked for")
     if reason:
         raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
-    halved = parts is not None and has_halves(module, *parts, x, kwargs)
-    return Block(module, parts[0] if halved and parts is not None else None, keys, logits, names)
+    middle = parts[0] if parts is not None and has_halves(module, *parts, x, kwargs) else None
+    return Block(number, module, middle, keys, logits, names)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the logits `[B, H, N, N]` of every attention computed meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+        if func is _FUSED:
+            self.seen.append(_product(given["query"], given["key"], given.get("scale")))
+        elif func in _SOFTMAX:
+            self.seen.append(args[0].float())
+        return func(*args, **(kwargs or {}))
+
+
+def _product(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _disagreement(logits: Logits | None, block: nn.Module, x: Tensor, kwargs: dict[str, Any], rope: Any) -> str:
+    """Why `logits` are not those of a block's attention, "" where they are: the attention is watched once.
+
+    Args:
+        logits: what its logits are said to be made of.
+        block: the block; nothing is left on it.
+        x: hidden states to try it on, `[B, N, D]`.
+        kwargs: what else its forward takes, without a mask.
+        rope: rotary embeddings among `kwargs`.
+    """
+    if logits is None:
+        return "it has no queries and keys that could be read"
+    found: dict[str, Tensor] = {}
+    hooks = [reading(getattr(logits, name), partial(found.__setitem__, name)) for name in ("query", "key")]
+    with _Watch() as watch:
+        attempt(block, x, kwargs, *hooks)
+    if len(found) != 2 or len(watch.seen) != 1:
+        return (
+            "one attention was looked for in it, with its queries and keys, and "
+            f"{len(watch.seen)} were seen; attn_implementation='sdpa' works for encoders of transformers"
+        )
+    query, key = (logits.turned(found[name], rope) for name in ("query", "key"))
+    if not agree(_product(query, key, logits.scale).to(x.dtype), watch.seen[0].to(x.dtype)):
+        return "the logits of its attention are not made of the queries and keys that were found in it"
+    return ""

@@ -1,49 +1,40 @@
 """Methods that take part inside the blocks of a vision encoder: what they are, and whether what they answer fits."""
 
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from tokenprune.engine import Engine
 from tokenprune.errors import InputError
-from tokenprune.reduction import Keep, Merge
+from tokenprune.reduction import Keep, Merge, Reduction
+from tokenprune.signals import AttentionPlan, BlockSignals, Budget
 
 SITE = "encoder_block"
 
 
-class BlockReducer(Protocol):
-    """A method that takes part inside encoder blocks, as the session hands it over."""
+class BlockMethod(Protocol):
+    """What a method that takes part inside encoder blocks declares, see :class:`tokenprune.Method`."""
 
-    @property
-    def name(self) -> str:
-        """Name of the method."""
-        ...
-
-    @property
-    def method(self) -> Any:
-        """The method: it has `removals` and `encoder_block`."""
-        ...
-
-
-def reducers_of(engine: Engine) -> tuple[BlockReducer, ...]:
-    """The methods of a session that take part there, in order."""
-    return cast(tuple[BlockReducer, ...], engine.reducers(SITE))
+    name: str
+    uses_attention_scores: bool
+    proportional: bool
+    restore: bool
+    backend: str
+    removals: Callable[..., tuple[int, ...]]
+    attention_plan: Callable[[int], AttentionPlan | None]
+    encoder_block: Callable[[BlockSignals, Budget], Reduction]
 
 
-def is_proportional(reducers: tuple[BlockReducer, ...]) -> bool:
-    """Whether attention is to count a token by its size."""
-    return any(getattr(reducer.method, "proportional", False) for reducer in reducers)
+def methods_of(engine: Engine) -> tuple[BlockMethod, ...]:
+    """The methods of a session that take part inside encoder blocks, in order."""
+    reducers: tuple[Any, ...] = engine.reducers(SITE)
+    return tuple(reducer.method for reducer in reducers)
 
 
-def restores(reducers: tuple[BlockReducer, ...]) -> bool:
+def restores(engine: Engine) -> bool:
     """Whether what leaves the encoder gets all its tokens back."""
-    return all(getattr(reducer.method, "restore", True) for reducer in reducers)
-
-
-def is_scored(reducers: tuple[BlockReducer, ...]) -> bool:
-    """Whether a method goes by the attention that tokens gather."""
-    return any(reducer.method.uses_attention_scores for reducer in reducers)
+    return all(method.restore for method in methods_of(engine))
 
 
 def check_answer(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_prefix: int) -> None:
@@ -63,17 +54,15 @@ def check_answer(answer: Any, name: str, shape: tuple[int, int], n_out: int, n_p
         raise InputError(f"{who} groups {answer.assign.dtype} {list(answer.assign.shape)}; {due}")
     if index.device.type != "cpu":
         return
-    places = index.numpy()
-    inside = (places[:, :1] >= 0).all() and (places[:, -1:] < shape[1]).all()
-    prefix = not n_prefix or (places[:, n_prefix - 1] == n_prefix - 1).all()  # none fits before it but those
-    if not inside or not prefix or (places[:, 1:] <= places[:, :-1]).any():
+    inside = bool((index[:, :1] >= 0).all() and (index[:, -1:] < shape[1]).all() and (index.diff() > 0).all())
+    prefix = not n_prefix or bool((index[:, n_prefix - 1] == n_prefix - 1).all())  # none fits before it but those
+    if not inside or not prefix:
         raise InputError(
             f"{who} positions {index[0].tolist()} for the first row; {due}: ascending, and the first {n_prefix} "
             "(class, distillation, registers) among them"
         )
     if not isinstance(answer, Merge):
         return
-    groups = answer.assign.numpy()
-    own = (groups[np.arange(shape[0])[:, None], places] == np.arange(n_out)).all()
-    if not own or (groups[:, n_prefix:] < n_prefix).any():
+    own = torch.equal(answer.assign.gather(1, index), torch.arange(n_out).expand_as(index))
+    if not own or bool((answer.assign[:, n_prefix:] < n_prefix).any()):
         raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")

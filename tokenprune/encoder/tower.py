@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.decoder.adapter import DecoderAdapter
 from tokenprune.encoder.adapter import EncoderAdapter
 from tokenprune.encoder.block_split import first_argument
-from tokenprune.encoder.reducers import SITE, reducers_of, restores
+from tokenprune.encoder.reducers import SITE, restores
 from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.ops.equal import equal_tokens
@@ -26,19 +26,18 @@ _SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind 
 PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
 
-class _End:
-    """The session as one end of the model sees it: traces of both ends are published together."""
+class _DecoderEnd:
+    """The session as the decoder sees it: its traces are published together with those of the tower."""
 
-    def __init__(self, engine: Engine, *, encoder: bool) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._encoder = encoder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last forward, behind what the tower left where the decoder saw images."""
-        if not self._encoder and any(trace.n_in for trace in traces):
+        if any(trace.n_in for trace in traces):
             earlier: tuple[Trace, ...] = getattr(self._engine, "traces", ())
             traces = (*(trace for trace in earlier if trace.site == SITE), *traces)
         self._engine.publish(traces)
@@ -74,11 +73,6 @@ class MultimodalAdapter:
         """Name of the family."""
         return self.decoder.family
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Modules that get hooks."""
-        return (*self.decoder.modules, *self.encoder.modules, self.projector)
-
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Check that the model has `sites`.
 
@@ -93,7 +87,7 @@ class MultimodalAdapter:
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not restores(reducers_of(engine)):
+        if not restores(engine):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
@@ -106,7 +100,7 @@ class MultimodalAdapter:
             return gather(output, equal_tokens(x).first) if x.shape[:2] == output.shape[:2] else None
 
         return [
-            *self.decoder.hooks(cast(Engine, _End(engine, encoder=False))),
-            *self.encoder.hooks(cast(Engine, _End(engine, encoder=True)), alone=False),
+            *self.decoder.hooks(cast(Engine, _DecoderEnd(engine))),
+            *self.encoder.hooks(engine, alone=False),
             Hook(self.projector, "first", equalise),
         ]

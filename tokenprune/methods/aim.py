@@ -32,9 +32,9 @@ class AIM(Method):
     All tokens of the prompt take part in ranking; drafts that assisted decoding adds to its call do not.
 
     Departures from the authors' release: merged tokens keep their spatial order, where the release puts the sources
-    that are left before the destinations, so that a round that begins with an odd number of tokens leads to other groups
-    in the next one; `merge` is a fraction of all tokens, rounded half up, where the release halves and rounds in every
-    round; and tokens are really dropped, where the release masks them.
+    that are left before the destinations, so that a round with an odd number of tokens leads to other groups in the
+    next one; `merge` is a fraction of all tokens, rounded half up, where the release halves and rounds in every round;
+    and tokens are really dropped, where the release masks them.
 
     Args:
         merge: fraction of the tokens of each image (frame) left after merging, in (0, 1], or a count; None: no merging.

@@ -32,7 +32,13 @@ class Method:
 
     name: ClassVar[str] = ""
     uses_attention_scores: ClassVar[bool] = False
-    """Whether `encoder_block` goes by the attention that tokens gather; one that does may drop more than half."""
+    """Whether `encoder_block` ranks tokens by the attention that they receive; it may then drop more than half."""
+    proportional = False
+    """Whether a vision encoder's attention is to see how many tokens each group has that `encoder_block` merges."""
+    restore = True
+    """Whether what leaves a vision encoder has all tokens again, each with the value of its group."""
+    backend = "auto"
+    """Backend of the ops that merge tokens, see :mod:`tokenprune.ops`."""
 
     keep: float | int | str = 0.25
 
