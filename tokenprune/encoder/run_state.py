@@ -14,12 +14,13 @@ from torch import Tensor
 
 from tokenprune import ops
 from tokenprune.decode.heads import Heads
-from tokenprune.encoder.reducers import SITE, BlockReducer, check_answer
+from tokenprune.encoder.reducers import SITE, BlockReducer
 from tokenprune.engine import Engine
 from tokenprune.errors import InputError
 from tokenprune.reduction import Merge, Reduction, gather
 from tokenprune.signals import BlockSignals, Budget, Trace
 from tokenprune.upstream.tower import Logits
+from tokenprune.validate import ask
 
 _REPLACED = "where modules of the encoder were replaced since (some quantizers do so), call tokenprune.patch again"
 
@@ -140,10 +141,8 @@ class RunState:
         budget = Budget(n_in - r, n_in - r)
         importance = self.importance if reducer.method.uses_attention_scores else None
         signals = BlockSignals(number, self.keys, self.sizes, protected, importance)
-        answer = reducer.method.encoder_block(signals, budget)
-        if not type(reducer.method).__module__.startswith("tokenprune."):  # ours are tested
-            check_answer(answer, reducer.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
-        x = self._take(answer, x, getattr(reducer.method, "backend", "auto"))
+        answer = ask(reducer.method, SITE, signals, budget, shape=x.shape, n_prefix=self.n_prefix)
+        x = self._take(answer, x, reducer.backend)
         assign = self.assign
         assert assign is not None
         self.traces.append(
