@@ -7,6 +7,7 @@ everywhere.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,10 +73,10 @@ def ask(
     _check_positions(index, valid, who=who, budget=budget, n_tokens=n_tokens, n_prefix=n_prefix)
     if isinstance(answer, Keep):
         return Keep(index, valid, answer.radius)
-    groups = answer.assign.cpu()
+    groups, slots = answer.assign.cpu().numpy(), np.arange(index.shape[1])
+    own = (np.take_along_axis(groups, index.numpy(), 1) == slots).all()
     patches = groups[:, n_prefix:]
-    own = torch.equal(groups.gather(1, index), torch.ones_like(index).cumsum(1) - 1)
-    if not own or bool(((patches < n_prefix) | (patches >= index.shape[1])).any()):
+    if not own or (patches < n_prefix).any() or (patches >= len(slots)).any():
         raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")
     return answer
 
@@ -83,22 +84,23 @@ def ask(
 def _check_positions(
     index: Tensor, valid: Tensor | None, *, who: str, budget: Budget, n_tokens: int, n_prefix: int
 ) -> None:
-    """Check `index` `[B, M]`, of which the slots in `valid` `[B, M]` count.
+    """Check `index` `[B, M]`, of which the slots in `valid` `[B, M]` count, both on the CPU.
 
     Raises:
         InputError: the positions of a row are not within the budget, not ascending or not those of tokens.
     """
-    counts = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-    start = index.new_full((len(index), 1), -1)
-    before = torch.cat([start, index.masked_fill(~counts, -1)[:, :-1]], 1).cummax(1).values
-    fits = ((index > before) & (index < n_tokens) | ~counts).all(1) & (counts.sum(1) >= budget.low)
+    places = index.numpy()  # several times faster than torch on so few numbers
+    counts = np.ones_like(places, dtype=bool) if valid is None else valid.numpy()
+    so_far = np.maximum.accumulate(np.where(counts, places, -1), axis=1)
+    rising = np.diff(so_far, axis=1, prepend=-1) > 0
+    fits = ((rising & (places < n_tokens)) | ~counts).all(1) & (counts.sum(1) >= budget.low)
     if n_prefix:
-        fits &= index[:, n_prefix - 1] == n_prefix - 1  # ascending from 0, so none is missing before it
-    if bool(fits.all()):
+        fits &= places[:, n_prefix - 1] == n_prefix - 1  # ascending from 0, so none is missing before it
+    if fits.all():
         return
-    row = int(fits.to(torch.uint8).argmin())
+    row = int(fits.argmin())
     prefix = f", the first {n_prefix} (class, distillation, registers) among them," if n_prefix else ""
     raise InputError(
-        f"{who} {index[row][counts[row]].tolist()} for row {row}; {budget.low} to {budget.high} distinct ascending "
+        f"{who} {places[row][counts[row]].tolist()} for row {row}; {budget.low} to {budget.high} distinct ascending "
         f"positions below {n_tokens}{prefix} were due"
     )
