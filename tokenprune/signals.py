@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenprune.schedule import share
+
 SITES = ("encoder_block", "before_llm", "llm_layer")
 """Names of the places where a method can take part; a method does so by defining a function of that name."""
 
@@ -50,14 +52,18 @@ class Stage:
 
     Attributes:
         layer: index of the layer, from 0; later layers see what is left.
-        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens
-            of a row.
+        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may be dropped, int >= 0 =
+            tokens of a row.
         round_down: whether a fraction of a token counts as none (else half a token counts as one).
     """
 
     layer: int
     keep: float | int
     round_down: bool = False
+
+    def count(self, n_tokens: int) -> int:
+        """How many are kept of a row's `n_tokens` tokens that entered the decoder and may be dropped."""
+        return share(self.keep, n_tokens, round_down=self.round_down)
 
 
 @dataclass(frozen=True)

@@ -384,7 +384,7 @@ def test_the_message_about_a_wrong_shape_says_what_was_due(monkeypatch):
     monkeypatch.setattr(Wrong, "answer", "too few tokens")
     model = tiny("llava")
     tokenprune.patch(model, Wrong(keep=3))
-    with pytest.raises(InputError, match=r"shape \(2, 2\).*2 rows of 3 to 3 of 12 tokens were due"), torch.no_grad():
+    with pytest.raises(InputError, match=r"shape \[2, 2\].*2 rows of 3 to 3 of 12 tokens were due"), torch.no_grad():
         model(**batch("llava", EVEN).inputs)
 
 

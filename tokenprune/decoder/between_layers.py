@@ -17,8 +17,9 @@ from tokenprune.decoder.state import Call, Forward, current
 from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep, gather, pack
-from tokenprune.signals import LayerSignals, Stage, Trace
+from tokenprune.signals import Budget, LayerSignals, Stage, Trace
 from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
+from tokenprune.validate import ask
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -137,7 +138,7 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
     before, kept = state.visual, list(state.visual)
     groups: dict[tuple[int, int], list[int]] = {}
     for row, visual in enumerate(before):
-        n_keep = min(reducer.count(stage, state.entered[row]), len(visual))
+        n_keep = min(stage.count(state.entered[row]), len(visual))
         groups.setdefault((len(visual), n_keep), []).append(row)
     for (n_tokens, n_keep), rows in groups.items():
         if n_keep == n_tokens:
@@ -153,7 +154,8 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
             scores = found[at, call.past + visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
-        chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)
+        signals, budget = LayerSignals(stage.layer, scores), Budget(n_keep, n_keep)
+        chosen = ask(reducer, SITE, signals, budget, shape=scores.shape).index
         for row, tokens, places in zip(rows, visual, chosen, strict=True):
             kept[row] = tokens[places]
     trace = Trace(

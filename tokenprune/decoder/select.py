@@ -13,6 +13,7 @@ from tokenprune.engine import Reducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep, Merge, pack
 from tokenprune.signals import Signals, Trace
+from tokenprune.validate import ask_before_llm
 
 SITE = "before_llm"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -91,7 +92,7 @@ def reduce_images(
             raise InputError(
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
-        keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
+        keep = ask_before_llm(reducer, Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
         if isinstance(keep, Merge):
             embeds = embeds if len(merged) > n_before else embeds.clone()
             merged.append(Merged(rows, tokens, keep))

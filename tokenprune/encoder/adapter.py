@@ -21,8 +21,9 @@ from tokenprune.encoder.block_check import block_of
 from tokenprune.encoder.block_hooks import BlockHooks
 from tokenprune.encoder.head_pruning import plan_heads
 from tokenprune.encoder.reducers import SITE, methods_of, restores
-from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
+from tokenprune.hooks import Hook, Swap
+from tokenprune.session import Session
 from tokenprune.signals import Trace
 from tokenprune.upstream.encoders import BlockCall, lengths_in
 from tokenprune.upstream.tower import Tower
@@ -66,19 +67,21 @@ class EncoderAdapter:
                 'positions="original"'
             )
 
-    def hooks(self, engine: Engine, *, alone: bool = True) -> list[Hook | Swap]:
-        """The hooks that make `engine` act on the encoder. Every block is tried on a few random tokens.
+    def hooks(self, session: Session, *, alone: bool = True) -> list[Hook | Swap]:
+        """The hooks that make `session` act on the encoder. Every block is tried on a few random tokens.
 
         Args:
-            engine: the session.
+            session: the session.
             alone: whether the encoder is the whole model, so that every method has to take part in it.
 
         Raises:
             OptionError: a method's options do not fit the encoder.
             UnsupportedModelError: a block cannot be reduced.
         """
-        methods, n_blocks = methods_of(engine), len(self.blocks)
-        elsewhere = {one.name for one in engine.reducers("before_llm")} | {one.name for one in engine.layer_reducers()}
+        methods, n_blocks = methods_of(session), len(self.blocks)
+        elsewhere = {one.name for one in session.reducers("before_llm")} | {
+            one.name for one in session.layer_reducers()
+        }
         if alone and (idle := elsewhere - {method.name for method in methods}):
             raise OptionError(
                 f"{type(self.host).__name__} is a vision encoder ({self.family}) with the site {SITE!r} only, where "
@@ -100,31 +103,31 @@ class EncoderAdapter:
             block_of(self.tower, self.host, number, module, proportional=proportional, scored=scored)
             for number, module in enumerate(self.blocks)
         ]
-        fewer = plan_heads(engine, self.tower, self.host, blocks)
+        fewer = plan_heads(session, self.tower, self.host, blocks)
         hooks: list[Hook | Swap] = [
-            Hook(self.host, "pre", lambda module, args, kwargs: self._open(engine)),
-            Hook(self.host, "post", lambda module, args, kwargs, output: self._end(engine, output)),
+            Hook(self.host, "pre", lambda module, args, kwargs: self._open(session)),
+            Hook(self.host, "post", lambda module, args, kwargs, output: self._end(session, output)),
         ]
         for block in blocks:
             last = block.number == n_blocks - 1
-            begin = partial(self._begin, engine)
+            begin = partial(self._begin, session)
             hooks += BlockHooks(
-                engine, self.tower, self.host, block, fewer.get(block.number), last=last, begin=begin
+                session, self.tower, self.host, block, fewer.get(block.number), last=last, begin=begin
             ).hooks()
         return hooks
 
-    def _open(self, engine: Engine) -> None:
-        run_state.open_forward(engine, direct=False)
+    def _open(self, session: Session) -> None:
+        run_state.open_forward(session, direct=False)
 
-    def _begin(self, engine: Engine, call: BlockCall) -> None:
+    def _begin(self, session: Session, call: BlockCall) -> None:
         """Begin a pass through the blocks. Where there is a reason not to reduce tokens, it is left in the traces.
 
         Raises:
             InputError: the encoder is no longer what was patched.
         """
-        run = run_state.begin(engine)
-        if not engine.active:
-            run_state.end(engine)
+        run = run_state.begin(session)
+        if not session.active:
+            run_state.end(session)
             return
         if self.tower.blocks(self.host)[: self.n_used] != self.blocks:
             raise InputError(
@@ -133,7 +136,7 @@ class EncoderAdapter:
             )
         if torch.is_grad_enabled() and (reason := self.tower.refusal(self.host)):
             raise InputError(f"the encoder was patched, and since then it changed: {reason}")
-        methods, n_prefix, length = methods_of(engine), self.tower.prefix(self.host), call.states.shape[1]
+        methods, n_prefix, length = methods_of(session), self.tower.prefix(self.host), call.states.shape[1]
         reason = ""
         if call.hides:
             reason = "an attention mask hides tokens, which must not be merged with others"
@@ -142,26 +145,26 @@ class EncoderAdapter:
         elif length <= n_prefix or not call.states.numel():
             reason = "empty input"
         if reason:
-            engine.publish(tuple(Trace(SITE, None, one.name, status="skipped", reason=reason) for one in methods))
-            run_state.end(engine)
+            session.publish(tuple(Trace(SITE, None, one.name, status="skipped", reason=reason) for one in methods))
+            run_state.end(session)
             return
         plan = tuple(one.removals(n_layers=len(self.blocks), n_tokens=length - n_prefix) for one in methods)
         run.running, run.plan, run.n_prefix, run.length = True, plan, n_prefix, length
 
-    def _end(self, engine: Engine, output: Any) -> None:
+    def _end(self, session: Session, output: Any) -> None:
         """End a forward.
 
         Raises:
             InputError: not all blocks took part, or the host returns fewer tokens than it has to.
         """
-        run = run_state.close_forward(engine)
+        run = run_state.close_forward(session)
         if output is None or run is None or not self.blocks:
             return
         host, last = type(self.host).__name__, len(self.blocks) - 1
         if not run.begun or (run.plan and run.number != last):
             told = f"block {run.number} of blocks 0 to {last} was the last one" if run.begun else "none was called"
             raise InputError(f"the forward of {host} was to call all blocks that were patched: {told}")
-        short = run.shorter - {run.length - run.n_prefix} if restores(engine) else set()
+        short = run.shorter - {run.length - run.n_prefix} if restores(session) else set()
         if found := short & lengths_in(output, self.tower.width(self.host)):
             raise InputError(
                 f"{host} returned hidden states of {sorted(found)} tokens, where all {run.length} were to be "

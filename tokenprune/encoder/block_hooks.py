@@ -13,8 +13,9 @@ from tokenprune.encoder.block_split import first_argument, first_of, reading, re
 from tokenprune.encoder.head_pruning import FewerHeads
 from tokenprune.encoder.reducers import methods_of, restores
 from tokenprune.encoder.run_state import RunState
-from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError
+from tokenprune.hooks import Hook, Swap
+from tokenprune.session import Session
 from tokenprune.upstream.encoders import BlockCall
 from tokenprune.upstream.tower import Tower
 
@@ -26,7 +27,7 @@ class BlockHooks:
     """What happens to the tokens in one block.
 
     Attributes:
-        engine: the session.
+        session: the session.
         tower: the row of the encoder.
         host: the encoder.
         block: the block.
@@ -35,7 +36,7 @@ class BlockHooks:
         begin: called with what the first block is called with, before anything else.
     """
 
-    engine: Engine
+    session: Session
     tower: Tower
     host: nn.Module
     block: Block
@@ -58,25 +59,25 @@ class BlockHooks:
         return hooks
 
     def _is_due(self, name: str) -> bool:
-        run = run_state.run_of(self.engine)
+        run = run_state.run_of(self.session)
         return run is not None and name in run.due
 
     def _note(self, name: str, x: Tensor) -> None:
-        if (run := run_state.run_of(self.engine)) is not None:
+        if (run := run_state.run_of(self.session)) is not None:
             run.note(name, x)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, number = BlockCall(self.tower, self.block.names, args, kwargs), self.block.number
         if number == 0:
             self.begin(call)
-        run = run_state.run_of(self.engine)
+        run = run_state.run_of(self.session)
         if run is None:
             return None
         if run.direct and number != run.number + 1:  # it is called for itself
-            run_state.end(self.engine)
+            run_state.end(self.session)
             return None
         run.number, run.due = number, {"tokens"}
-        if self.engine.forced or any(plan[number] for plan in run.plan):
+        if self.session.forced or any(plan[number] for plan in run.plan):
             run.due.add("keys")
         if self._scores(run):
             run.due |= {"query", "key"}
@@ -89,7 +90,7 @@ class BlockHooks:
         return (x,), call.others
 
     def _between(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = run_state.run_of(self.engine)
+        run = run_state.run_of(self.session)
         if run is not None and "tokens" in run.due:
             given = first_argument(args, kwargs)
             x = self._reduced(run, given)
@@ -97,14 +98,14 @@ class BlockHooks:
                 replace_in_place(given, x)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        run = run_state.run_of(self.engine)
+        run = run_state.run_of(self.session)
         if run is None or output is None:
-            run_state.end(self.engine)
+            run_state.end(self.session)
             return None
         try:
             return self._handed_on(run, output)
         except BaseException:
-            run_state.end(self.engine)
+            run_state.end(self.session)
             raise
 
     def _handed_on(self, run: RunState, output: Any) -> Any:
@@ -117,12 +118,12 @@ class BlockHooks:
             raise InputError(f"the norm before the MLP of block {number} was not called, so no token can leave there")
         if "tokens" in run.due:
             x = self._reduced(run, x)
-        self.engine.publish(tuple(run.traces))
+        self.session.publish(tuple(run.traces))
         watched = run.direct or len(self.block.module._forward_hooks) > 1
-        if (watched or (self.last and not self.tower.pooled(self.host))) and restores(self.engine):
+        if (watched or (self.last and not self.tower.pooled(self.host))) and restores(self.session):
             x = run.restored(x)
         if self.last:
-            run_state.end(self.engine)
+            run_state.end(self.session)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     def _reduced(self, run: RunState, x: Tensor) -> Tensor:
@@ -136,10 +137,10 @@ class BlockHooks:
             raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
         if logits is not None and self._scores(run):
             run.score(logits, bias=self._bias(run, x))
-        for method, plan in zip(methods_of(self.engine), run.plan, strict=True):
+        for method, plan in zip(methods_of(self.session), run.plan, strict=True):
             n_patches = run.n_left - run.n_prefix
             r = min(plan[number], n_patches - 1 if method.uses_attention_scores else n_patches // 2)
-            if r or self.engine.forced:
+            if r or self.session.forced:
                 x = run.reduce(method, x, r=r, place=END if self.block.middle is None else BETWEEN)
             else:
                 run.skip(method, len(x))
@@ -148,13 +149,13 @@ class BlockHooks:
 
     def _bias(self, run: RunState, x: Tensor) -> Tensor | None:
         """What the block's logits get added, `[B, 1, 1, n_left]`."""
-        counts = run.n_left < run.length and any(method.proportional for method in methods_of(self.engine))
+        counts = run.n_left < run.length and any(method.proportional for method in methods_of(self.session))
         return run.size_mask(x) if counts else None
 
     def _scores(self, run: RunState) -> bool:
         """Whether a method goes by the attention that tokens receive in the block, in this or a later one."""
-        forced, number = self.engine.forced, self.block.number
+        forced, number = self.session.forced, self.block.number
         return any(
             method.uses_attention_scores and (forced or any(plan[number:]))
-            for method, plan in zip(methods_of(self.engine), run.plan, strict=True)
+            for method, plan in zip(methods_of(self.session), run.plan, strict=True)
         )

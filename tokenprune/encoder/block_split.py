@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine import Hook
+from tokenprune.hooks import Hook
 from tokenprune.upstream.tower import Keys
 
 

@@ -22,8 +22,9 @@ from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block
 from tokenprune.encoder.block_split import agree, attempt, first_of
 from tokenprune.encoder.reducers import methods_of
-from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.hooks import Hook, Swap
+from tokenprune.session import Session
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import not_plain
 from tokenprune.upstream.encoders import BlockCall
@@ -48,7 +49,7 @@ class FewerHeads:
     """The attention of one block, without pruned heads.
 
     Attributes:
-        engine: the session.
+        session: the session.
         block: the block.
         module: its attention.
         tower: its kind.
@@ -57,7 +58,7 @@ class FewerHeads:
         plan: which share of the heads each block keeps.
     """
 
-    engine: Engine
+    session: Session
     block: Block
     module: Any
     tower: Tower
@@ -81,7 +82,7 @@ class FewerHeads:
 
     def attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the attention gives without pruned heads; None where it is to run as it is."""
-        run, number = run_state.run_of(self.engine), self.block.number
+        run, number = run_state.run_of(self.session), self.block.number
         if run is None or run.number != number or "attention" not in run.due:
             return None
         run.due.discard("attention")
@@ -181,11 +182,11 @@ def _by_head(x: Any, heads: Heads | None, n_rows: int) -> Any:
     return heads.take(x.expand(n_rows, *x.shape[-3:]))
 
 
-def plan_heads(engine: Engine, tower: Tower, host: nn.Module, blocks: list[Block]) -> dict[int, FewerHeads]:
+def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Block]) -> dict[int, FewerHeads]:
     """What stands in for the attention of each block, if heads are pruned. Every block is tried on random tokens.
 
     Args:
-        engine: the session.
+        session: the session.
         tower: the kind of the encoder.
         host: the encoder.
         blocks: its blocks.
@@ -194,7 +195,7 @@ def plan_heads(engine: Engine, tower: Tower, host: nn.Module, blocks: list[Block
         OptionError: two methods prune heads.
         UnsupportedModelError: an attention cannot do with fewer heads.
     """
-    methods = methods_of(engine)
+    methods = methods_of(session)
     plans = [(method.name, plan) for method in methods if (plan := method.attention_plan(len(blocks))) is not None]
     if not plans:
         return {}
@@ -210,7 +211,7 @@ def plan_heads(engine: Engine, tower: Tower, host: nn.Module, blocks: list[Block
         if isinstance(parts, str):
             reason = parts
         else:
-            fewer = FewerHeads(engine, block, attention, tower, parts, cast(Logits, block.logits), plans[0][1])
+            fewer = FewerHeads(session, block, attention, tower, parts, cast(Logits, block.logits), plans[0][1])
             try:
                 reason = _refusal(found.setdefault(block.number, fewer), host, total=found[0].parts.n_heads)
             except Exception as error:  # what others' code raises on parts that are not what they seem is open
@@ -221,9 +222,9 @@ def plan_heads(engine: Engine, tower: Tower, host: nn.Module, blocks: list[Block
         if fewer.counts[block.number] < fewer.parts.n_heads and (kept := fewer.whole()) is not None:
             whole.setdefault(kept, []).append(str(block.number))
     counts = ", ".join(map(str, found[0].counts))
-    engine.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {found[0].parts.n_heads} heads.")
+    session.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {found[0].parts.n_heads} heads.")
     for reason, numbers in whole.items():
-        engine.remark(
+        session.remark(
             f"Blocks {', '.join(numbers)} project all heads, because {reason}; pruned ones are zeroed, not skipped."
         )
     return found

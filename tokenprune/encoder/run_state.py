@@ -15,12 +15,14 @@ from torch import Tensor
 
 from tokenprune import ops
 from tokenprune.decode.heads import Heads
-from tokenprune.encoder.reducers import SITE, BlockMethod, check_answer
-from tokenprune.engine import Engine
+from tokenprune.encoder.reducers import SITE
 from tokenprune.errors import InputError
+from tokenprune.methods.base import Method
 from tokenprune.reduction import Merge, Reduction, gather
+from tokenprune.session import Session
 from tokenprune.signals import BlockSignals, Budget, Trace
 from tokenprune.upstream.tower import Logits
+from tokenprune.validate import ask
 
 _REPLACED = "where modules of the encoder were replaced since (some quantizers do so), call tokenprune.patch again"
 
@@ -55,7 +57,7 @@ class RunState:
         traces: what happened so far.
     """
 
-    owner: Engine
+    owner: Session
     outer: "RunState | None"
     direct: bool
     plan: tuple[tuple[int, ...], ...] = ()
@@ -137,7 +139,7 @@ class RunState:
         )
         self.importance = scores if self.importance is None else self.importance + scores
 
-    def reduce(self, method: BlockMethod, x: Tensor, *, r: int, place: str) -> Tensor:
+    def reduce(self, method: Method, x: Tensor, *, r: int, place: str) -> Tensor:
         """Let a method remove `r` tokens of `x` `[B, n_left, D]`; appends a trace.
 
         Raises:
@@ -151,8 +153,7 @@ class RunState:
         protected = torch.arange(n_in, dtype=torch.int64, device="cpu") < self.n_prefix
         importance = self.importance if method.uses_attention_scores else None
         signals = BlockSignals(self.number, self.seen["keys"], self.sizes, protected, importance, self.order)
-        answer = method.encoder_block(signals, Budget(n_in - r, n_in - r))
-        check_answer(answer, method.name, (x.shape[0], n_in), n_in - r, self.n_prefix)
+        answer = ask(method, SITE, signals, Budget(n_in - r, n_in - r), shape=x.shape, n_prefix=self.n_prefix)
         x, carrier = self._take(answer, x, method.backend)
         self.assign = carrier if self.assign is None else gather(carrier, self.assign)
         self._trace(
@@ -165,12 +166,12 @@ class RunState:
         )
         return x
 
-    def skip(self, method: BlockMethod, n_rows: int) -> None:
+    def skip(self, method: Method, n_rows: int) -> None:
         """Note that a method removes nothing in the block."""
         reason = "the schedule removes no tokens in this block"
         self._trace(method, n_rows, self.n_left, status="skipped", reason=reason)
 
-    def _trace(self, method: BlockMethod, n_rows: int, n_in: int, **what: Any) -> None:
+    def _trace(self, method: Method, n_rows: int, n_in: int, **what: Any) -> None:
         n_in, n_out = n_in - self.n_prefix, self.n_left - self.n_prefix
         self.traces.append(Trace(SITE, self.number, method.name, (n_in,) * n_rows, (n_out,) * n_rows, **what))
 
@@ -209,42 +210,42 @@ class RunState:
 _CURRENT: ContextVar[RunState | None] = ContextVar("tokenprune_encoder", default=None)
 
 
-def open_forward(engine: Engine, *, direct: bool) -> RunState:
-    """Begin a forward of `engine`; what an interrupt left of an earlier one goes."""
+def open_forward(session: Session, *, direct: bool) -> RunState:
+    """Begin a forward of `session`; what an interrupt left of an earlier one goes."""
     outer = _CURRENT.get()
-    while outer is not None and outer.owner is engine:
+    while outer is not None and outer.owner is session:
         outer = outer.outer
-    run = RunState(engine, outer, direct)
+    run = RunState(session, outer, direct)
     _CURRENT.set(run)
     return run
 
 
-def close_forward(engine: Engine) -> RunState | None:
-    """End the forward of `engine` if there is one, and tell what it was."""
-    if (run := _CURRENT.get()) is None or run.owner is not engine:
+def close_forward(session: Session) -> RunState | None:
+    """End the forward of `session` if there is one, and tell what it was."""
+    if (run := _CURRENT.get()) is None or run.owner is not session:
         return None
     _CURRENT.set(run.outer)
     return run
 
 
-def begin(engine: Engine) -> RunState:
+def begin(session: Session) -> RunState:
     """Note that the first block runs, in the host's forward or by itself. Tokens are reduced once there is a plan."""
     run = _CURRENT.get()
-    run = open_forward(engine, direct=run is None or run.owner is not engine or run.direct)
+    run = open_forward(session, direct=run is None or run.owner is not session or run.direct)
     run.begun = True
     return run
 
 
-def end(engine: Engine) -> None:
+def end(session: Session) -> None:
     """Note that no further block runs."""
     run = _CURRENT.get()
-    if run is not None and run.owner is engine:
+    if run is not None and run.owner is session:
         run.running = False
         if run.direct:
             _CURRENT.set(run.outer)
 
 
-def run_of(engine: Engine) -> RunState | None:
-    """The pass of `engine` that is going on."""
+def run_of(session: Session) -> RunState | None:
+    """The pass of `session` that is going on."""
     run = _CURRENT.get()
-    return run if run is not None and run.owner is engine and run.running else None
+    return run if run is not None and run.owner is session and run.running else None

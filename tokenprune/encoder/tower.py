@@ -14,10 +14,11 @@ from tokenprune.decoder.adapter import DecoderAdapter
 from tokenprune.encoder.adapter import EncoderAdapter
 from tokenprune.encoder.block_split import first_argument
 from tokenprune.encoder.reducers import SITE, restores
-from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.hooks import Hook, Swap
 from tokenprune.ops.equal import equal_tokens
 from tokenprune.reduction import gather
+from tokenprune.session import Session
 from tokenprune.signals import Trace
 from tokenprune.upstream.encoders import ONE_TO_ONE, n_used, projector_of, tower_of
 
@@ -29,8 +30,8 @@ PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwe
 class _DecoderEnd:
     """The session as the decoder sees it: its traces are published together with those of the tower."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, session: Session) -> None:
+        self._engine = session
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -81,26 +82,26 @@ class MultimodalAdapter:
         """
         self.decoder.preflight(sites=tuple(site for site in sites if site != SITE), positions=positions)
 
-    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+    def hooks(self, session: Session) -> list[Hook | Swap]:
         """The hooks of both ends, and the one that keeps merged tokens equal behind the projector.
 
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not restores(engine):
+        if not restores(session):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
             )
 
         def equalise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or not engine.active:
+            if not isinstance(output, Tensor) or not session.active:
                 return None
             x = first_argument(args, kwargs)
             return gather(output, equal_tokens(x).first) if x.shape[:2] == output.shape[:2] else None
 
         return [
-            *self.decoder.hooks(cast(Engine, _DecoderEnd(engine))),
-            *self.encoder.hooks(engine, alone=False),
+            *self.decoder.hooks(cast(Session, _DecoderEnd(session))),
+            *self.encoder.hooks(session, alone=False),
             Hook(self.projector, "first", equalise),
         ]

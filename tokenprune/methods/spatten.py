@@ -2,22 +2,46 @@
 2012.09852)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import at_least, must_be, no_keep, one_of, option, true_or_false
 from tokenprune.reduction import Keep
-from tokenprune.schedule import ramp, share
+from tokenprune.schedule import is_number, ramp, share
 from tokenprune.signals import AttentionPlan, BlockSignals, Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
 
 FREE_TOKENS = 0.15  # of the layers, the first ones, keep all tokens (section V-A of the paper)
 FREE_HEADS = 0.30  # and all heads
 SCORE = Probe("column_sum", cumulative=True)
+
+
+def _are_fractions(value: Any) -> bool:
+    """Whether `value` is a fraction in (0, 1] or a sequence of fractions in [0, 1]."""
+    if isinstance(value, Sequence):
+        return len(value) > 0 and all(is_number(one) and 0 <= one <= 1 for one in value)
+    return is_number(value) and 0 < value <= 1
+
+
+_FRACTIONS = must_be("a fraction in (0, 1] or a sequence with a fraction for each layer", _are_fractions)
+
+
+def _falling_fractions(name: str, value: Any) -> None:
+    """The check of what falls with depth."""
+    _FRACTIONS(name, value)
+    if isinstance(value, Sequence) and (value[0] != 1.0 or sorted(value, reverse=True) != list(value)):
+        raise OptionError(
+            f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "
+            f"one layer drops no later layer sees; got {value!r}"
+        )
+
+
+_PROBABILITY = must_be("a probability from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,39 +95,20 @@ class SpAtten(Method):
 
     name: ClassVar[str] = "spatten"
 
-    keep: float | int | str = field(default=1.0, repr=False)
-    tokens: float | Sequence[float] = 0.8
-    heads: float | Sequence[float] = 1.0
-    values: float | Sequence[float] = 1.0
-    quantize: str | None = None
-    threshold: float = 0.1
-    protect_text: bool = True
-    keep_first: int = 4
-    keep_recent: int = 32
-    kv: str = "persistent"
-    interval: int = 16
+    keep: float | int | str = no_keep("spatten", "tokens (kept on average over the layers)")
+    tokens: float | Sequence[float] = option(0.8, _falling_fractions)
+    heads: float | Sequence[float] = option(1.0, _falling_fractions)
+    values: float | Sequence[float] = option(1.0, _FRACTIONS)
+    quantize: str | None = option(None, one_of("4+4", None))
+    threshold: float = option(0.1, _PROBABILITY)
+    protect_text: bool = option(True, true_or_false)
+    keep_first: int = option(4, at_least(0))
+    keep_recent: int = option(32, at_least(1))
+    kv: str = option("persistent", one_of("persistent", "per_step"))
+    interval: int = option(16, at_least(1))
 
     def __post_init__(self) -> None:
-        if self.keep != 1.0:
-            raise OptionError(
-                f"method 'spatten' has tokens (kept on average over the layers), no keep; got {self.keep!r}"
-            )
-        check_fractions("tokens", self.tokens)
-        check_fractions("heads", self.heads)
-        check_fractions("values", self.values, falls=False)
-        if self.quantize not in (None, "4+4"):
-            raise OptionError(f"quantize must be '4+4' or None, got {self.quantize!r}")
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not number or not 0 <= self.threshold <= 1:
-            raise OptionError(f"threshold must be a probability from 0 to 1, got {self.threshold!r}")
-        for name, least in (("keep_first", 0), ("keep_recent", 1), ("interval", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} must be an int of at least {least}, got {value!r}")
-        if self.kv not in ("persistent", "per_step"):
-            raise OptionError(f"kv must be 'persistent' or 'per_step', got {self.kv!r}")
-        if not isinstance(self.protect_text, bool):
-            raise OptionError(f"protect_text must be True or False, got {self.protect_text!r}")
+        super().__post_init__()
         if self.protect_text and self.kv == "per_step":
             raise OptionError(
                 "kv='per_step' passes over KV entries of text while tokens are generated, and protect_text=True keeps "
@@ -220,27 +225,3 @@ def _by_layer(name: str, kept: float | Sequence[float], n_layers: int, *, free: 
     if len(kept) != n_layers:
         raise OptionError(f"{name} gives {len(kept)} layers a fraction, and there are {n_layers}")
     return tuple(map(float, kept))
-
-
-def check_fractions(name: str, value: object, *, falls: bool = True) -> None:
-    """Check that `value` is a fraction in (0, 1] or a sequence of such, which starts with 1.0 and never grows if it
-    `falls`.
-
-    Raises:
-        OptionError: it is not.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
-        return
-    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1 for one in entries)
-    if not entries or not numbers:
-        raise OptionError(
-            f"{name} must be a fraction in (0, 1] or a sequence with a fraction for each layer, got {value!r}"
-        )
-    if not falls:
-        return
-    if entries[0] != 1.0 or sorted(entries, reverse=True) != entries:
-        raise OptionError(
-            f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "
-            f"left is gone from all later layers; got {value!r}"
-        )

@@ -8,9 +8,10 @@ import torch
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import backend_name, keep_check, option, or_none, true_or_false
 from tokenprune.ops.equal import equal_tokens
 from tokenprune.reduction import Keep, Merge, gather, pack
-from tokenprune.schedule import Removal, check_keep, check_removal, removals
+from tokenprune.schedule import Removal, check_removal, removals
 from tokenprune.signals import BlockSignals, Budget, Signals
 
 
@@ -49,11 +50,11 @@ class ToMe(Method):
 
     name: ClassVar[str] = "tome"
 
-    keep: float | int | None = None  # type: ignore[assignment]
+    keep: float | int | None = option(None, or_none(keep_check))  # type: ignore[assignment]
     r: Removal | None = None
-    proportional: bool = True
-    restore: bool = True
-    backend: str = "auto"
+    proportional: bool = option(True, true_or_false)
+    restore: bool = option(True, true_or_false)
+    backend: str = option("auto", backend_name)
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.r is None):
@@ -61,15 +62,9 @@ class ToMe(Method):
                 "give either r, patches removed per block (r=8), or keep, what is left after the last block "
                 f"(keep=0.5); got r={self.r!r} and keep={self.keep!r}"
             )
-        if self.r is None:
-            check_keep(self.keep)
-        else:
+        super().__post_init__()
+        if self.r is not None:
             check_removal(self.r)
-        for name in ("proportional", "restore"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.backend not in ("auto", "torch", "triton"):
-            raise OptionError(f"backend must be 'auto', 'torch' or 'triton', got {self.backend!r}")
 
     def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
         """How many of an image's `n_tokens` patches each of the `n_layers` blocks removes.
