@@ -21,6 +21,7 @@ from tokenprune.encoder.block_check import block_of
 from tokenprune.encoder.block_hooks import BlockHooks
 from tokenprune.encoder.head_pruning import plan_heads
 from tokenprune.encoder.reducers import SITE, methods_of, restores
+from tokenprune.encoder.run_state import RunState
 from tokenprune.errors import InputError, OptionError
 from tokenprune.hooks import Hook, Swap
 from tokenprune.session import Session
@@ -41,13 +42,9 @@ class EncoderAdapter:
     def __init__(self, host: nn.Module, tower: Tower, *, n_used: int | None = None) -> None:
         self.host = host
         self.tower = tower
+        self.family = tower.name
         self.n_used = n_used
         self.blocks = tower.blocks(host)[:n_used]
-
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        return self.tower.name
 
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Check that the encoder has `sites`.
@@ -105,30 +102,27 @@ class EncoderAdapter:
         ]
         fewer = plan_heads(session, self.tower, self.host, blocks)
         hooks: list[Hook | Swap] = [
-            Hook(self.host, "pre", lambda module, args, kwargs: self._open(session)),
+            Hook(self.host, "pre", lambda module, args, kwargs: run_state.enter(RunState(session))),
             Hook(self.host, "post", lambda module, args, kwargs, output: self._end(session, output)),
         ]
+        hooks += [Hook(block.module, "pre", partial(self._begin, session, block.names)) for block in blocks[:1]]
         for block in blocks:
-            last = block.number == n_blocks - 1
-            begin = partial(self._begin, session)
-            hooks += BlockHooks(
-                session, self.tower, self.host, block, fewer.get(block.number), last=last, begin=begin
-            ).hooks()
+            hooks += BlockHooks(session, self.tower, self.host, block, fewer.get(block.number)).hooks()
         return hooks
 
-    def _open(self, session: Session) -> None:
-        run_state.open_forward(session, direct=False)
-
-    def _begin(self, session: Session, call: BlockCall) -> None:
+    def _begin(
+        self, session: Session, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Begin a pass through the blocks. Where there is a reason not to reduce tokens, it is left in the traces.
 
         Raises:
             InputError: the encoder is no longer what was patched.
         """
-        run = run_state.begin(session)
+        call, outer = BlockCall(self.tower, names, args, kwargs), run_state.current(session)
+        run = RunState(session, direct=outer is None or outer.direct, phase="over")
+        run_state.enter(run)
         if not session.active:
-            run_state.end(session)
-            return
+            return run_state.end(session)
         if self.tower.blocks(self.host)[: self.n_used] != self.blocks:
             raise InputError(
                 f"the blocks of {type(self.host).__name__} are not those that were patched ({len(self.blocks)}); after "
@@ -137,19 +131,17 @@ class EncoderAdapter:
         if torch.is_grad_enabled() and (reason := self.tower.refusal(self.host)):
             raise InputError(f"the encoder was patched, and since then it changed: {reason}")
         methods, n_prefix, length = methods_of(session), self.tower.prefix(self.host), call.states.shape[1]
-        reason = ""
-        if call.hides:
-            reason = "an attention mask hides tokens, which must not be merged with others"
-        elif call.is_causal:
-            reason = "attention is causal here"
-        elif length <= n_prefix or not call.states.numel():
-            reason = "empty input"
-        if reason:
+        reasons = {
+            "an attention mask hides tokens, which must not be merged with others": call.hides,
+            "attention is causal here": call.is_causal,
+            "empty input": length <= n_prefix or not call.states.numel(),
+        }
+        if any(reasons.values()):
+            reason = next(reason for reason, holds in reasons.items() if holds)
             session.publish(tuple(Trace(SITE, None, one.name, status="skipped", reason=reason) for one in methods))
-            run_state.end(session)
-            return
-        plan = tuple(one.removals(n_layers=len(self.blocks), n_tokens=length - n_prefix) for one in methods)
-        run.running, run.plan, run.n_prefix, run.length = True, plan, n_prefix, length
+            return run_state.end(session)
+        run.plan = tuple(one.removals(n_layers=len(self.blocks), n_tokens=length - n_prefix) for one in methods)
+        run.phase, run.n_prefix, run.length = "reducing", n_prefix, length
 
     def _end(self, session: Session, output: Any) -> None:
         """End a forward.
@@ -157,14 +149,19 @@ class EncoderAdapter:
         Raises:
             InputError: not all blocks took part, or the host returns fewer tokens than it has to.
         """
-        run = run_state.close_forward(session)
+        run = run_state.leave(session)
         if output is None or run is None or not self.blocks:
             return
         host, last = type(self.host).__name__, len(self.blocks) - 1
-        if not run.begun or (run.plan and run.number != last):
-            told = f"block {run.number} of blocks 0 to {last} was the last one" if run.begun else "none was called"
+        if run.phase == "open" or (run.plan and run.number != last):
+            told = (
+                "none was called"
+                if run.phase == "open"
+                else f"block {run.number} of blocks 0 to {last} was the last one"
+            )
             raise InputError(f"the forward of {host} was to call all blocks that were patched: {told}")
-        short = run.shorter - {run.length - run.n_prefix} if restores(session) else set()
+        lengths = {trace.n_out[0] + run.n_prefix for trace in run.traces if trace.n_out}
+        short = lengths - {run.length, run.length - run.n_prefix} if restores(session) else set()
         if found := short & lengths_in(output, self.tower.width(self.host)):
             raise InputError(
                 f"{host} returned hidden states of {sorted(found)} tokens, where all {run.length} were to be "

@@ -1,23 +1,23 @@
 """The hooks of one block of a vision encoder and of its parts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block
-from tokenprune.encoder.block_split import first_argument, first_of, reading, replace_in_place
-from tokenprune.encoder.head_pruning import FewerHeads
+from tokenprune.encoder.block_split import first_argument, first_of, replace_in_place
+from tokenprune.encoder.head_pruning import FewerHeads, standing_in
 from tokenprune.encoder.reducers import methods_of, restores
 from tokenprune.encoder.run_state import RunState
 from tokenprune.errors import InputError
 from tokenprune.hooks import Hook, Swap
+from tokenprune.methods.base import Method
 from tokenprune.session import Session
 from tokenprune.upstream.encoders import BlockCall
-from tokenprune.upstream.tower import Tower
+from tokenprune.upstream.tower import Keys, Logits, Tower
 
 BETWEEN, END = "between attention and MLP", "at the end of the block"
 
@@ -32,8 +32,6 @@ class BlockHooks:
         host: the encoder.
         block: the block.
         fewer: its attention without pruned heads, None where all heads are kept.
-        last: whether it is the last block.
-        begin: called with what the first block is called with, before anything else.
     """
 
     session: Session
@@ -41,8 +39,11 @@ class BlockHooks:
     host: nn.Module
     block: Block
     fewer: FewerHeads | None
-    last: bool
-    begin: Callable[[BlockCall], None]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that take part."""
+        return methods_of(self.session)
 
     def hooks(self) -> list[Hook | Swap]:
         """The hooks. An attention with fewer heads hands its keys and queries over itself."""
@@ -50,47 +51,36 @@ class BlockHooks:
         hooks: list[Hook | Swap] = [Hook(block.module, "pre", self._before), Hook(block.module, "first", self._after)]
         hooks += [Hook(block.middle, "pre", self._between)] if block.middle is not None else ()
         if self.fewer is not None:
-            return [*hooks, self.fewer.swap()]
+            return [*hooks, Swap(block.module, self.tower.parts[1], standing_in(self.fewer))]
         read = (
             {"keys": block.keys} if logits is None else {"keys": block.keys, "query": logits.query, "key": logits.key}
         )
-        for name, keys in read.items():
-            hooks.append(reading(keys, partial(self._note, name), wanted=partial(self._is_due, name)))
-        return hooks
+        return [*hooks, *(Hook(keys.module, keys.kind, partial(self._read, name, keys)) for name, keys in read.items())]
 
-    def _is_due(self, name: str) -> bool:
-        run = run_state.run_of(self.session)
-        return run is not None and name in run.due
-
-    def _note(self, name: str, x: Tensor) -> None:
-        if (run := run_state.run_of(self.session)) is not None:
-            run.note(name, x)
+    def _read(
+        self, name: str, keys: Keys, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
+    ) -> None:
+        run = run_state.reducing(self.session)
+        if run is not None and output != (None,):
+            run.seen[name] = keys.read(output[0] if output else first_argument(args, kwargs))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call, number = BlockCall(self.tower, self.block.names, args, kwargs), self.block.number
-        if number == 0:
-            self.begin(call)
-        run = run_state.run_of(self.session)
+        run, number = run_state.reducing(self.session), self.block.number
         if run is None:
             return None
         if run.direct and number != run.number + 1:  # it is called for itself
-            run_state.end(self.session)
-            return None
-        run.number, run.due = number, {"tokens"}
-        if self.session.forced or any(plan[number] for plan in run.plan):
-            run.due.add("keys")
-        if self._scores(run):
-            run.due |= {"query", "key"}
-        if self.fewer is not None:
-            run.due.add("attention")
-        x = run.shortened(call.states)
-        if run.index is not None or run.due & {"keys", "attention"}:
-            call.shorten(run.index, n_prefix=run.n_prefix, length=run.length, mask=self._bias(run, x))
+            return run_state.end(self.session)
+        call = BlockCall(self.tower, self.block.names, args, kwargs)
+        run.number, run.due = number, {"tokens"} if self.fewer is None else {"tokens", "attention"}
+        x, run.bias = run.shortened(call.states), None
+        if run.sizes is not None and run.n_left < run.length and any(one.proportional for one in self.methods):
+            run.bias = run.sizes.log()[:, None, None].to(x.dtype)
+        call.shorten(run.index, n_prefix=run.n_prefix, length=run.length, mask=run.bias)
         run.rope = call.rope if self.fewer is None else None  # its queries are turned already
         return (x,), call.others
 
     def _between(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = run_state.run_of(self.session)
+        run = run_state.reducing(self.session)
         if run is not None and "tokens" in run.due:
             given = first_argument(args, kwargs)
             x = self._reduced(run, given)
@@ -98,7 +88,7 @@ class BlockHooks:
                 replace_in_place(given, x)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        run = run_state.run_of(self.session)
+        run = run_state.reducing(self.session)
         if run is None or output is None:
             run_state.end(self.session)
             return None
@@ -111,6 +101,7 @@ class BlockHooks:
     def _handed_on(self, run: RunState, output: Any) -> Any:
         """What the block returns, its tokens reduced if they are not yet; publishes the traces."""
         x, number = first_of(output), self.block.number
+        last = number == len(run.plan[0]) - 1
         if not isinstance(x, Tensor) or x.shape[1:2] != (run.n_left,):
             found = f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"block {number} of the encoder returned {found}, but {run.n_left} tokens were left in it")
@@ -120,9 +111,9 @@ class BlockHooks:
             x = self._reduced(run, x)
         self.session.publish(tuple(run.traces))
         watched = run.direct or len(self.block.module._forward_hooks) > 1
-        if (watched or (self.last and not self.tower.pooled(self.host))) and restores(self.session):
+        if (watched or (last and not self.tower.pooled(self.host))) and restores(self.session):
             x = run.restored(x)
-        if self.last:
+        if last:
             run_state.end(self.session)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -132,30 +123,19 @@ class BlockHooks:
         Raises:
             InputError: a method's answer does not fit, or what it goes by was not seen.
         """
-        number, logits = self.block.number, self.block.logits
+        number, forced = self.block.number, self.session.forced
         if "attention" in run.due:
             raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
-        if logits is not None and self._scores(run):
-            run.score(logits, bias=self._bias(run, x))
-        for method, plan in zip(methods_of(self.session), run.plan, strict=True):
+        pairs = list(zip(self.methods, run.plan, strict=True))
+        if any(method.uses_attention_scores and (forced or any(plan[number:])) for method, plan in pairs):
+            run.score(cast(Logits, self.block.logits))
+        for method, plan in pairs:
             n_patches = run.n_left - run.n_prefix
             r = min(plan[number], n_patches - 1 if method.uses_attention_scores else n_patches // 2)
-            if r or self.session.forced:
+            if r or forced:
                 x = run.reduce(method, x, r=r, place=END if self.block.middle is None else BETWEEN)
             else:
-                run.skip(method, len(x))
-        run.due, run.seen, run.rope = set(), {}, None
+                reason = "the schedule removes no tokens in this block"
+                run.trace(method, len(x), run.n_left, status="skipped", reason=reason)
+        run.due, run.seen, run.bias, run.rope = set(), {}, None, None
         return x
-
-    def _bias(self, run: RunState, x: Tensor) -> Tensor | None:
-        """What the block's logits get added, `[B, 1, 1, n_left]`."""
-        counts = run.n_left < run.length and any(method.proportional for method in methods_of(self.session))
-        return run.size_mask(x) if counts else None
-
-    def _scores(self, run: RunState) -> bool:
-        """Whether a method goes by the attention that tokens receive in the block, in this or a later one."""
-        forced, number = self.session.forced, self.block.number
-        return any(
-            method.uses_attention_scores and (forced or any(plan[number:]))
-            for method, plan in zip(methods_of(self.session), run.plan, strict=True)
-        )

@@ -29,13 +29,11 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def reading(keys: Keys, found: Callable[[Tensor], None], *, wanted: Callable[[], bool] = lambda: True) -> Hook:
-    """A hook that hands a block's keys (or queries) to `found` where they are wanted."""
+def reading(keys: Keys, found: Callable[[Tensor], None]) -> Hook:
+    """A hook that hands a block's keys (or queries) to `found`."""
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        x = output[0] if output else first_argument(args, kwargs)
-        if x is not None and wanted():
-            found(keys.read(x))
+        found(keys.read(output[0] if output else first_argument(args, kwargs)))
 
     return Hook(keys.module, keys.kind, read)
 

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from tokenprune.encoder.block_check import Block
 from tokenprune.encoder.block_split import agree, attempt, first_of
 from tokenprune.encoder.reducers import methods_of
 from tokenprune.errors import OptionError, UnsupportedModelError
-from tokenprune.hooks import Hook, Swap
+from tokenprune.hooks import Hook
 from tokenprune.session import Session
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import not_plain
@@ -31,17 +31,6 @@ from tokenprune.upstream.encoders import BlockCall
 from tokenprune.upstream.tower import Attending, Logits, Tower, averaged, child, is_wrapped
 
 _OTHER = "its attention is not made of the projections, norms and biases found in it"
-
-
-class _Attended(NamedTuple):
-    """What an attention gave, and of the kept heads `[B, n, N, K]` the queries and keys as they are compared, the keys
-    before any rotation, and the magnitudes of what they gave, `[B, n]` fp32."""
-
-    output: Any
-    query: Tensor
-    key: Tensor
-    unturned: Tensor
-    magnitude: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,29 +65,27 @@ class FewerHeads:
         """What the attention's arguments are called."""
         return tuple(inspect.signature(self.module.forward).parameters)
 
-    def swap(self) -> Swap:
-        """What makes the block attend with the kept heads."""
-        return Swap(self.block.module, self.tower.parts[1], _standing_in(self.module, self))
-
     def attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the attention gives without pruned heads; None where it is to run as it is."""
-        run, number = run_state.run_of(self.session), self.block.number
+        run, number = run_state.reducing(self.session), self.block.number
         if run is None or run.number != number or "attention" not in run.due:
             return None
         run.due.discard("attention")
         heads = heads_of(run, self.plan, layer=number)
-        found = self.compute(args, kwargs, heads)
+        output, run.seen, magnitude = self.compute(args, kwargs, heads)
         if any(later < self.counts[number] for later in self.counts[number:]):
-            note_magnitude(run, found.magnitude if heads is None else heads.widen(found.magnitude))
-        if "keys" in run.due:
-            run.note("keys", averaged(found.unturned, 1))
-        if "query" in run.due:
-            run.note("query", found.query)
-            run.note("key", found.key)
-        return found.output
+            note_magnitude(run, magnitude if heads is None else heads.widen(magnitude))
+        return output
 
-    def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Heads | None) -> _Attended:
-        """The attention of `heads` (None: of all) for the arguments of its forward."""
+    def compute(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Heads | None
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """The attention of `heads` (None: of all) for the arguments of its forward.
+
+        Returns:
+            What it gives; what it has read, as in :class:`RunState`, of these heads; the magnitudes of what they gave,
+            `[B, n]` fp32.
+        """
         call = BlockCall(self.tower, self.names, args, kwargs)
         x, index = call.states, None
         if heads is not None and heads.common is not None and self.whole() is None:
@@ -108,13 +95,14 @@ class FewerHeads:
             query, key, value = map(heads.take, (query, key, value))
         if self.parts.norms:
             query, key = (self._part(name)(one) for name, one in zip(self.parts.norms, (query, key), strict=True))
-        rope, unturned = _by_head(call.rope, heads, len(x)), key
+        rope, keys = _by_head(call.rope, heads, len(x)), averaged(key, 1)
         query, key = self.logits.turned(query, rope), self.logits.turned(key, rope)
         states, weights = self._attended(query, key, value, _by_head(call.mask, heads, len(x)))
         output: Any = self._put_out(states, heads, index)
         if self.parts.paired:
             output = (output, weights if weights is None or heads is None else heads.widen(weights))
-        return _Attended(output, query, key, unturned, states.detach().float().abs().sum((2, 3)))
+        magnitude = states.detach().float().abs().sum((2, 3))
+        return output, {"keys": keys, "query": query, "key": key}, magnitude
 
     def whole(self) -> str | None:
         """Why the projections are not cut, None where they are."""
@@ -131,20 +119,18 @@ class FewerHeads:
         bias = torch.cat([self._part(name) for name in self.parts.biases]) if self.parts.biases else None
         n_parts, found = 3 // len(self.parts.inward), list[Tensor]()
 
-        def cut(parameter: Tensor | None) -> Tensor | None:
+        def cut(parameter: Any) -> Any:
             by_head = (n_parts, self.parts.n_heads, -1)
             return None if parameter is None else parameter.unflatten(0, by_head)[:, index].flatten(0, 2)
 
         for name in self.parts.inward:
             linear = self._part(name)
             if index is not None:
-                product = functional.linear(
-                    x, cast(Tensor, cut(linear.weight)), cut(linear.bias if bias is None else bias)
-                )
+                product = functional.linear(x, cut(linear.weight), cut(linear.bias if bias is None else bias))
             else:
                 product = linear(x) if bias is None else linear(x) + bias
             n_heads = self.parts.n_heads if index is None else len(index)
-            found += product.unflatten(2, (n_parts, n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            found += product.view(*x.shape[:2], n_parts, n_heads, -1).permute(2, 0, 3, 1, 4).unbind()
         return found
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -242,7 +228,7 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
     same: list[bool] = []
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ours = first_of(fewer.compute(args, kwargs, None).output)
+        ours = first_of(fewer.compute(args, kwargs, None)[0])
         same.append(isinstance(output, tuple) == fewer.parts.paired and agree(ours, first_of(output)))
 
     attempt(fewer.block.module, x, kwargs, Hook(fewer.module, "post", compare))
@@ -262,7 +248,7 @@ def _kind(kind: type[nn.Module]) -> Any:
 
     def replicate(self: Any) -> Any:
         attention = self.standing_for._replicate_for_data_parallel()
-        return _standing_in(attention, replace(self.fewer, module=attention))
+        return standing_in(replace(self.fewer, module=attention))
 
     members = {
         "__slots__": ("ask", "fewer", "standing_for"),
@@ -277,8 +263,9 @@ def _kind(kind: type[nn.Module]) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def _standing_in(attention: nn.Module, fewer: FewerHeads) -> Any:
-    """A module with the whole state of `attention` (parameters, hooks, flags), which asks `fewer` first."""
+def standing_in(fewer: FewerHeads) -> Any:
+    """A module with the whole state of an attention (parameters, hooks, flags), which asks `fewer` first."""
+    attention = fewer.module
     found = object.__new__(_kind(cast(Any, type(attention))))
     disable: Any = torch.compiler.disable  # here, for it imports torch's compiler
     own = {"standing_for": attention, "fewer": fewer, "ask": disable(fewer.attend)}

@@ -33,18 +33,19 @@ class RunState:
 
     Attributes:
         owner: the session whose forward it is.
-        outer: the forward that it takes place in.
         direct: whether its first block opened it.
+        outer: the forward that it takes place in.
         plan: for each method how many tokens each block removes; empty before the first block and where nothing is to
             be reduced.
         n_prefix: tokens before the patches.
         length: tokens that entered the first block, the prefix included.
-        begun: whether the first block ran.
-        running: whether tokens are being reduced: from the first block to the last.
+        phase: `"open"` before the first block, `"reducing"` from there to the last block, `"over"` behind it and where
+            nothing is to be reduced.
         number: the block that runs, or ran last.
-        due: what is still to come in the block that runs: `"keys"`, `"query"` and `"key"` (of all heads) to be read,
-            `"attention"` to run without pruned heads, `"tokens"` to be reduced.
-        seen: what was read of the keys and queries that were due.
+        due: what is still to come in the block that runs: `"attention"` to run without pruned heads, `"tokens"` to be
+            reduced.
+        seen: what was read in the block that runs: `"keys"` averaged over heads, `"query"` and `"key"` of all heads.
+        bias: what is added to the attention logits of the block that runs, `[B, 1, 1, n_left]`; None for nothing.
         rope: rotary embeddings of the block that runs, where its queries and keys are still to be turned.
         index: `[B, n_left]` int64, where the tokens that are left stood at first; None while nothing was reduced.
         assign: `[B, length]` int64, which of them carries each token that entered.
@@ -58,16 +59,16 @@ class RunState:
     """
 
     owner: Session
-    outer: "RunState | None"
-    direct: bool
+    direct: bool = False
+    outer: "RunState | None" = None
     plan: tuple[tuple[int, ...], ...] = ()
     n_prefix: int = 0
     length: int = 0
-    begun: bool = False
-    running: bool = False
+    phase: str = "open"
     number: int = -1
     due: set[str] = field(default_factory=set)
     seen: dict[str, Tensor] = field(default_factory=dict)
+    bias: Tensor | None = None
     rope: Any = None
     index: Tensor | None = None
     assign: Tensor | None = None
@@ -82,11 +83,6 @@ class RunState:
     def n_left(self) -> int:
         """Tokens that are left."""
         return self.length if self.index is None else self.index.shape[1]
-
-    def note(self, name: str, x: Tensor) -> None:
-        """Take keys or queries that were due."""
-        self.seen[name] = x
-        self.due.discard(name)
 
     def shortened(self, x: Tensor) -> Tensor:
         """The input of the block, `[B, n_left, D]`, out of what reached it, whether that was restored or not.
@@ -105,38 +101,20 @@ class RunState:
         """`x` `[B, n_left, D]` with all tokens back, `[B, length, D]`."""
         return x if self.assign is None else gather(x, self.assign)
 
-    @property
-    def shorter(self) -> set[int]:
-        """Lengths that hidden states had on the way, without the one that they entered with."""
-        counts = {trace.n_out[0] + self.n_prefix for trace in self.traces if trace.n_out}
-        return counts - {self.length}
-
-    def size_mask(self, x: Tensor) -> Tensor | None:
-        """What sizes add to the attention logits, `[B, 1, 1, n_left]`; None where all sizes are 1."""
-        return None if self.sizes is None else self.sizes.log()[:, None, None].to(x.dtype)
-
-    def score(self, logits: Logits, *, bias: Tensor | None) -> None:
-        """Add the attention that tokens receive in the block to what they have received so far.
-
-        Args:
-            logits: what the block's logits are made of.
-            bias: what was added to the logits, `[B, 1, 1, n_left]`.
+    def score(self, logits: Logits) -> None:
+        """Add the attention that tokens receive in the block, whose logits are made of `logits`, to what they have
+        received so far.
 
         Raises:
             InputError: the block's queries or keys were not seen.
         """
-        query, key = self.seen.pop("query", None), self.seen.pop("key", None)
-        if query is None or key is None:
+        if not {"query", "key"} <= self.seen.keys():
             raise InputError(
                 f"queries and keys of block {self.number} were not seen, so its tokens cannot be scored; {_REPLACED}"
             )
-        scores = ops.attention_importance(
-            logits.turned(query, self.rope),
-            logits.turned(key, self.rope),
-            scale=logits.scale,
-            causal=False,
-            seen=None if bias is None else bias.expand(-1, 1, query.shape[2], -1),
-        )
+        query, key = (logits.turned(self.seen[name], self.rope) for name in ("query", "key"))
+        seen = None if self.bias is None else self.bias.expand(-1, 1, self.n_left, -1)
+        scores = ops.attention_importance(query, key, scale=logits.scale, causal=False, seen=seen)
         self.importance = scores if self.importance is None else self.importance + scores
 
     def reduce(self, method: Method, x: Tensor, *, r: int, place: str) -> Tensor:
@@ -156,7 +134,7 @@ class RunState:
         answer = ask(method, SITE, signals, Budget(n_in - r, n_in - r), shape=x.shape, n_prefix=self.n_prefix)
         x, carrier = self._take(answer, x, method.backend)
         self.assign = carrier if self.assign is None else gather(carrier, self.assign)
-        self._trace(
+        self.trace(
             method,
             len(x),
             n_in,
@@ -166,12 +144,8 @@ class RunState:
         )
         return x
 
-    def skip(self, method: Method, n_rows: int) -> None:
-        """Note that a method removes nothing in the block."""
-        reason = "the schedule removes no tokens in this block"
-        self._trace(method, n_rows, self.n_left, status="skipped", reason=reason)
-
-    def _trace(self, method: Method, n_rows: int, n_in: int, **what: Any) -> None:
+    def trace(self, method: Method, n_rows: int, n_in: int, **what: Any) -> None:
+        """Note what a method made of `n_in` tokens of each row, the prefix included."""
         n_in, n_out = n_in - self.n_prefix, self.n_left - self.n_prefix
         self.traces.append(Trace(SITE, self.number, method.name, (n_in,) * n_rows, (n_out,) * n_rows, **what))
 
@@ -210,42 +184,39 @@ class RunState:
 _CURRENT: ContextVar[RunState | None] = ContextVar("tokenprune_encoder", default=None)
 
 
-def open_forward(session: Session, *, direct: bool) -> RunState:
-    """Begin a forward of `session`; what an interrupt left of an earlier one goes."""
+def enter(run: RunState) -> None:
+    """Begin a forward; what an interrupt left of an earlier one of its session is dropped."""
     outer = _CURRENT.get()
-    while outer is not None and outer.owner is session:
+    while outer is not None and outer.owner is run.owner:
         outer = outer.outer
-    run = RunState(session, outer, direct)
+    run.outer = outer
     _CURRENT.set(run)
-    return run
 
 
-def close_forward(session: Session) -> RunState | None:
-    """End the forward of `session` if there is one, and tell what it was."""
-    if (run := _CURRENT.get()) is None or run.owner is not session:
-        return None
-    _CURRENT.set(run.outer)
-    return run
-
-
-def begin(session: Session) -> RunState:
-    """Note that the first block runs, in the host's forward or by itself. Tokens are reduced once there is a plan."""
+def current(session: Session) -> RunState | None:
+    """The forward of `session` that is going on."""
     run = _CURRENT.get()
-    run = open_forward(session, direct=run is None or run.owner is not session or run.direct)
-    run.begun = True
-    return run
+    return run if run is not None and run.owner is session else None
+
+
+def reducing(session: Session) -> RunState | None:
+    """The forward of `session` that is going on, if its blocks reduce tokens now."""
+    run = current(session)
+    return run if run is not None and run.phase == "reducing" else None
 
 
 def end(session: Session) -> None:
-    """Note that no further block runs."""
-    run = _CURRENT.get()
-    if run is not None and run.owner is session:
-        run.running = False
+    """Note that no further block runs. Where the first block has opened the forward, that is its end."""
+    run = current(session)
+    if run is not None:
+        run.phase = "over"
         if run.direct:
             _CURRENT.set(run.outer)
 
 
-def run_of(session: Session) -> RunState | None:
-    """The pass of `session` that is going on."""
-    run = _CURRENT.get()
-    return run if run is not None and run.owner is session and run.running else None
+def leave(session: Session) -> RunState | None:
+    """End the forward of `session` if there is one, and tell what it was."""
+    run = current(session)
+    if run is not None:
+        _CURRENT.set(run.outer)
+    return run

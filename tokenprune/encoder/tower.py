@@ -56,6 +56,7 @@ class MultimodalAdapter:
 
     def __init__(self, decoder: DecoderAdapter) -> None:
         self.decoder = decoder
+        self.family = decoder.family
         root = decoder.root
         name, what = decoder.family, "tokens cannot be merged inside the vision tower of"
         if name not in ONE_TO_ONE:
@@ -68,11 +69,6 @@ class MultimodalAdapter:
             raise UnsupportedModelError(f"{what} {type(root).__name__}: {reason}")
         self.projector = projector_of(root)
         self.encoder = EncoderAdapter(host, tower, n_used=n_used(root, name, len(tower.blocks(host))))
-
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        return self.decoder.family
 
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Check that the model has `sites`.
