@@ -519,6 +519,6 @@ def test_fractions_that_do_not_fit_are_refused(options, parts):
 def test_only_one_method_can_leave_heads_out():
     model = tiny("timm vit")
     before = snapshot(model)
-    with pytest.raises(OptionError, match=r"both leave heads out of every attention.*heads=1\.0"):
+    with pytest.raises(OptionError, match=r"both prune heads.*heads=1\.0"):
         tokenprune.patch(model, [SpAtten(heads=0.8), SpAtten(heads=0.7)])
     assert snapshot(model) == before

@@ -76,13 +76,11 @@ class EncoderAdapter:
             UnsupportedModelError: a block cannot be reduced.
         """
         methods, n_blocks = methods_of(session), len(self.blocks)
-        elsewhere = {one.name for one in session.reducers("before_llm")} | {
-            one.name for one in session.layer_reducers()
-        }
-        if alone and (idle := elsewhere - {method.name for method in methods}):
+        idle = sorted({method.name for method in session.methods} - {method.name for method in methods})
+        if alone and idle:
             raise OptionError(
                 f"{type(self.host).__name__} is a vision encoder ({self.family}) with the site {SITE!r} only, where "
-                f"{sorted(idle)} take no part"
+                f"{idle} take no part"
             )
         n_tokens = self.tower.patches(self.host)
         for method in methods:
@@ -107,7 +105,7 @@ class EncoderAdapter:
         ]
         hooks += [Hook(block.module, "pre", partial(self._begin, session, block.names)) for block in blocks[:1]]
         for block in blocks:
-            hooks += BlockHooks(session, self.tower, self.host, block, fewer.get(block.number)).hooks()
+            hooks += BlockHooks(session, methods, self.tower, self.host, block, fewer.get(block.number)).hooks()
         return hooks
 
     def _begin(
@@ -154,11 +152,7 @@ class EncoderAdapter:
             return
         host, last = type(self.host).__name__, len(self.blocks) - 1
         if run.phase == "open" or (run.plan and run.number != last):
-            told = (
-                "none was called"
-                if run.phase == "open"
-                else f"block {run.number} of blocks 0 to {last} was the last one"
-            )
+            told = f"block {run.number} of blocks 0 to {last} was the last one" if run.plan else "none was called"
             raise InputError(f"the forward of {host} was to call all blocks that were patched: {told}")
         lengths = {trace.n_out[0] + run.n_prefix for trace in run.traces if trace.n_out}
         short = lengths - {run.length, run.length - run.n_prefix} if restores(session) else set()

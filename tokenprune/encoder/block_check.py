@@ -2,15 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenprune.encoder.block_split import agree, attempt, has_halves, reading
+from tokenprune.encoder.block_split import agree, attempt, first_of, has_halves, reading
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.tower import Keys, Logits, Tower
 
@@ -26,7 +26,8 @@ class Block:
         number: its index.
         module: the block.
         middle: the norm before its MLP, in front of which tokens are reduced; None where that is not possible.
-        keys: where its keys are read.
+        read: where its `"keys"` are read and, where a method asks for attention scores, `"query"` and `"key"` of all
+            heads.
         logits: what its attention logits are made of; None where no method asks for them.
         names: what its forward's arguments are called.
     """
@@ -34,7 +35,7 @@ class Block:
     number: int
     module: nn.Module
     middle: nn.Module | None
-    keys: Keys
+    read: dict[str, Keys]
     logits: Logits | None
     names: tuple[str, ...]
 
@@ -63,19 +64,21 @@ def block_of(
     tower.check_arguments(host, module, counts=proportional)
     parts, logits = tower.second_half(module), tower.logits(module) if scored else None
     x, kwargs = tower.sample(host, module, number)
-    mask = {tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
-    seen: list[Tensor] = []
+    kwargs |= {tower.mask: x.new_zeros(2, 1, 1, x.shape[1])} if proportional else {}
+    read = {"keys": keys} if logits is None else {"keys": keys, "query": logits.query, "key": logits.key}
+    seen: dict[str, list[Tensor]] = {name: [] for name in read}
+    watch = _Watch()
     try:
-        attempt(module, x, {**kwargs, **mask}, reading(keys, seen.append))
-        reason = _disagreement(logits, module, x, kwargs, kwargs.get(tower.rope)) if scored else ""
+        with watch if scored else nullcontext():
+            output = attempt(module, x, kwargs, *(reading(one, seen[name].append) for name, one in read.items()))
     except Exception as error:  # what others' code raises on parts that are not what they seem is open
         raise UnsupportedModelError(f"{what}: on a few random tokens it raised {error!r}") from error
-    if len(seen) != 1 or seen[0].shape[:2] != x.shape[:2]:
+    if len(seen["keys"]) != 1 or seen["keys"][0].shape[:2] != x.shape[:2]:
         raise UnsupportedModelError(f"{what}: its keys were not found where they were looked for")
-    if reason:
+    if scored and (reason := _disagreement(logits, seen, watch.seen, kwargs.get(tower.rope))):
         raise UnsupportedModelError(f"{what} by the attention that its tokens gather: {reason}")
-    middle = parts[0] if parts is not None and has_halves(module, *parts, x, kwargs) else None
-    return Block(number, module, middle, keys, logits, names)
+    halved = parts is not None and has_halves(module, *parts, x, kwargs, first_of(output))
+    return Block(number, module, parts[0] if parts is not None and halved else None, read, logits, names)
 
 
 class _Watch(TorchFunctionMode):
@@ -101,28 +104,24 @@ def _product(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     return query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _disagreement(logits: Logits | None, block: nn.Module, x: Tensor, kwargs: dict[str, Any], rope: Any) -> str:
-    """Why `logits` are not those of a block's attention, "" where they are: the attention is watched once.
+def _disagreement(logits: Logits | None, seen: dict[str, list[Tensor]], watched: list[Tensor], rope: Any) -> str:
+    """Why `logits` are not those of a block's attention, "" where they are.
 
     Args:
         logits: what its logits are said to be made of.
-        block: the block; nothing is left on it.
-        x: hidden states to try it on, `[B, N, D]`.
-        kwargs: what else its forward takes, without a mask.
-        rope: rotary embeddings among `kwargs`.
+        seen: the queries and keys that were read.
+        watched: the logits of the attentions that were computed meanwhile.
+        rope: the rotary embeddings that the block got.
     """
     if logits is None:
         return "it has no queries and keys that could be read"
-    found: dict[str, Tensor] = {}
-    hooks = [reading(getattr(logits, name), partial(found.__setitem__, name)) for name in ("query", "key")]
-    with _Watch() as watch:
-        attempt(block, x, kwargs, *hooks)
-    if len(found) != 2 or len(watch.seen) != 1:
+    if len(watched) != 1 or not seen["query"] or not seen["key"]:
         return (
             "one attention was looked for in it, with its queries and keys, and "
-            f"{len(watch.seen)} were seen; attn_implementation='sdpa' works for encoders of transformers"
+            f"{len(watched)} were seen; attn_implementation='sdpa' works for encoders of transformers"
         )
-    query, key = (logits.turned(found[name], rope) for name in ("query", "key"))
-    if not agree(_product(query, key, logits.scale).to(x.dtype), watch.seen[0].to(x.dtype)):
+    query, key = seen["query"][0], seen["key"][0]
+    ours = _product(logits.turned(query, rope), logits.turned(key, rope), logits.scale)
+    if not agree(ours.to(query.dtype), watched[0].to(query.dtype)):
         return "the logits of its attention are not made of the queries and keys that were found in it"
     return ""

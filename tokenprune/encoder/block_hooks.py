@@ -10,11 +10,12 @@ from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block
 from tokenprune.encoder.block_split import first_argument, first_of, replace_in_place
 from tokenprune.encoder.head_pruning import FewerHeads, standing_in
-from tokenprune.encoder.reducers import methods_of, restores
+from tokenprune.encoder.reducers import restores
 from tokenprune.encoder.run_state import RunState
 from tokenprune.errors import InputError
 from tokenprune.hooks import Hook, Swap
 from tokenprune.methods.base import Method
+from tokenprune.reduction import gather
 from tokenprune.session import Session
 from tokenprune.upstream.encoders import BlockCall
 from tokenprune.upstream.tower import Keys, Logits, Tower
@@ -28,6 +29,7 @@ class BlockHooks:
 
     Attributes:
         session: the session.
+        methods: those of its methods that take part.
         tower: the row of the encoder.
         host: the encoder.
         block: the block.
@@ -35,27 +37,22 @@ class BlockHooks:
     """
 
     session: Session
+    methods: tuple[Method, ...]
     tower: Tower
     host: nn.Module
     block: Block
     fewer: FewerHeads | None
 
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The methods that take part."""
-        return methods_of(self.session)
-
     def hooks(self) -> list[Hook | Swap]:
         """The hooks. An attention with fewer heads hands its keys and queries over itself."""
-        block, logits = self.block, self.block.logits
+        block = self.block
         hooks: list[Hook | Swap] = [Hook(block.module, "pre", self._before), Hook(block.module, "first", self._after)]
         hooks += [Hook(block.middle, "pre", self._between)] if block.middle is not None else ()
         if self.fewer is not None:
             return [*hooks, Swap(block.module, self.tower.parts[1], standing_in(self.fewer))]
-        read = (
-            {"keys": block.keys} if logits is None else {"keys": block.keys, "query": logits.query, "key": logits.key}
-        )
-        return [*hooks, *(Hook(keys.module, keys.kind, partial(self._read, name, keys)) for name, keys in read.items())]
+        for name, keys in block.read.items():
+            hooks.append(Hook(keys.module, keys.kind, partial(self._read, name, keys)))
+        return hooks
 
     def _read(
         self, name: str, keys: Keys, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
@@ -106,13 +103,13 @@ class BlockHooks:
             found = f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"block {number} of the encoder returned {found}, but {run.n_left} tokens were left in it")
         if "tokens" in run.due and self.block.middle is not None:
-            raise InputError(f"the norm before the MLP of block {number} was not called, so no token can leave there")
+            raise InputError(f"the norm before the MLP of block {number} was not called, so no token can be dropped")
         if "tokens" in run.due:
             x = self._reduced(run, x)
         self.session.publish(tuple(run.traces))
         watched = run.direct or len(self.block.module._forward_hooks) > 1
         if (watched or (last and not self.tower.pooled(self.host))) and restores(self.session):
-            x = run.restored(x)
+            x = x if run.assign is None else gather(x, run.assign)
         if last:
             run_state.end(self.session)
         return (x, *output[1:]) if isinstance(output, tuple) else x
@@ -125,7 +122,7 @@ class BlockHooks:
         """
         number, forced = self.block.number, self.session.forced
         if "attention" in run.due:
-            raise InputError(f"the attention of block {number} was not called, so its heads cannot leave")
+            raise InputError(f"the attention of block {number} was not called, so its heads cannot be pruned")
         pairs = list(zip(self.methods, run.plan, strict=True))
         if any(method.uses_attention_scores and (forced or any(plan[number:])) for method, plan in pairs):
             run.score(cast(Logits, self.block.logits))

@@ -75,7 +75,9 @@ def attempt(block: nn.Module, x: Tensor, kwargs: dict[str, Any], *hooks: Hook) -
             handle.remove()
 
 
-def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
+def has_halves(
+    block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwargs: dict[str, Any], whole: Tensor
+) -> bool:
     """Whether a block gives the same for the other tokens when the last one is dropped between attention and MLP.
 
     Args:
@@ -84,6 +86,7 @@ def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwa
         mlp: its MLP.
         x: hidden states to try it on, `[B, N, D]`.
         kwargs: what else its forward takes.
+        whole: what it makes of all of them, `[B, N, D]`.
     """
     n_left, entered = x.shape[1] - 1, list[int]()
 
@@ -95,12 +98,11 @@ def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwa
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(first_argument(args, kwargs).shape[1])
 
-    wanted = first_of(attempt(block, x, kwargs))[:, :n_left]
     try:
         found = first_of(attempt(block, x, kwargs, Hook(norm, "pre", shorten), Hook(mlp, "pre", count)))
     except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token less is not ours
         return False
-    return entered == [n_left] and agree(found, wanted)
+    return entered == [n_left] and agree(found, whole[:, :n_left])
 
 
 def agree(found: Tensor, wanted: Tensor) -> bool:

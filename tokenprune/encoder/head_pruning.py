@@ -1,4 +1,4 @@
-"""Heads that leave inside the blocks of a vision encoder: attention of the kept ones alone.
+"""Pruned heads inside the blocks of a vision encoder: attention of the kept ones alone.
 
 While a model is patched, a module of the attention's own class and with its whole state stands in every block in the
 place of the attention. Where heads are pruned it computes the attention out of the parts that the family's row names
@@ -187,8 +187,8 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
         return {}
     if len(plans) > 1:
         raise OptionError(
-            f"methods {plans[0][0]!r} and {plans[1][0]!r} both leave heads out of every attention; only one can, so "
-            "give the other one heads=1.0"
+            f"methods {plans[0][0]!r} and {plans[1][0]!r} both prune heads; only one can, so give the other one "
+            "heads=1.0"
         )
     found, whole = dict[int, FewerHeads](), dict[str, list[str]]()
     for block in blocks:
@@ -204,7 +204,7 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
                 reason, cause = f"{_OTHER} ({error!r})", error
         if reason:
             what = f"block {block.number} ({type(block.module).__name__}) of {type(host).__name__}"
-            raise UnsupportedModelError(f"{what} cannot leave heads out: {reason}; heads=1.0 works") from cause
+            raise UnsupportedModelError(f"{what} cannot prune heads: {reason}; heads=1.0 works") from cause
         if fewer.counts[block.number] < fewer.parts.n_heads and (kept := fewer.whole()) is not None:
             whole.setdefault(kept, []).append(str(block.number))
     counts = ", ".join(map(str, found[0].counts))

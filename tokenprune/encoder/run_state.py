@@ -97,10 +97,6 @@ class RunState:
             raise InputError(f"block {self.number} of the encoder got {x.shape[1]} tokens, but {told}")
         return x
 
-    def restored(self, x: Tensor) -> Tensor:
-        """`x` `[B, n_left, D]` with all tokens back, `[B, length, D]`."""
-        return x if self.assign is None else gather(x, self.assign)
-
     def score(self, logits: Logits) -> None:
         """Add the attention that tokens receive in the block, whose logits are made of `logits`, to what they have
         received so far.
