@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from tokenprune.decoder.adapter import DecoderAdapter
-from tokenprune.encoder.adapter import EncoderAdapter
-from tokenprune.encoder.find import find_encoder
-from tokenprune.encoder.reducers import SITE as INSIDE_ENCODER
+from tokenprune.encoder.adapter import EncoderAdapter, find_encoder
+from tokenprune.encoder.run_state import SITE as INSIDE_ENCODER
 from tokenprune.encoder.tower import MultimodalAdapter
 from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, UnsupportedModelError
 from tokenprune.hooks import forget_idle_hooks, sessions_on

@@ -33,8 +33,8 @@ from vits import (
 import tokenprune
 from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError
 from tokenprune.encoder import run_state
+from tokenprune.encoder.adapter import find_encoder
 from tokenprune.encoder.block_check import block_of
-from tokenprune.encoder.find import find_encoder
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import count, removals, removals_for
 

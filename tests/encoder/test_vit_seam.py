@@ -13,7 +13,7 @@ from vits import HEADS, NAMES, PREFIX, WIDTH, answer, blocks_of, inputs, run, ti
 import tokenprune
 from tokenprune import InputError, UnsupportedModelError
 from tokenprune.encoder import run_state
-from tokenprune.encoder.find import find_encoder
+from tokenprune.encoder.adapter import find_encoder
 from tokenprune.upstream.check import version_of
 from tokenprune.upstream.tower import Tower
 

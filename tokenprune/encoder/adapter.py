@@ -20,13 +20,12 @@ from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import block_of
 from tokenprune.encoder.block_hooks import BlockHooks
 from tokenprune.encoder.head_pruning import plan_heads
-from tokenprune.encoder.reducers import SITE, methods_of, restores
-from tokenprune.encoder.run_state import RunState
-from tokenprune.errors import InputError, OptionError
+from tokenprune.encoder.run_state import SITE, RunState
+from tokenprune.errors import InputError, OptionError, UnsupportedModelError
 from tokenprune.hooks import Hook, Swap
 from tokenprune.session import Session
 from tokenprune.signals import Trace
-from tokenprune.upstream.encoders import BlockCall, lengths_in
+from tokenprune.upstream.encoders import BlockCall, lengths_in, towers_of
 from tokenprune.upstream.tower import Tower
 
 
@@ -75,7 +74,7 @@ class EncoderAdapter:
             OptionError: a method's options do not fit the encoder.
             UnsupportedModelError: a block cannot be reduced.
         """
-        methods, n_blocks = methods_of(session), len(self.blocks)
+        methods, n_blocks = session.reducers(SITE), len(self.blocks)
         idle = sorted({method.name for method in session.methods} - {method.name for method in methods})
         if alone and idle:
             raise OptionError(
@@ -128,7 +127,7 @@ class EncoderAdapter:
             )
         if torch.is_grad_enabled() and (reason := self.tower.refusal(self.host)):
             raise InputError(f"the encoder was patched, and since then it changed: {reason}")
-        methods, n_prefix, length = methods_of(session), self.tower.prefix(self.host), call.states.shape[1]
+        methods, n_prefix, length = session.reducers(SITE), self.tower.prefix(self.host), call.states.shape[1]
         reasons = {
             "an attention mask hides tokens, which must not be merged with others": call.hides,
             "attention is causal here": call.is_causal,
@@ -155,9 +154,29 @@ class EncoderAdapter:
             told = f"block {run.number} of blocks 0 to {last} was the last one" if run.plan else "none was called"
             raise InputError(f"the forward of {host} was to call all blocks that were patched: {told}")
         lengths = {trace.n_out[0] + run.n_prefix for trace in run.traces if trace.n_out}
-        short = lengths - {run.length, run.length - run.n_prefix} if restores(session) else set()
-        if found := short & lengths_in(output, self.tower.width(self.host)):
+        found = lengths_in(output, self.tower.width(self.host)) & lengths - {run.length, run.length - run.n_prefix}
+        if found and all(method.restore for method in session.reducers(SITE)):
             raise InputError(
                 f"{host} returned hidden states of {sorted(found)} tokens, where all {run.length} were to be "
                 "restored; something between its blocks and its output changes that"
             )
+
+
+def find_encoder(model: nn.Module) -> EncoderAdapter | None:
+    """The adapter for the vision encoder that `model` is or holds, None where there is none that is known.
+
+    Raises:
+        UnsupportedModelError: the encoder is of a kind that cannot be reduced, or there are several.
+    """
+    found = towers_of(model)
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} vision encoders "
+            f"({', '.join(type(host).__name__ for host, _ in found)}); patch one of them, such as model.vision_model"
+        )
+    if not found:
+        return None
+    host, tower = found[0]
+    if reason := tower.refusal(host):
+        raise UnsupportedModelError(f"{type(host).__name__} cannot be reduced: {reason}")
+    return EncoderAdapter(host, tower)

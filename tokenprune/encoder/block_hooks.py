@@ -10,7 +10,6 @@ from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block
 from tokenprune.encoder.block_split import first_argument, first_of, replace_in_place
 from tokenprune.encoder.head_pruning import FewerHeads, standing_in
-from tokenprune.encoder.reducers import restores
 from tokenprune.encoder.run_state import RunState
 from tokenprune.errors import InputError
 from tokenprune.hooks import Hook, Swap
@@ -108,8 +107,9 @@ class BlockHooks:
             x = self._reduced(run, x)
         self.session.publish(tuple(run.traces))
         watched = run.direct or len(self.block.module._forward_hooks) > 1
-        if (watched or (last and not self.tower.pooled(self.host))) and restores(self.session):
-            x = x if run.assign is None else gather(x, run.assign)
+        whole = (watched or (last and not self.tower.pooled(self.host))) and all(one.restore for one in self.methods)
+        if whole and run.assign is not None:
+            x = gather(x, run.assign)
         if last:
             run_state.end(self.session)
         return (x, *output[1:]) if isinstance(output, tuple) else x

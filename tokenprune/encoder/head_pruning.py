@@ -9,7 +9,7 @@ and the projections are plain linear layers, these are cut to the kept heads too
 import copy
 import inspect
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from tokenprune.decode.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import Block
 from tokenprune.encoder.block_split import agree, attempt, first_of
-from tokenprune.encoder.reducers import methods_of
+from tokenprune.encoder.run_state import SITE
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.hooks import Hook
 from tokenprune.session import Session
@@ -41,6 +41,7 @@ class FewerHeads:
         session: the session.
         block: the block.
         module: its attention.
+        names: what the attention's arguments are called.
         tower: its kind.
         parts: what the attention is made of.
         logits: scale and rotation of its logits.
@@ -50,20 +51,11 @@ class FewerHeads:
     session: Session
     block: Block
     module: Any
+    names: tuple[str, ...]
     tower: Tower
     parts: Attending
     logits: Logits
     plan: AttentionPlan
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many heads each block keeps."""
-        return tuple(count_heads(fraction, self.parts.n_heads) for fraction in self.plan.heads)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """What the attention's arguments are called."""
-        return tuple(inspect.signature(self.module.forward).parameters)
 
     def attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the attention gives without pruned heads; None where it is to run as it is."""
@@ -73,8 +65,7 @@ class FewerHeads:
         run.due.discard("attention")
         heads = heads_of(run, self.plan, layer=number)
         output, run.seen, magnitude = self.compute(args, kwargs, heads)
-        if any(later < self.counts[number] for later in self.counts[number:]):
-            note_magnitude(run, magnitude if heads is None else heads.widen(magnitude))
+        note_magnitude(run, magnitude if heads is None else heads.widen(magnitude))
         return output
 
     def compute(
@@ -181,7 +172,7 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
         OptionError: two methods prune heads.
         UnsupportedModelError: an attention cannot do with fewer heads.
     """
-    methods = methods_of(session)
+    methods = session.reducers(SITE)
     plans = [(method.name, plan) for method in methods if (plan := method.attention_plan(len(blocks))) is not None]
     if not plans:
         return {}
@@ -190,14 +181,17 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
             f"methods {plans[0][0]!r} and {plans[1][0]!r} both prune heads; only one can, so give the other one "
             "heads=1.0"
         )
+    (_, plan), *_ = plans
     found, whole = dict[int, FewerHeads](), dict[str, list[str]]()
     for block in blocks:
-        attention, cause = child(block.module, tower.parts[1]), None
+        attention: Any = child(block.module, tower.parts[1])
+        cause = None
         parts = "it has no attention of its own" if attention is None else tower.attending(attention)
         if isinstance(parts, str):
             reason = parts
         else:
-            fewer = FewerHeads(session, block, attention, tower, parts, cast(Logits, block.logits), plans[0][1])
+            names, logits = tuple(inspect.signature(attention.forward).parameters), cast(Logits, block.logits)
+            fewer = FewerHeads(session, block, attention, names, tower, parts, logits, plan)
             try:
                 reason = _refusal(found.setdefault(block.number, fewer), host, total=found[0].parts.n_heads)
             except Exception as error:  # what others' code raises on parts that are not what they seem is open
@@ -205,10 +199,12 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
         if reason:
             what = f"block {block.number} ({type(block.module).__name__}) of {type(host).__name__}"
             raise UnsupportedModelError(f"{what} cannot prune heads: {reason}; heads=1.0 works") from cause
-        if fewer.counts[block.number] < fewer.parts.n_heads and (kept := fewer.whole()) is not None:
+        pruned = count_heads(plan.heads[block.number], fewer.parts.n_heads) < fewer.parts.n_heads
+        if pruned and (kept := fewer.whole()) is not None:
             whole.setdefault(kept, []).append(str(block.number))
-    counts = ", ".join(map(str, found[0].counts))
-    session.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {found[0].parts.n_heads} heads.")
+    n_heads = found[0].parts.n_heads
+    counts = ", ".join(str(count_heads(fraction, n_heads)) for fraction in plan.heads)
+    session.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {n_heads} heads.")
     for reason, numbers in whole.items():
         session.remark(
             f"Blocks {', '.join(numbers)} project all heads, because {reason}; pruned ones are zeroed, not skipped."

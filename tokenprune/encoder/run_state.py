@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokenprune import ops
 from tokenprune.decode.heads import Heads
-from tokenprune.encoder.reducers import SITE
 from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Merge, Reduction, gather
@@ -24,6 +23,7 @@ from tokenprune.signals import BlockSignals, Budget, Trace
 from tokenprune.upstream.tower import Logits
 from tokenprune.validate import ask
 
+SITE = "encoder_block"
 _REPLACED = "where modules of the encoder were replaced since (some quantizers do so), call tokenprune.patch again"
 
 

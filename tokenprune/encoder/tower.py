@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.decoder.adapter import DecoderAdapter
 from tokenprune.encoder.adapter import EncoderAdapter
 from tokenprune.encoder.block_split import first_argument
-from tokenprune.encoder.reducers import SITE, restores
+from tokenprune.encoder.run_state import SITE
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.hooks import Hook, Swap
 from tokenprune.ops.equal import equal_tokens
@@ -31,17 +31,16 @@ class _DecoderEnd:
     """The session as the decoder sees it: its traces are published together with those of the tower."""
 
     def __init__(self, session: Session) -> None:
-        self._engine = session
+        self._session = session
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._session, name)
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last forward, behind what the tower left where the decoder saw images."""
         if any(trace.n_in for trace in traces):
-            earlier: tuple[Trace, ...] = getattr(self._engine, "traces", ())
-            traces = (*(trace for trace in earlier if trace.site == SITE), *traces)
-        self._engine.publish(traces)
+            traces = (*(trace for trace in self._session.traces if trace.site == SITE), *traces)
+        self._session.publish(traces)
 
 
 class MultimodalAdapter:
@@ -84,7 +83,7 @@ class MultimodalAdapter:
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not restores(session):
+        if not all(method.restore for method in session.reducers(SITE)):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
