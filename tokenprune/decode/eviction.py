@@ -129,7 +129,7 @@ def _shrink(
     if int(wanted.max()):
         stay = _mark(stay, ops.top_k_select(scores, k=wanted, valid=may))
     stay &= columns >= 0
-    keep = pack([row.nonzero()[:, 0] for row in stay], length=n_slots)
+    keep = pack(stay)
     keep_slots(layer, keep.index, n_slots)
     index = gather(columns.masked_fill(~stay, -1), keep.index)
     bias = slots.biases(n_slots=n_slots)

@@ -115,7 +115,7 @@ def _cut(
             real &= old.keep.valid.cpu()
         if call.padding is not None and bool(dropped.any()):
             real &= gather(call.padding, index)
-        local = _pack(real, hidden.device, left=call.recurrent)
+        local = pack(real, left=call.recurrent).to(hidden.device)
         _insert(state, call, layer, local)
     spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
     state.probe_ms = 0.0
@@ -168,15 +168,6 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
         visual_indices=before,
     )
     return tuple(kept), trace
-
-
-def _pack(real: Tensor, device: torch.device, *, left: bool) -> Keep:
-    """What goes on of `real` `[B, M]` bool, short rows filled up, at the `left` if need be."""
-    rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=real.shape[1], left=left)
-    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
-    valid = None if full or keep.valid is None else keep.valid.to(device)
-    return Keep(keep.index.to(device), valid)
 
 
 def _insert(state: Forward, call: Call, layer: int, local: Keep) -> None:

@@ -205,8 +205,4 @@ def keep_rows(
         dropped[old.row, old.tokens] = True
         dropped[new.row, new.tokens] = False
     real = ~dropped if padding is None or not bool(dropped.any()) else ~dropped & padding
-    rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=shape[1], left=left)
-    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
-    valid = None if full or keep.valid is None else keep.valid.to(device)
-    return Keep(keep.index.to(device), valid), dropped.to(device)
+    return pack(real, left=left).to(device), dropped.to(device)
