@@ -80,7 +80,7 @@ class Session:
         if not self.later_traces:
             return tuple(self._remarks)
         pruned = sum(sum(trace.n_in) - sum(trace.n_out) for call in self.later_traces for trace in call)
-        later = f"{len(self.later_traces)} later calls of several tokens went on from this prompt without an image"
+        later = f"{len(self.later_traces)} later calls of several tokens continued this prompt without an image"
         return (*self._remarks, f"{later}; {pruned} tokens were pruned in them.")
 
     def remark(self, sentence: str) -> None:
