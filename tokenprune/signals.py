@@ -142,19 +142,6 @@ class Traffic:
     steps: int = 0
     recomputed: float = 0.0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        steps = self.steps + other.steps
-        share = (self.recomputed * self.steps + other.recomputed * other.steps) / max(1, steps)
-        return Traffic(
-            self.dense + other.dense,
-            self.tokens + other.tokens,
-            self.heads + other.heads,
-            self.values + other.values,
-            self.read + other.read,
-            steps,
-            share,
-        )
-
 
 @dataclass(frozen=True)
 class LayerSignals:

@@ -2,7 +2,7 @@
 
 What the prompt tells is taken if it fits the placeholders (:mod:`tokenprune.upstream.sizes`). Else a run of
 placeholders without anything between is one image, which is right where a processor always puts something between two
-images; where it need not, the part says that its boundaries were not told.
+images; where it need not, the part says that its boundaries are uncertain.
 """
 
 import math
@@ -28,12 +28,12 @@ class Part:
     Attributes:
         tokens: `[n]` int64, positions in the sequence, ascending.
         grid: rows and columns of the token grid, None where the tokens are not one grid.
-        told: whether it is known where they begin and end.
+        certain: whether it is known where they begin and end.
     """
 
     tokens: Tensor
     grid: Grid
-    told: bool = True
+    certain: bool = True
 
 
 def _split_where(tokens: Tensor, breaks: Tensor) -> list[Tensor]:
@@ -52,10 +52,10 @@ def _evenly(tokens: Tensor, n_frames: int) -> list[Tensor]:
     return list(torch.split(tokens, [size] * (n_frames - 1) + [len(tokens) - size * (n_frames - 1)]))
 
 
-def _fitted(rows: list[Tensor], told: Iterable[list[Item]]) -> list[list[tuple[Tensor, Item]]] | None:
-    """The tokens of each image of each row by the first of the tellings that fits the rows, None where none does."""
-    for telling in told:
-        left = iter([item for item in telling if item.tokens])
+def _fitted(rows: list[Tensor], layouts: Iterable[list[Item]]) -> list[list[tuple[Tensor, Item]]] | None:
+    """The tokens of each image of each row by the first of the layouts that fits the rows, None where none does."""
+    for layout in layouts:
+        left = iter([item for item in layout if item.tokens])
         found: list[list[Item]] = []
         for row in rows:
             mine: list[Item] = []
@@ -63,7 +63,7 @@ def _fitted(rows: list[Tensor], told: Iterable[list[Item]]) -> list[list[tuple[T
                 mine.append(item)
             found.append(mine)
         full = all(sum(item.tokens for item in mine) == len(row) for row, mine in zip(rows, found, strict=True))
-        if telling and full and next(left, None) is None:
+        if layout and full and next(left, None) is None:
             return [
                 list(zip(torch.split(row, [item.tokens for item in mine]), mine, strict=True)) if mine else []
                 for row, mine in zip(rows, found, strict=True)
@@ -123,20 +123,20 @@ class Placed:
         total = sum(map(len, self.rows))
         if not total:
             return
-        told = items(self.root, self.family, self.prompt, total, video=self.video)
-        pieces = _fitted(self.rows, told) if self.family.tiles in ("", _GUESSED) else None
+        layouts = items(self.root, self.family, self.prompt, total, video=self.video)
+        pieces = _fitted(self.rows, layouts) if self.family.tiles in ("", _GUESSED) else None
         for row, tokens in enumerate(self.rows):
             if pieces is None:
-                found = self._untold(row, _runs(tokens))
+                found = self._from_runs(row, _runs(tokens))
             else:
-                found = [part for piece, item in pieces[row] for part in self._told(row, piece, item)]
+                found = [part for piece, item in pieces[row] for part in self._from_layout(row, piece, item)]
             yield from ((row, part) for part in found)
 
     @property
     def _joins(self) -> bool:
         return not self.video and breaks_lines(self.root, self.family)
 
-    def _told(self, row: int, piece: Tensor, item: Item) -> list[Part]:
+    def _from_layout(self, row: int, piece: Tensor, item: Item) -> list[Part]:
         """The frames of a video, or an image, whose tokens are known."""
         sure = item.whole or self.family.apart
         if item.frames is not None and (self.video or item.grid is not None):
@@ -153,7 +153,7 @@ class Placed:
         sure = self.family.apart if len(runs) > 1 else sure and framed
         return [part for run in runs for part in self._run(row, run, sure=sure)]
 
-    def _untold(self, row: int, runs: list[Tensor]) -> list[Part]:
+    def _from_runs(self, row: int, runs: list[Tensor]) -> list[Part]:
         """The images of a row by what stands between its runs of visual tokens."""
         if not runs:
             return []

@@ -23,7 +23,7 @@ class Image:
         tokens: `[n]` int64, positions in the sequence of this call, ascending.
         grid: rows and columns of the token grid, None where the tokens are not one grid.
         n_hidden: how many more tokens it has, which the attention mask hides.
-        told: whether it is known where the image begins and ends; if not, it is a run of visual tokens.
+        certain: whether it is known where the image begins and ends; if not, it is a run of visual tokens.
     """
 
     row: int
@@ -31,7 +31,7 @@ class Image:
     tokens: Tensor
     grid: tuple[int, int] | None
     n_hidden: int = 0
-    told: bool = True
+    certain: bool = True
 
 
 def visible(images: list[Image], padding: Tensor | None) -> list[Image]:
@@ -99,7 +99,7 @@ def has_merged_features(root: nn.Module, family: Family, prompt: Prompt, embeds:
 
 
 def find_images(
-    root: nn.Module, family: Family, prompt: Prompt, positions: Tensor | None, told: Tensor | None = None
+    root: nn.Module, family: Family, prompt: Prompt, positions: Tensor | None, at: Tensor | None = None
 ) -> list[Image]:
     """The images of a forward, by row and in the order of the sequence.
 
@@ -111,19 +111,19 @@ def find_images(
         family: its family.
         prompt: what it was called with.
         positions: positions that the decoder is to get; with M-RoPE they tell frames and grids.
-        told: where visual tokens stand, `[B, L]` bool, if not at placeholders.
+        at: where visual tokens stand, `[B, L]` bool, if not at placeholders.
     """
     axes = axes_of(positions)
-    family = family if told is None else replace(family, apart=False)  # no processor put them there
+    family = family if at is None else replace(family, apart=False)  # no processor put them there
     images: list[Image] = []
-    for field in family.ids if told is None else family.ids[:1]:
-        mask = placeholders(root, prompt, field=field) if told is None else told
+    for field in family.ids if at is None else family.ids[:1]:
+        mask = placeholders(root, prompt, field=field) if at is None else at
         if mask is None:
             continue
         video = field.startswith("video") or prompt.has_only_videos
         rows = [row.nonzero()[:, 0] for row in mask.cpu()]
         for row, part in Placed(root, family, prompt, rows, axes, video).parts():
-            images.append(Image(row, 0, part.tokens, part.grid, told=part.told))
+            images.append(Image(row, 0, part.tokens, part.grid, certain=part.certain))
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}
     for found in images:

@@ -43,6 +43,7 @@ class RunState:
             they are looked for.
         head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far; None while none was seen.
         heads: the heads that the last block kept, if not all.
+        heads_at: index of that block.
         attending: the block whose attention is to run without the heads that left; None once it did.
         rope: rotary embeddings of the block that runs, where its queries and keys are still to be turned.
         due: whether the tokens of the block that runs are still to be reduced.
@@ -65,6 +66,7 @@ class RunState:
     scoring: bool = False
     head_scores: Tensor | None = None
     heads: Heads | None = None
+    heads_at: int = -1
     attending: int | None = None
     rope: Any = None
     due: bool = False
