@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tokenprune.decode import eviction
 from tokenprune.decoder import between_layers, prompt_end, visual_mask
+from tokenprune.decoder.boundaries import Image
 from tokenprune.decoder.call import Call, all_positions, refuse_packed
-from tokenprune.decoder.images import Image, find_images, has_merged_features, visible
+from tokenprune.decoder.images import find_images, has_merged_features, visible
 from tokenprune.decoder.pruned_cache import ledger_of
 from tokenprune.decoder.select import (
     SITE,

@@ -1,37 +1,16 @@
 """Which tokens of a forward are visual, and which of them make one image (or one frame)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decoder.boundaries import Placed
+from tokenprune.decoder.boundaries import Image, Placed
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.calls import embedding_of
 from tokenprune.upstream.check import version_of
 from tokenprune.upstream.families import Family, axes_of, placeholder_id
 from tokenprune.upstream.prompts import Prompt
-
-
-@dataclass
-class Image:
-    """The visual tokens of one image (or one frame) of one row.
-
-    Attributes:
-        row: row of the batch.
-        ordinal: number of the image within its row.
-        tokens: `[n]` int64, positions in the sequence of this call, ascending.
-        grid: rows and columns of the token grid, None where the tokens are not one grid.
-        n_hidden: how many more tokens it has, which the attention mask hides.
-        certain: whether it is known where the image begins and ends; if not, it is a run of visual tokens.
-    """
-
-    row: int
-    ordinal: int
-    tokens: Tensor
-    grid: tuple[int, int] | None
-    n_hidden: int = 0
-    certain: bool = True
 
 
 def visible(images: list[Image], padding: Tensor | None) -> list[Image]:
@@ -122,8 +101,7 @@ def find_images(
             continue
         video = field.startswith("video") or prompt.has_only_videos
         rows = [row.nonzero()[:, 0] for row in mask.cpu()]
-        for row, part in Placed(root, family, prompt, rows, axes, video).parts():
-            images.append(Image(row, 0, part.tokens, part.grid, certain=part.certain))
+        images += Placed(root, family, prompt, rows, axes, video).images()
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}
     for found in images:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenprune.decoder.images import Image
+from tokenprune.decoder.boundaries import Image
 from tokenprune.engine import Reducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Merge
