@@ -347,6 +347,18 @@ def checks() -> str:
     return measured("checks", "", columns)
 
 
+def step() -> str:
+    """What a decoding step costs in Python beside that of the unpruned model."""
+    columns: list[Column] = [
+        ("method", lambda row: f"`{row['kind']}`"),
+        ("options", lambda row: ", ".join(f"`{name}={value}`" for name, value in row["options"].items())),
+        ("dense step, ms", lambda row: f"{row['dense_latency_ms']:.1f}"),
+        ("added, ms", lambda row: times(row["added_latency_ms"])),
+        ("target", lambda row: f"{row['target_ms']:g}: {'met' if row['met'] else 'missed'}" if "met" in row else ""),
+    ]
+    return measured("step", "", columns)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "overall": overall,
@@ -364,6 +376,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "encoders": encoders,
     "versions": versions,
     "checks": checks,
+    "step": step,
 }
 
 

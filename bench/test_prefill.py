@@ -77,8 +77,8 @@ class Prompt:
         return {"input_ids": self.ids, "attention_mask": mask, **with_features(encoder_output(list(self.features)))}
 
 
-def make_prompt(*sizes: int) -> Prompt:
-    """One row for each size: text, an image of so many tokens, text."""
+def make_prompt(*sizes: int, width: int = SHAPE["hidden_size"]) -> Prompt:
+    """One row for each size: text, an image of so many tokens of that width, text."""
     length = max(sizes) + TEXT
     ids = torch.randint(IMAGE + 1, 1000, (len(sizes), length))
     mask = torch.ones(len(sizes), length, dtype=torch.int64)
@@ -86,14 +86,14 @@ def make_prompt(*sizes: int) -> Prompt:
         start = length - TEXT // 2 - size
         ids[row, start : start + size] = IMAGE
         ids[row, : start - TEXT // 2] = mask[row, : start - TEXT // 2] = 0
-    features = tuple(torch.randn(size, SHAPE["hidden_size"], device=DEVICE, dtype=DTYPE) for size in sizes)
+    features = tuple(torch.randn(size, width, device=DEVICE, dtype=DTYPE) for size in sizes)
     return Prompt(ids.to(DEVICE), mask.to(DEVICE), features)
 
 
-def make_model(*, n_layers: int = SHAPE["num_hidden_layers"]) -> nn.Module:
-    """A model with random weights."""
+def make_model(*, n_layers: int = SHAPE["num_hidden_layers"], **shape: int) -> nn.Module:
+    """A model with random weights; `shape` are fields of the decoder's config."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": 4096, "max_position_embeddings": 8192, "pad_token_id": 0, **SHAPE}
+    text = {"vocab_size": 4096, "max_position_embeddings": 8192, "pad_token_id": 0, **SHAPE, **shape}
     config = LlavaConfig(
         image_token_index=IMAGE,
         vision_config={"model_type": "clip_vision_model", **vision},

@@ -4,7 +4,7 @@ The same object shortens hidden states, positions, masks and every other per-tok
 falls out of step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -62,6 +62,10 @@ class Keep:
     def apply(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """Shorten `x` of `[..., B, N, ...]` along `dim` to the M kept tokens."""
         return gather(x, self.index, dim=dim)
+
+    def to(self, device: torch.device) -> "Keep":
+        """The same with `index` and `valid` on `device`."""
+        return replace(self, index=self.index.to(device), valid=None if self.valid is None else self.valid.to(device))
 
     def restore(self, y: Tensor, *, length: int) -> Tensor:
         """Give `y` of `[B, M, ...]` its unpruned length back: `[B, length, ...]`.
@@ -181,28 +185,27 @@ def _check_rows(first: Tensor, second: Tensor) -> None:
         )
 
 
-def pack(kept: list[Tensor], *, length: int, left: bool = False) -> Keep:
+def pack(kept: Tensor, *, left: bool = False) -> Keep:
     """Pack rows that keep different positions into one `Keep` whose width is that of the longest row.
 
     The padding slots of a short row hold positions that it dropped, marked invalid and at their place, so that the
     order of the sequence stands. Where all rows keep all positions, the result is the identity.
 
     Args:
-        kept: for each row `[m]` int64 positions, ascending, all on one device.
-        length: unpruned length L of the rows.
+        kept: `[B, L]` bool, whether a position is kept.
         left: whether padding slots come first, as recurrent layers need it, and not at their place.
 
     Returns:
-        `Keep` with `index` `[B, M]` and `valid` `[B, M]`, M the largest m (at least 1).
+        `Keep` with `index` `[B, M]`, M the largest number of kept positions (at least 1), and `valid` `[B, M]`, None
+        where all slots count.
     """
-    width = max(1, *(len(row) for row in kept))
-    mask = torch.zeros(len(kept), length, dtype=torch.bool, device=kept[0].device)
-    for mask_row, row in zip(mask, kept, strict=True):
-        mask_row[row] = True
+    length, width = kept.shape[1], max(1, int(kept.sum(dim=1).max()))
     # Kept positions first, then dropped ones from the right; the first `width` of that order, back in ascending order.
-    order = mask.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    order = kept.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     index = (length - 1 - order).sort(dim=1).values
-    valid = mask.gather(1, index)
+    valid = kept.gather(1, index)
+    if bool(valid.all()):
+        return Keep(index)
     if left:
         order = valid.to(torch.uint8).argsort(dim=1, stable=True)
         index, valid = index.gather(1, order), valid.gather(1, order)

@@ -5,7 +5,7 @@ It is what an adapter works with: which methods take part at a site (by their ba
 method), whether to prune now, and where traces go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -39,7 +39,6 @@ class Session:
             of several tokens that continue it without an image, such as those that verify drafts.
         later_traces: what happened since in each call of several tokens that continued the last prompt without an
             image.
-        traffic: bytes of keys and values read by the last generation so far; None where no method counts them.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Session:
         self.forced = False
         self.traces: tuple[Trace, ...] = ()
         self.later_traces: tuple[tuple[Trace, ...], ...] = ()
-        self.traffic: Traffic | None = None
+        self._traffic: Callable[[], Traffic] | None = None
         self._remarks: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._swapped: list[tuple[Swap, Any]] = []  # with what was there before
@@ -75,21 +74,26 @@ class Session:
         return not self._pauses and id(self) not in _PAUSED.get()
 
     @property
+    def traffic(self) -> Traffic | None:
+        """Bytes of keys and values read by the last generation so far; None where no method counts them."""
+        return None if self._traffic is None else self._traffic()
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What the report has to say about the model itself, and about calls after the last prompt."""
         if not self.later_traces:
             return tuple(self._remarks)
         pruned = sum(sum(trace.n_in) - sum(trace.n_out) for call in self.later_traces for trace in call)
-        later = f"{len(self.later_traces)} later calls of several tokens went on from this prompt without an image"
+        later = f"{len(self.later_traces)} later calls of several tokens continued this prompt without an image"
         return (*self._remarks, f"{later}; {pruned} tokens were pruned in them.")
 
     def remark(self, sentence: str) -> None:
         """Have the report say `sentence` (called by adapters while they make their hooks)."""
         self._remarks.append(sentence)
 
-    def publish_traffic(self, traffic: Traffic) -> None:
-        """Make `traffic` that of the last generation (called by adapters)."""
-        self.traffic = traffic
+    def publish_traffic(self, traffic: Callable[[], Traffic]) -> None:
+        """Have `traffic` say what the last generation read (called by adapters)."""
+        self._traffic = traffic
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last prompt (called by adapters)."""

@@ -61,10 +61,9 @@ def ask(
     if valid is not None and inside:
         raise InputError(f"{who} {type(answer).__name__} with gaps; {due}, in rows of one length")
     fits = index.ndim == 2 and len(index) == n_rows and budget.low <= index.shape[1] <= budget.high
-    if not fits or (valid is not None and valid.shape != index.shape):
-        raise InputError(f"{who} an index of shape {list(index.shape)}; {due}, and valid of that shape or None")
-    if index.dtype != torch.int64:
-        raise InputError(f"{who} an index of {index.dtype}; int64 positions were due")
+    if not fits or index.dtype != torch.int64 or (valid is not None and valid.shape != index.shape):
+        found = f"an index of {index.dtype} and shape {list(index.shape)}"
+        raise InputError(f"{who} {found}; {due}, in int64, and valid of that shape or None")
     if isinstance(answer, Merge) and (answer.assign.shape != (n_rows, n_tokens) or answer.assign.dtype != torch.int64):
         raise InputError(f"{who} groups {answer.assign.dtype} {list(answer.assign.shape)}; {due}")
     if inside and index.device.type != "cpu":

@@ -411,7 +411,7 @@ def test_a_paused_session_projects_everything():
 )
 def test_keys_go_to_the_heads_that_they_served(rows, wanted):
     index = torch.tensor(rows)
-    heads = Heads(0, index, 6)
+    heads = Heads(index, 6)
     key = torch.randn(len(rows), 3, 7, 2)
     (found,) = heads.serving(key)
     full = key.repeat_interleave(2, dim=1)

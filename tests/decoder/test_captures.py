@@ -23,7 +23,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from vits import answer
 
 import tokenprune
-from tokenprune.decoder import state
+from tokenprune import running
 from tokenprune.encoder import run_state
 
 COPIED = "is a copy of a patched one"
@@ -92,7 +92,7 @@ def check_refused(model: nn.Module, whole: nn.Module, x: Tensor, way: str, sessi
         assert str(caught.value).startswith(told)
         assert "tokenprune.unpatch(model) before tracing" in str(caught.value)
         assert session.traces is traces
-        assert state.CURRENT.get() is None
+        assert running.current(object) is None
         assert run_state._CURRENT.get() is None
         assert torch.equal(whole(x), wanted)
     assert session.traces is not traces

@@ -99,7 +99,7 @@ def test_two_prompts_in_a_row_are_refused(method):
     model = tiny("llava")
     session = tokenprune.patch(model, method)
     with torch.no_grad():
-        with pytest.raises(tokenprune.InputError, match=r"row 0 go on with 0 after 18, at token 19.*packed"):
+        with pytest.raises(tokenprune.InputError, match=r"row 0 jump from 18 to 0, at token 19.*packed"):
             model(**fresh(packed()), **{USE_CACHE: False})
         assert session.traces == ()
         dense = tiny("llava")(**fresh(batch("llava").inputs)).logits

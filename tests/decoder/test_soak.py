@@ -20,8 +20,9 @@ from upstream import with_cache
 import tokenprune
 from tokenprune import AIM, FastV, SpAtten
 from tokenprune.decode import attention
-from tokenprune.decoder import pruned_cache, state
+from tokenprune.decoder import pruned_cache
 from tokenprune.parsing import parse_methods
+from tokenprune.upstream.facts import DecoderFacts
 
 GENERATIONS, WARM = 1000, 200
 TURN = 10
@@ -139,7 +140,7 @@ FOUND: dict[str, Callable[[], None]] = {
 FAULTS: dict[str, tuple[object, str, object]] = {
     "rows in another order": (pruned_cache.Ledger, "take_rows", lambda *_: None),
     "merged tokens in steps with fewer heads": (attention, "_bias", lambda *_: None),
-    "a static cache of recurrent layers behind padding": (state.Call, "recurrent", False),
+    "a static cache of recurrent layers behind padding": (DecoderFacts, "recurrent", False),
 }
 
 

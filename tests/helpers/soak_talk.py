@@ -199,7 +199,7 @@ class Talk:
             return
         for layer in range(len(self.gone)):
             slots = ledger.at(layer)
-            columns = slots.columns(n_slots=self.n - slots.dropped)
+            columns = slots.columns(torch.arange(self.n))
             for row in range(len(self.ids)):
                 real, gone = self.mask[row, : self.n] != 0, self.gone[layer, row, : self.n]
                 held = torch.isin(torch.arange(self.n), columns[row])

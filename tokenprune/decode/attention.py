@@ -1,8 +1,8 @@
 """Attention with fewer heads and fewer values: what a method wants of every attention of a decoder.
 
-Heads that have left are not computed in a prompt and give zeros where the output projection still takes them, which is
-what leaving out their part of its input does (:mod:`tokenprune.decode.sliced_linear` does so). A decoding step runs
-through :func:`tokenprune.ops.decode_attention`, which reads no keys and values of heads that have left, and of the
+Pruned heads are not computed in a prompt and give zeros where the output projection still takes them, which is what
+leaving out their part of its input does (:mod:`tokenprune.decode.sliced_linear` does so). A decoding step runs
+through :func:`tokenprune.ops.decode_attention`, which reads no keys and values of pruned heads, and of the
 values only the ones with the largest probabilities.
 """
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from tokenprune import ops
 from tokenprune.decode.heads import Heads, heads_of, note_magnitude
-from tokenprune.decoder.state import Call, Forward
+from tokenprune.decode.traffic import Read
+from tokenprune.decoder.call import Call
+from tokenprune.decoder.masks import valid_slots
+from tokenprune.decoder.state import Forward
 from tokenprune.reduction import gather
-from tokenprune.signals import AttentionPlan, Traffic
+from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import RegroupedAttention, check_grouping, layer_index
 from tokenprune.upstream.caches import layers_of, window_of
 
@@ -35,63 +38,58 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Attention of a decoding step: output `[B, 1, H, K]`, and each key's probabilities summed over the kept heads,
     `[B, L]`. A query of the kept heads alone gives an output of these."""
-    n_keys = call.past + 1 - (slots.dropped if (slots := state.segment_of(layer).slots) is not None else 0)
+    n_keys = state.segment_of(layer).n_keys(call)
     layer_cache: Any = None if call.cache is None else layers_of(call.cache)[layer]
     threshold = plan.threshold if hasattr(layer_cache, "planes") else None
-    key, value = (key[:, :, :n_keys], value[:, :, :n_keys]) if threshold is None else layer_cache.planes()
+    if threshold is not None:
+        key, value = layer_cache.planes()
+    elif key.shape[2] > n_keys:  # a static cache is longer than what it holds
+        key, value = key[:, :, :n_keys], value[:, :, :n_keys]
     if torch.is_autocast_enabled(query.device.type):  # dense attention would compute, and give back, in its dtype
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if isinstance(x, Tensor) else x for x in (query, key, value))
     valid = _valid(state, call, layer, mask, n_keys)
     heads = heads_of(state, plan, layer=layer)
-    sliced = heads is not None and query.shape[1] != heads.total
-    mask_of_heads = None if heads is None else heads.mask.to(query.device)
-    query = query if heads is None else heads.widen(query)
-    n_valid = query.new_full((len(query),), n_keys, dtype=torch.int64) if valid is None else valid.sum(dim=1)
-    n_values = None
-    if plan.values[layer] < 1.0:
-        n_values = (n_valid.double() * plan.values[layer] + 1e-6).long().clamp(min=1)
+    n_query_heads = query.shape[1]
     found = ops.decode_attention(
-        query, key, value, scale=scale, valid=valid, heads=mask_of_heads, n_values=n_values, threshold=threshold,
-        softcap=softcap, bias=_bias(state, call, layer, mask, n_keys),
-    )  # fmt: skip
+        query if heads is None else heads.widen(query),
+        key,
+        value,
+        scale=scale,
+        valid=valid,
+        heads=None if heads is None else heads.mask.to(query.device),
+        n_values=_n_values(plan.values[layer], valid, n_keys),
+        threshold=threshold,
+        softcap=softcap,
+        bias=_bias(state, call, layer, mask, n_keys),
+    )
     note_magnitude(state, found.magnitude)
-    state.traffic += _count(found, heads, n_dense=_n_dense(call, layer).to(n_valid.device), n_valid=n_valid)
-    output = heads.take(found.output) if sliced and heads is not None else found.output
+    n_heads = found.output.shape[1] if heads is None else heads.index.shape[1]
+    state.reads.open.append(Read(found, _n_dense(call, layer), n_heads))
+    output = found.output if heads is None or n_query_heads == heads.total else heads.take(found.output)
     return output.transpose(1, 2), found.scores
 
 
-def _n_dense(call: Call, layer: int) -> Tensor:
-    """Keys that `layer` of the unpruned model would see in a decoding step, `[B]`."""
+def _n_values(fraction: float, valid: Tensor | None, n_keys: int) -> int | Tensor | None:
+    """How many values each head reads: a fraction of the valid keys, at least one; None for all."""
+    if fraction == 1.0:
+        return None
+    if valid is None:
+        return max(1, int(n_keys * fraction + 1e-6))
+    return (valid.sum(dim=1).double() * fraction + 1e-6).long().clamp(min=1)
+
+
+def _n_dense(call: Call, layer: int) -> int | Tensor:
+    """Keys that `layer` of the unpruned model would see in a decoding step, over all rows."""
     mask, total = call.effective_mask, call.past + 1
     window = None if call.cache is None else window_of(layers_of(call.cache)[layer])
     if isinstance(mask, dict):
         mask = mask.get(call.facts.kind_of(layer), next(iter(mask.values())))
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        return _seen(mask, call.n_rows).sum(dim=1)
-    if isinstance(mask, Tensor):
-        return (mask[:, :total] != 0)[:, -(window or total) :].sum(dim=1)
-    return torch.full((call.n_rows,), min(total, window or total), dtype=torch.int64, device="cpu")
-
-
-def _count(found: ops.DecodedStep, heads: Heads | None, *, n_dense: Tensor, n_valid: Tensor) -> Traffic:
-    """Bytes of one step of one layer; `n_dense` and `n_valid` `[B]`: keys that the unpruned model and that it sees."""
-    after_tokens = found.dense_bytes.double()
-    dense = after_tokens / n_valid.clamp(min=1)[:, None] * n_dense[:, None]
-    after_heads = after_tokens * (found.key_bytes > 0)
-    bits = found.key_bytes.double() / (after_heads / 2).clamp(min=1)
-    after_values = after_heads / 2 + found.value_bytes / bits.where(bits > 0, torch.ones_like(bits))
-    read = found.key_bytes + found.value_bytes
-    n_heads = found.recomputed.shape[1] if heads is None else heads.index.shape[1]
-    return Traffic(
-        dense=float(dense.sum()),
-        tokens=float(after_tokens.sum()),
-        heads=float(after_heads.sum()),
-        values=float(after_values.sum()),
-        read=float(read.sum()),
-        steps=len(found.output),
-        recomputed=float(found.recomputed.float().sum(dim=1).mean()) / n_heads,
-    )
+    if not isinstance(mask, Tensor):
+        return call.n_rows * min(total, window or total)
+    if mask.ndim == 4:
+        return _seen(mask, call.n_rows).sum()
+    return (mask[:, :total] != 0)[:, -(window or total) :].sum()
 
 
 def prompt(
@@ -119,7 +117,7 @@ def prompt(
         output, *rest = real(RegroupedAttention(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)
         rest = [heads.widen(x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in rest]
     output = output if heads is None else heads.take(output, dim=2)
-    keep = state.segment_of(heads.layer if heads is not None else layer_index(module)).keep
+    keep = state.segment_of(layer_index(module)).keep
     real_tokens = call.real_tokens
     if keep is not None:
         real_tokens = gather(real_tokens, keep.index.cpu())
@@ -135,16 +133,18 @@ def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Te
     """Which keys a decoding step sees, `[B, n_keys]` bool, None for all."""
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return _seen(mask, call.n_rows)[:, :n_keys]
-    columns = state.segment_of(layer).layout(call).columns
-    valid = columns >= 0
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        valid = valid & gather(call.mask.to(valid.device, torch.bool), columns.clamp(min=0))
+    segment = state.segment_of(layer)
+    if segment.is_whole(call):
+        return None
+    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
+    valid = valid_slots(call, segment.layout(call), padding)
     return None if bool(valid.all()) else valid
 
 
 def _bias(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:
-    """What tokens that stand for several add to the logits of a decoding step, `[B, n_keys]`, None where none does."""
-    if state.segment_of(layer).layout(call).bias is None:
+    """What merged tokens add to the logits of a decoding step, `[B, n_keys]`, None where none does."""
+    slots = state.segment_of(layer).slots
+    if slots is None or slots.bias is None:
         return None
     bias: Tensor = mask[:, 0, 0, :n_keys].expand(call.n_rows, -1)
     return bias.masked_fill(~_seen(mask, call.n_rows)[:, :n_keys], 0.0)

@@ -1,4 +1,4 @@
-"""What leaves the KV cache while tokens are generated, layer by layer."""
+"""Dropping entries of the KV cache while tokens are generated, layer by layer."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune import ops
+from tokenprune.decoder.call import Call
 from tokenprune.decoder.pruned_cache import Ledger, Slots
-from tokenprune.decoder.state import Call, Forward
+from tokenprune.decoder.state import Alive, Forward
 from tokenprune.errors import OptionError
 from tokenprune.reduction import gather, pack
 from tokenprune.signals import CachePlan, TextGuard
@@ -17,7 +18,7 @@ from tokenprune.upstream.facts import DecoderFacts
 
 
 def check_layers(facts: DecoderFacts) -> None:
-    """Check that entries can leave the caches of this decoder's layers by index.
+    """Check that entries of the caches of this decoder's layers can be dropped by index.
 
     Raises:
         OptionError: they cannot.
@@ -25,13 +26,13 @@ def check_layers(facts: DecoderFacts) -> None:
     if kinds := facts.positional_caches:
         raise OptionError(
             f"{facts.called} has layers of {', '.join(kinds)}, whose caches count by position, so that no "
-            "entry can leave them by index; keep protect_text=True, which leaves the caches alone while tokens are "
+            "entry can be dropped by index; keep protect_text=True, which keeps the caches whole while tokens are "
             "generated"
         )
 
 
 def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
-    """Which tokens of a prompt may go where text may, `[B, length]` bool on the CPU.
+    """Which tokens of a prompt are prunable where text is, `[B, length]` bool on the CPU.
 
     Args:
         padding: `[B, length]` bool on the CPU, False for padding.
@@ -45,7 +46,7 @@ def text_candidates(padding: Tensor, guard: TextGuard, *, past: int) -> Tensor:
 
 
 def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) -> None:
-    """Note which tokens of a call may go where text may, and what was known of the sequence before it."""
+    """Note which tokens of a call are prunable where text is, and what was known of the sequence before it."""
     assert state.guard is not None
     state.padding = torch.cat([_earlier(call, ledger), call.real_tokens], dim=1)
     found, total = {} if ledger is None else ledger.scores, call.past + call.length
@@ -74,7 +75,7 @@ def _earlier(call: Call, ledger: Ledger | None) -> Tensor:
 
 
 def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
-    """Write down what the forward has learnt of the tokens' importance, and let entries leave the cache."""
+    """Write down what the forward has learnt of the tokens' importance, and drop entries of the cache."""
     assert state.plan is not None
     ledger.padding, ledger.scores = state.padding, dict(state.scores)
     if state.plan.persistent:
@@ -82,66 +83,62 @@ def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
 
 
 def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
-    """Which tokens of the sequence so far may go, `[B, n]` bool."""
+    """Which tokens of the sequence so far are prunable, `[B, n]` bool."""
     return text_candidates(padding, guard, past=0)
 
 
 def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
-    """Take the least important entries out of the caches of all layers, of the rows whose turn it is.
+    """Drop the least important entries of the caches of all layers, in the rows whose turn it is.
 
     Args:
         cache: the cache, after a forward.
         ledger: what it knows; changed.
-        plan: what has to leave.
+        plan: what is dropped.
         past: tokens of the unpruned sequence before the forward.
     """
     assert ledger.padding is not None
-    total = ledger.padding.shape[1]
     lengths, before = ledger.padding.sum(dim=1), ledger.padding[:, :past].sum(dim=1)
     due = lengths // plan.interval > before // plan.interval
     if not bool(due.any()):
         return
     movable = _movable(ledger.padding, plan.guard) & due[:, None]
-    n_may = movable.sum(dim=1)
+    n_movable = movable.sum(dim=1).tolist()
+    sequence = torch.arange(ledger.padding.shape[1], dtype=torch.int64, device="cpu")
     parts = []
-    for layer, keep in enumerate(plan.keep):
-        slots = ledger.at(layer)
-        parts.append(
-            _shrink(layers_of(cache)[layer], slots, ledger, plan, movable, (n_may.double() * keep + 1e-6).long(), total)
-        )
+    for layer, fraction in enumerate(plan.keep):
+        n_keep = [int(n * fraction + 1e-6) for n in n_movable]
+        parts.append(_shrink(layers_of(cache)[layer], ledger.at(layer), ledger, plan, movable, n_keep, sequence))
     ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
 
 
 def _shrink(
-    layer: Any, slots: Slots, ledger: Ledger, plan: CachePlan, movable: Tensor, n_keep: Tensor, total: int
+    layer: Any, slots: Slots, ledger: Ledger, plan: CachePlan, movable: Tensor, n_keep: list[int], sequence: Tensor
 ) -> Slots:
-    """One layer's cache without the entries that leave, and its slots."""
-    n_slots = total - slots.dropped
-    columns = slots.columns(n_slots=n_slots)
-    device = columns.device
-    may = gather(movable.to(device), columns.clamp(min=0)) & (columns >= 0)
-    surplus = may.sum(dim=1) - n_keep.to(device)
-    if not bool((surplus > 0).any()):
+    """One layer's cache without the entries that are dropped, and its slots."""
+    columns = slots.columns(sequence)
+    tokens, device = columns.clamp(min=0), columns.device
+    may = gather(movable.to(device), tokens) & (columns >= 0)
+    n_may = may.sum(dim=1).tolist()
+    counts = [min(wanted, n) for wanted, n in zip(n_keep, n_may, strict=True)]
+    if counts == n_may:
         return slots
-    scores = gather(ledger.scores[plan.probe].to(device), columns.clamp(min=0))
-    wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
     stay = ~may
-    if int(wanted.max()):
-        stay = _mark(stay, ops.top_k_select(scores, k=wanted, valid=may))
+    if any(counts):
+        scores = gather(ledger.scores[plan.probe].to(device), tokens)
+        stay = _mark(stay, ops.top_k_select(scores, k=counts, valid=may))
     stay &= columns >= 0
-    keep = pack([row.nonzero()[:, 0] for row in stay], length=n_slots)
-    keep_slots(layer, keep.index, n_slots)
+    keep = pack(stay)
+    keep_slots(layer, keep.index, columns.shape[1])
     index = gather(columns.masked_fill(~stay, -1), keep.index)
-    bias = slots.biases(n_slots=n_slots)
+    bias = slots.biases(n_slots=columns.shape[1])
     bias = None if bias is None else gather(bias, keep.index)
-    return Slots(index, total - index.shape[1], bool((index < 0).any()), bias)
+    return Slots(index, len(sequence) - index.shape[1], bool((index < 0).any()), bias)
 
 
 def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
     """`stay` `[B, N]` with the positions `chosen` `[B, k]` (-1: none) set."""
-    wide = pad(stay, (0, 1))
-    wide.scatter_(1, torch.where(chosen < 0, stay.shape[1], chosen), True)
-    return wide[:, :-1]
+    wide = pad(stay, (1, 0))
+    return wide.scatter_(1, chosen + 1, True)[:, 1:]
 
 
 def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
@@ -149,19 +146,22 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
 
     Fewer with depth, chosen by the scores so far, those of the layers before in this step included.
     """
-    plan = state.plan
+    plan, device = state.plan, call.embeds.device
     assert plan is not None
     assert state.padding is not None
-    movable = _movable(state.padding, plan.guard)
-    n_keep = (movable.sum(dim=1).double() * plan.keep[layer] + 1e-6).long()
-    scores = state.scores.get(plan.probe)
-    device = call.embeds.device if scores is None else scores.device
-    alive = torch.ones_like(movable, device=device) if state.alive is None else state.alive.to(device)
-    may = movable.to(device) & alive
-    wanted = torch.minimum(n_keep.to(device), may.sum(dim=1))
-    stay = alive & ~may
-    if scores is not None and int(wanted.max()):
-        padded = pad(scores, (0, may.shape[1] - scores.shape[1]))
-        stay = _mark(stay, ops.top_k_select(padded, k=wanted, valid=may))
-    state.alive = stay
-    return stay
+    if state.alive is None:
+        movable = _movable(state.padding, plan.guard)
+        n_movable = tuple(movable.sum(dim=1).tolist())
+        state.alive = Alive(torch.ones_like(movable, device=device), movable.to(device), n_movable, n_movable)
+    alive = state.alive
+    counts = tuple(
+        min(int(n * plan.keep[layer] + 1e-6), left) for n, left in zip(alive.n_movable, alive.n_left, strict=True)
+    )
+    if counts != alive.n_left:
+        scores = state.scores.get(plan.probe)
+        scores = torch.zeros_like(alive.seen, dtype=torch.float32) if scores is None else scores.to(device)
+        scores = pad(scores, (0, alive.seen.shape[1] - scores.shape[1]))
+        may = alive.seen & alive.movable
+        seen = _mark(alive.seen & ~may, ops.top_k_select(scores, k=counts, valid=may))
+        state.alive = Alive(seen, alive.movable, alive.n_movable, counts)
+    return state.alive.seen

@@ -17,12 +17,10 @@ class Heads:
     """The query heads that a layer keeps, equally many in every row.
 
     Attributes:
-        layer: index of the layer.
         index: `[B, n]` int64, ascending.
         total: how many heads the layer has.
     """
 
-    layer: int
     index: Tensor
     total: int
 
@@ -32,7 +30,7 @@ class Heads:
         rows: list[list[int]] = self.index.tolist()
         return tuple(rows[0]) if rows and all(row == rows[0] for row in rows) else None
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """`[B, total]` bool, True for heads that are kept."""
         mask = torch.zeros(len(self.index), self.total, dtype=torch.bool, device=self.index.device)
@@ -51,6 +49,8 @@ class Heads:
         if x.shape[dim] == self.total:
             return x
         zeros = x.new_zeros(*x.shape[:dim], self.total, *x.shape[dim + 1 :])
+        if self.common is not None:
+            return zeros.index_copy_(dim, self.index[0].to(x.device), x)
         return zeros.scatter(dim, self._wide(self.index, x, dim), x)
 
     def serving(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -85,10 +85,12 @@ class Scored(Protocol):
     Attributes:
         head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far; None while none was seen.
         heads: the heads that the last layer kept, if not all.
+        heads_at: index of that layer.
     """
 
     head_scores: Tensor | None
     heads: Heads | None
+    heads_at: int
 
 
 def count_heads(fraction: float, n_heads: int) -> int:
@@ -107,10 +109,11 @@ def heads_of(state: Scored, plan: AttentionPlan, *, layer: int) -> Heads | None:
     n_keep = count_heads(plan.heads[layer], n_heads)
     if n_keep == n_heads:
         return None
-    if state.heads is None or state.heads.layer != layer:
-        alive = None if state.heads is None else state.heads.mask.to(state.head_scores.device)
-        chosen = ops.top_k_select(state.head_scores, k=n_keep, valid=alive)
-        state.heads = Heads(layer, chosen, n_heads)
+    known = state.heads
+    if known is None or (state.heads_at != layer and known.index.shape[1] != n_keep):
+        alive = None if known is None else known.mask.to(state.head_scores.device)
+        state.heads = Heads(ops.top_k_select(state.head_scores, k=n_keep, valid=alive), n_heads)
+    state.heads_at = layer
     return state.heads
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune.decode.heads import heads_of
-from tokenprune.decoder.state import current
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, Swap
+from tokenprune.running import current
 from tokenprune.upstream.attention import PROJECTIONS, head_width, not_plain, whole_projections
 
 FEW_TOKENS = 16  # in a row; below, cutting the weights costs about what it saves
@@ -40,7 +41,7 @@ class Pair:
         Those that the layer keeps, if they are the same in all rows. A call of few tokens cuts no weights for a pattern
         that the call before it on the same cache did not have.
         """
-        state = current(self.engine)
+        state = current(Forward, self.engine)
         if state is None or state.call is None or state.attention is None or not state.steering:
             return None
         heads = heads_of(state, state.attention, layer=self.layer)
@@ -61,7 +62,7 @@ class Pair:
 class SlicedLinear(nn.Linear):
     """A linear layer of which only some heads are computed. Copies and pickles are the layer itself.
 
-    It shares the whole state of the layer it stands for: parameters, hooks, flags. What it holds beyond that is one
+    It shares the whole state of the layer it replaces: parameters, hooks, flags. What it holds beyond that is one
     slice of the weights, the last one.
 
     Args:
@@ -91,7 +92,7 @@ class SlicedLinear(nn.Linear):
         inward = self is pair.linears[1]
         pattern = None if inward else pair.pattern(x)
         if inward and x.shape[-1] != self.in_features:
-            state = current(pair.engine)
+            state = current(Forward, pair.engine)
             pattern = None if state is None else state.patterns.get(pair.layer)
         if pattern is None:
             return functional.linear(x, self.weight, self.bias)

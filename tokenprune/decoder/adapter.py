@@ -1,9 +1,16 @@
 """The generic adapter: prune what a parent module hands to its text decoder, and what its layers hand to each other.
 
-Hooks sit on the *root* (the module that takes token ids and calls the decoder: it opens the state of a forward), on
-the *decoder* (its per-token arguments are shortened before its forward runs, and its output gets the unpruned length
-back after it) and, where a method prunes inside the decoder, on its layers (:mod:`tokenprune.decoder.between_layers`).
-What must outlive the forward sits on the KV cache (:mod:`tokenprune.decoder.pruned_cache`).
+What happens to a prompt, in turn:
+
+1. The *root* (the module that takes token ids and calls the decoder) is called; its hook opens the state of a forward.
+2. The *decoder* is called; what it is given is read (:mod:`tokenprune.upstream.decoder_call`) and checked.
+3. Images are found among its tokens, the methods choose, and what they keep becomes one reduction
+   (:mod:`tokenprune.decoder.entrance`).
+4. That reduction shortens everything that the decoder is given for each token.
+5. Where a method prunes inside the decoder, the layers hand fewer tokens to each other
+   (:mod:`tokenprune.decoder.between_layers`).
+6. What the KV cache holds is written down on it (:mod:`tokenprune.decoder.pruned_cache`).
+7. The output gets its unpruned length back (:mod:`tokenprune.decoder.output`).
 """
 
 import time
@@ -13,16 +20,20 @@ from typing import Any
 
 from torch import nn
 
+from tokenprune import running
 from tokenprune.decode import eviction
-from tokenprune.decoder import between_layers, prompt_end, recorded_states, visual_mask
-from tokenprune.decoder.call import check_call, lengthened, mask_of, positions_of, shape_of
-from tokenprune.decoder.entrance import Host, enter, note_time
+from tokenprune.decoder import around, between_layers, output
+from tokenprune.decoder.call import check_call, shape_of
+from tokenprune.decoder.entrance import Host, enter, note_time, positions_of
+from tokenprune.decoder.masks import decoder_mask
 from tokenprune.decoder.plan import plan_inside
 from tokenprune.decoder.pruned_cache import ledger_of
+from tokenprune.decoder.segments import first_segments
 from tokenprune.decoder.select import SITE
-from tokenprune.decoder.state import CURRENT, Forward, current, first_segments
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
+from tokenprune.running import current
 from tokenprune.upstream.caches import LAYERED, cache_in, check_classes, forget, no_cache, record
 from tokenprune.upstream.calls import callers_of, check_decoder, check_root, embedders_of, tells_logits
 from tokenprune.upstream.decoder_call import DecoderCall
@@ -104,26 +115,25 @@ class DecoderAdapter:
         inside = plan_inside(engine, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
         if engine.layer_reducers() and not self.callers and not tells_logits(self.root):
             engine.remark(
-                f"{type(self.root).__name__} is not told how many logits are wanted: with drafts of an assistant or "
-                "of a prompt lookup, the last draft ranks the tokens of a prompt, and not its last token."
+                f"{type(self.root).__name__} does not receive the number of wanted logits: with drafts of an assistant "
+                "or of a prompt lookup, the last draft ranks the tokens of a prompt, and not its last token."
             )
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prompt = visual_mask.with_ids(engine, Prompt.read(module, args, kwargs))
-            CURRENT.set(inside.open(engine, prompt, CURRENT.get()))
+            prompt = around.with_ids(engine, Prompt.read(module, args, kwargs))
+            running.enter(inside.open(engine, running.innermost(), prompt))
 
-        def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            state = current(engine)
+        def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            state = current(Forward, engine)
             if state is not None:
-                CURRENT.set(state.outer)
-                if output is not None and state.traces:
+                running.leave(state)
+                if result is not None and state.traces:
                     (engine.publish_later if state.continues else engine.publish)(tuple(state.traces))
 
         return [
             Hook(self.root, "pre", open_forward),
             Hook(self.root, "post", close_forward),
-            *(hook for caller in self.callers if engine.layer_reducers() for hook in prompt_end.hooks_of(caller)),
-            *visual_mask.hooks_of(engine, self.embedders),
+            *around.hooks_of(engine, self.embedders, self.callers if engine.layer_reducers() else []),
             *self._decoder_hooks(engine),
             *inside.hooks,
         ]
@@ -131,10 +141,10 @@ class DecoderAdapter:
     def _decoder_hooks(self, engine: Engine) -> list[Hook]:
         def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = DecoderCall.read(module, args, kwargs)
-            return ((), given.arguments()) if self._shorten(engine, current(engine), given) else None
+            return ((), given.arguments()) if self._shorten(engine, current(Forward, engine), given) else None
 
-        def lengthen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return self._lengthen(current(engine), DecoderCall.read(module, args, kwargs), output)
+        def lengthen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+            return self._lengthen(current(Forward, engine), DecoderCall.read(module, args, kwargs), result)
 
         return [Hook(self.decoder, "pre", shorten), Hook(self.decoder, "post", lengthen)]
 
@@ -143,7 +153,8 @@ class DecoderAdapter:
         """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
         `prompt`."""
         shorten, lengthen = (hook.function for hook in self._decoder_hooks(engine))
-        token = CURRENT.set(Forward(engine, prompt, None))
+        state = Forward(engine, running.innermost(), prompt)
+        running.enter(state)
         handles = [
             self.decoder.register_forward_pre_hook(shorten, with_kwargs=True),
             self.decoder.register_forward_hook(lengthen, with_kwargs=True, always_call=True),
@@ -151,7 +162,7 @@ class DecoderAdapter:
         try:
             yield
         finally:
-            CURRENT.reset(token)
+            running.leave(state)
             for handle in handles:
                 handle.remove()
 
@@ -167,13 +178,13 @@ class DecoderAdapter:
         if given.embeds is None:
             if ledger is None:
                 return False
-            raise InputError("a pruned cache goes on through the model itself, not through ids given to its decoder")
+            raise InputError("a pruned cache is continued through the model, not by calling its decoder with ids")
         layered = bool(engine.layer_reducers())
         if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
         check_call(given, self.facts, ledger, unpacks=self._unpacks)
         started = time.perf_counter()
-        state = Forward(engine, Prompt(), None) if state is None else state
+        state = Forward(engine, None, Prompt()) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
         state.recall(ledger)
         enter(engine, state, given, Host(self.root, self.row, self.facts))
@@ -188,7 +199,7 @@ class DecoderAdapter:
         if whole and (ledger is None or call.flat):  # any other mask was made for the unpruned sequence
             return False
         assert given.embeds is not None
-        given.mask = mask_of(call, first, like=given.embeds)
+        given.mask = decoder_mask(call, first.layout(call), like=given.embeds)
         given.positions = positions_of(given, state, ledger and ledger.shift)
         if first.keep is not None:
             given.shorten(first.keep)
@@ -199,13 +210,13 @@ class DecoderAdapter:
 
     def _record(self, engine: Engine, state: Forward, given: DecoderCall) -> None:
         """Have gradients reach the hidden states of layers, if the caller is to get these."""
-        state.whole = [] if given.records and recorded_states.wanted(self.decoder) else None
+        state.whole = [] if given.records and output.wants_graph(self.decoder) else None
         if state.whole is not None and not self._records:
-            engine.add(recorded_states.hooks_of(engine, self.decoder))
+            engine.add(output.hooks_of(engine, self.decoder))
             self._records = True
 
-    def _lengthen(self, state: Forward | None, given: DecoderCall, output: Any) -> Any:
-        """Give the decoder's output its unpruned length back and write the pruning down on the cache.
+    def _lengthen(self, state: Forward | None, given: DecoderCall, result: Any) -> Any:
+        """Write the pruning down on the cache, and give the decoder's output its unpruned length back.
 
         Raises:
             InputError: the cache does not hold what it should.
@@ -217,25 +228,25 @@ class DecoderAdapter:
         if state is None or state.call is None:
             return None
         call, state.call = state.call, None
-        if output is None:
+        if result is None:
             return None
         kept_all = all(segment.keep is None for segment in state.segments)
         if ledger is not None and ledger.length is not None:
             ledger.length = call.past + call.length
         if cache is None and (state.steering or not kept_all):
-            cache = cache_in(output)
+            cache = cache_in(result)
             if cache is None and self.facts.caches(given.caches):
-                raise no_cache(self.facts.called, output)
+                raise no_cache(self.facts.called, result)
         if cache is not None and (not kept_all or (ledger is None and (state.scoring or state.steering))):
             ledger = state.ledger(call)
             record(cache, ledger)
+        if state.steering:
+            state.reads = state.reads.close()
+            state.owner.publish_traffic(state.reads.traffic)
         if ledger is not None:
             ledger.check(cache)
-        if ledger is not None and state.steering:
-            ledger.head_scores, ledger.patterns = state.head_scores, state.patterns
-            ledger.traffic += state.traffic
-        if state.steering:
-            state.owner.publish_traffic(state.traffic if ledger is None else ledger.traffic)
-        if ledger is not None and state.scoring:
-            eviction.end(state, call, cache, ledger)
-        return None if kept_all else lengthened(output, state, call)
+            if state.steering:
+                ledger.head_scores, ledger.patterns, ledger.reads = state.head_scores, state.patterns, state.reads
+            if state.scoring:
+                eviction.end(state, call, cache, ledger)
+        return None if kept_all else output.lengthened(result, state, call)

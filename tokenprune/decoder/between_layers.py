@@ -1,4 +1,4 @@
-"""Pruning between decoder layers: before a layer runs, tokens that the one before it has made superfluous leave.
+"""Pruning between decoder layers: before a layer runs, tokens are dropped by the scores of the layers before it.
 
 Hidden states, position embeddings, positions and masks of all later layers are shortened alike, so that their caches
 hold that much less.
@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenprune.decode.eviction import pass_over
-from tokenprune.decoder.masks import layer_mask
-from tokenprune.decoder.state import Call, Forward, current
+from tokenprune.decoder.call import Call
+from tokenprune.decoder.select import dropped_tokens
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep, gather, pack
+from tokenprune.running import current
 from tokenprune.signals import Budget, LayerSignals, Stage, Trace
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
+from tokenprune.upstream.caches import layer_mask_sizes
+from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs, is_unmasked
 from tokenprune.validate import ask
 
 SITE = "llm_layer"
@@ -29,10 +33,10 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
     """The hook that runs before `layer`: drops tokens where it is time to, and fits the layer's arguments."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = current(engine)
+        state = current(Forward, engine)
         if state is None or state.call is None:
             return None
-        if state.plan is not None and not state.plan.persistent and state.scoring and state.call.length == 1:
+        if state.passes_over:
             given = LayerCall.read(module, args, kwargs)
             given.mask = _passing_mask(state, state.call, layer, given.hidden)
             return given.arguments()
@@ -40,7 +44,7 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
         if cuts and state.visual:
             shortened = _cut(state, state.call, layer, cuts, first_of_kwargs(args, kwargs))
         segment = state.segment_of(layer)
-        if segment is state.segments[0]:
+        if segment is state.segments[0] or (segment.is_plain_step(state.call, layer) and is_unmasked(args, kwargs)):
             return None
         given = LayerCall.read(module, args, kwargs)
         if segment.local is not None:
@@ -60,7 +64,7 @@ def unpacking_hook(engine: Engine) -> Any:
     """
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = current(engine)
+        state = current(Forward, engine)
         if state is None or state.call is None:
             return None
         given = LayerCall.read(module, args, kwargs)
@@ -73,8 +77,8 @@ def unpacking_hook(engine: Engine) -> Any:
 def restoring_hook(engine: Engine) -> Any:
     """The hook after the last layer of a decoder that counts on its unpruned length right there."""
 
-    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        state = current(engine)
+    def restore(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = current(Forward, engine)
         keep = None if state is None or state.call is None else state.segments[-1].keep
         if keep is None or state is None or state.call is None or output is None:
             return None
@@ -82,40 +86,44 @@ def restoring_hook(engine: Engine) -> Any:
         hidden = keep.restore(hidden, length=state.call.length)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    return leave
+    return restore
 
 
 def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any:
     """The mask of a decoding step in which `layer` passes over some of the cache."""
+    segment = state.segment_of(layer)
+    whole = segment.mask(call, layer=layer, like=hidden)
     seen = pass_over(state, call, layer=layer)
-    layout = state.segment_of(layer).layout(call)
-    columns = layout.columns.masked_fill(~gather(seen.to(layout.columns.device), layout.columns.clamp(min=0)), -1)
-    layout = replace(layout, columns=columns, has_fillers=True)
-    return layer_mask(call.effective_mask, layout, call.cache, call.facts, call.offsets, layer=layer, like=hidden)
+    if segment.slots is not None:  # what a padding slot gets is hidden by the mask
+        seen = gather(seen, segment.layout(call).columns.clamp(min=0).to(seen.device))
+    n_keys, first = layer_mask_sizes(call.cache, 1, layer)
+    seen = pad(seen[:, first : first + n_keys], (0, max(0, first + n_keys - seen.shape[1])))
+    if call.flash:
+        return seen if whole is None else whole & seen.to(whole.device)
+    seen = seen[:, None, None].to(hidden.device if whole is None else whole.device)
+    if whole is None:
+        return seen
+    return whole & seen if whole.dtype == torch.bool else whole.masked_fill(~seen, torch.finfo(whole.dtype).min)
 
 
 def _cut(
     state: Forward, call: Call, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...], hidden: Tensor
 ) -> Keep | None:
-    """Drop visual tokens before `layer`: what goes on of the tokens of `hidden`, None for all. Appends traces."""
+    """Drop visual tokens before `layer`: what is kept of the tokens of `hidden`, None for all. Appends traces."""
     started = time.perf_counter()
     old, before = state.segment_of(layer), state.visual
     index = (call.all_rows if old.keep is None else old.keep.index).cpu()
     for reducer, stage in cuts:
         state.visual, trace = _choose(state, call, reducer, stage)
         state.traces.append(trace)
-    dropped = torch.zeros(call.n_rows, call.length, dtype=torch.bool, device="cpu")
-    for row, (seen, kept) in enumerate(zip(before, state.visual, strict=True)):
-        dropped[row, seen] = True
-        dropped[row, kept] = False
-    local = None
+    dropped, local = dropped_tokens(before, state.visual, length=call.length), None
     if bool(dropped.any()) or state.owner.forced:
         real = ~gather(dropped, index)
         if old.keep is not None and old.keep.valid is not None:
             real &= old.keep.valid.cpu()
         if call.padding is not None and bool(dropped.any()):
             real &= gather(call.padding, index)
-        local = _pack(real, hidden.device, left=call.recurrent)
+        local = pack(real, left=call.facts.recurrent).to(hidden.device)
         _insert(state, call, layer, local)
     spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
     state.probe_ms = 0.0
@@ -170,25 +178,12 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
     return tuple(kept), trace
 
 
-def _pack(real: Tensor, device: torch.device, *, left: bool) -> Keep:
-    """What goes on of `real` `[B, M]` bool, short rows filled up, at the `left` if need be."""
-    rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=real.shape[1], left=left)
-    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
-    valid = None if full or keep.valid is None else keep.valid.to(device)
-    return Keep(keep.index.to(device), valid)
-
-
 def _insert(state: Forward, call: Call, layer: int, local: Keep) -> None:
-    """From `layer` on the segments see what `local` leaves of the tokens that they saw so far."""
+    """From `layer` on the segments see what `local` keeps of the tokens that they saw so far."""
     old = state.segment_of(layer)
     if old.first < layer:
         place = state.segments.index(old) + 1
         state.segments.insert(place, replace(old, first=layer))
     for segment in state.segments:
         if segment.first >= layer:
-            whole = Keep(call.all_rows) if segment.keep is None else segment.keep
-            segment.keep = whole.then(local)
-            segment.local = local.index if segment.local is None else gather(segment.local, local.index)
-            segment.bias = None if segment.bias is None else gather(segment.bias, local.index)
-            segment.layer_masks, segment.known_layout = {}, None
+            segment.then(local, call)

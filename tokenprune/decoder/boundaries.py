@@ -2,7 +2,7 @@
 
 What the prompt tells is taken if it fits the placeholders (:mod:`tokenprune.upstream.sizes`). Else a run of
 placeholders without anything between is one image, which is right where a processor always puts something between two
-images; where it need not, the part says that its boundaries were not told.
+images; where it need not, the image says that its boundaries are uncertain.
 """
 
 import math
@@ -21,19 +21,25 @@ Grid = tuple[int, int] | None
 _GUESSED = TILES[-1]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The tokens of one image or frame.
+@dataclass
+class Image:
+    """The visual tokens of one image (or one frame) of one row.
 
     Attributes:
-        tokens: `[n]` int64, positions in the sequence, ascending.
+        row: row of the batch.
+        tokens: `[n]` int64, positions in the sequence of this call, ascending.
         grid: rows and columns of the token grid, None where the tokens are not one grid.
-        told: whether it is known where they begin and end.
+        certain: whether it is known where the image begins and ends; if not, it is a run of visual tokens.
+        ordinal: number of the image within its row.
+        n_hidden: how many more tokens it has, which the attention mask hides.
     """
 
+    row: int
     tokens: Tensor
     grid: Grid
-    told: bool = True
+    certain: bool = True
+    ordinal: int = 0
+    n_hidden: int = 0
 
 
 def _split_where(tokens: Tensor, breaks: Tensor) -> list[Tensor]:
@@ -52,10 +58,10 @@ def _evenly(tokens: Tensor, n_frames: int) -> list[Tensor]:
     return list(torch.split(tokens, [size] * (n_frames - 1) + [len(tokens) - size * (n_frames - 1)]))
 
 
-def _fitted(rows: list[Tensor], told: Iterable[list[Item]]) -> list[list[tuple[Tensor, Item]]] | None:
-    """The tokens of each image of each row by the first of the tellings that fits the rows, None where none does."""
-    for telling in told:
-        left = iter([item for item in telling if item.tokens])
+def _fitted(rows: list[Tensor], layouts: Iterable[list[Item]]) -> list[list[tuple[Tensor, Item]]] | None:
+    """The tokens of each image of each row by the first of the layouts that fits the rows, None where none does."""
+    for layout in layouts:
+        left = iter([item for item in layout if item.tokens])
         found: list[list[Item]] = []
         for row in rows:
             mine: list[Item] = []
@@ -63,7 +69,7 @@ def _fitted(rows: list[Tensor], told: Iterable[list[Item]]) -> list[list[tuple[T
                 mine.append(item)
             found.append(mine)
         full = all(sum(item.tokens for item in mine) == len(row) for row, mine in zip(rows, found, strict=True))
-        if telling and full and next(left, None) is None:
+        if layout and full and next(left, None) is None:
             return [
                 list(zip(torch.split(row, [item.tokens for item in mine]), mine, strict=True)) if mine else []
                 for row, mine in zip(rows, found, strict=True)
@@ -118,42 +124,42 @@ class Placed:
     axes: Tensor | None
     video: bool
 
-    def parts(self) -> Iterator[tuple[int, Part]]:
-        """The images (or frames) in the order of the sequence, each with its row."""
+    def images(self) -> Iterator[Image]:
+        """The images (or frames) in the order of the sequence."""
         total = sum(map(len, self.rows))
         if not total:
             return
-        told = items(self.root, self.family, self.prompt, total, video=self.video)
-        pieces = _fitted(self.rows, told) if self.family.tiles in ("", _GUESSED) else None
+        layouts = items(self.root, self.family, self.prompt, total, video=self.video)
+        pieces = _fitted(self.rows, layouts) if self.family.tiles in ("", _GUESSED) else None
         for row, tokens in enumerate(self.rows):
             if pieces is None:
-                found = self._untold(row, _runs(tokens))
+                found = self._from_runs(row, _runs(tokens))
             else:
-                found = [part for piece, item in pieces[row] for part in self._told(row, piece, item)]
-            yield from ((row, part) for part in found)
+                found = [image for piece, item in pieces[row] for image in self._from_layout(row, piece, item)]
+            yield from found
 
     @property
     def _joins(self) -> bool:
         return not self.video and breaks_lines(self.root, self.family)
 
-    def _told(self, row: int, piece: Tensor, item: Item) -> list[Part]:
+    def _from_layout(self, row: int, piece: Tensor, item: Item) -> list[Image]:
         """The frames of a video, or an image, whose tokens are known."""
         sure = item.whole or self.family.apart
         if item.frames is not None and (self.video or item.grid is not None):
             frames = _evenly(piece, item.frames)
-            return [Part(frame, item.grid or self._grid(frame), sure) for frame in frames]
+            return [Image(row, frame, item.grid or self._grid(frame), sure) for frame in frames]
         runs = _runs(piece)
         if self.video and self.family.joins:
             sizes = grouped(self.root, _GUESSED, self.prompt, row, runs) or [1] * len(runs)
-            return [Part(torch.cat(runs[end - n : end]), None, sure) for end, n in _ends(sizes)]
+            return [Image(row, torch.cat(runs[end - n : end]), None, sure) for end, n in _ends(sizes)]
         lined = self.family.tiles == _GUESSED and not self.video and _are_lines(runs)
         if self._joins or lined:
-            return [Part(piece, self._grid_of_lines(runs), sure)]
+            return [Image(row, piece, self._grid_of_lines(runs), sure)]
         framed = not self.video or self.family.frame_tokens is not None
         sure = self.family.apart if len(runs) > 1 else sure and framed
-        return [part for run in runs for part in self._run(row, run, sure=sure)]
+        return [image for run in runs for image in self._run(row, run, sure=sure)]
 
-    def _untold(self, row: int, runs: list[Tensor]) -> list[Part]:
+    def _from_runs(self, row: int, runs: list[Tensor]) -> list[Image]:
         """The images of a row by what stands between its runs of visual tokens."""
         if not runs:
             return []
@@ -163,24 +169,24 @@ class Placed:
         sizes = grouped(self.root, mode, self.prompt, row, runs) if mode else None
         if sizes is None:
             sure = alone or (self.family.apart and (not mode or len(runs) == 1))
-            return [part for run in runs for part in self._run(row, run, sure=sure)]
+            return [image for run in runs for image in self._run(row, run, sure=sure)]
         sure = alone or self.family.apart
-        return [part for end, n in _ends(sizes) for part in self._group(row, runs[end - n : end], sure=sure)]
+        return [image for end, n in _ends(sizes) for image in self._group(row, runs[end - n : end], sure=sure)]
 
-    def _group(self, row: int, runs: list[Tensor], *, sure: bool) -> list[Part]:
+    def _group(self, row: int, runs: list[Tensor], *, sure: bool) -> list[Image]:
         """The image in one or more runs of visual tokens."""
         if self._joins:
-            return [Part(torch.cat(runs), self._grid_of_lines(runs), sure)]
-        return self._run(row, runs[0], sure=sure) if len(runs) == 1 else [Part(torch.cat(runs), None, sure)]
+            return [Image(row, torch.cat(runs), self._grid_of_lines(runs), sure)]
+        return self._run(row, runs[0], sure=sure) if len(runs) == 1 else [Image(row, torch.cat(runs), None, sure)]
 
-    def _run(self, row: int, run: Tensor, *, sure: bool) -> list[Part]:
+    def _run(self, row: int, run: Tensor, *, sure: bool) -> list[Image]:
         """The images or frames in one run of visual tokens; `sure`: whether it is one where nothing else tells."""
         if self.axes is not None and (frames := _by_axes(run, self.axes[:, row])) is not None:
-            return [Part(frame, grid) for frame, grid in frames]
+            return [Image(row, frame, grid) for frame, grid in frames]
         if self.video and self.family.frame_tokens is not None:
             n_frames = max(1, len(run) // self.family.frame_tokens(self.root.config))
-            return [Part(frame, self._grid(frame), sure) for frame in _evenly(run, n_frames)]
-        return [Part(run, self._grid(run), sure)]
+            return [Image(row, frame, self._grid(frame), sure) for frame in _evenly(run, n_frames)]
+        return [Image(row, run, self._grid(run), sure)]
 
     def _grid(self, tokens: Tensor) -> Grid:
         """A square, where the family has such."""

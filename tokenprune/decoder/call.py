@@ -1,19 +1,153 @@
-"""Both ends of a decoder's call: what it is given for the tokens that go on, and what it returns for all of them."""
+"""What a decoder was called with, in terms of the unpruned sequence, and the checks of such a call."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decoder import masks
 from tokenprune.decoder.pruned_cache import Ledger
-from tokenprune.decoder.select import Merged, all_positions
-from tokenprune.decoder.state import Call, Forward, Segment
 from tokenprune.errors import InputError
-from tokenprune.reduction import gather
-from tokenprune.upstream.caches import past_length
-from tokenprune.upstream.decoder_call import DecoderCall, lengthen_output
+from tokenprune.upstream.caches import first_key, layers_of, past_length, window_of
+from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
+from tokenprune.upstream.masks import dense_mask
+
+
+@dataclass
+class Call:
+    """What the decoder was called with, in terms of the unpruned sequence. Made before it runs.
+
+    Attributes:
+        mask: the attention mask, in any of its forms; where a sliding window makes a difference, 4-D ones by kind of
+            layer.
+        cache: the KV cache, or None.
+        embeds: embeddings `[B, length, 0]`: their shape, dtype and device without their content.
+        positions: text positions `[B, length]`.
+        past: tokens before this call.
+        facts: the decoder's.
+        n_behind: how many of the last tokens stand behind the prompt and rank nothing, see
+            :mod:`tokenprune.decoder.prompt_end`.
+        flat: whether the mask that was given is a 2-D one, or none.
+        fused: whether attention is sdpa.
+        flash: whether attention is flash attention.
+        offsets: for each kind of layers that `mask` tells apart (None: it is one for all), the position of its first
+            column.
+    """
+
+    mask: Any
+    cache: Any
+    embeds: Tensor
+    positions: Tensor
+    past: int
+    facts: DecoderFacts
+    n_behind: int = 0
+    flat: bool = field(init=False)
+    fused: bool = field(init=False)
+    flash: bool = field(init=False)
+    offsets: dict[str | None, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what the cache can only tell before the decoder runs, and build masks that a window makes necessary."""
+        facts = self.facts
+        self.fused, self.flash = facts.fused, facts.flash
+        self.flat = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.ndim == 2)
+        self._given = self.mask
+        windows = [facts.window, *(window_of(layer) for layer in layers_of(self.cache))]
+        if self.flat and any(window is not None and window < self.past + self.length for window in windows):
+            self.mask = dense_mask(
+                facts, self.mask, self.cache, past=self.past, embeds=self.embeds, positions=self.positions
+            )
+        kinds: list[str | None] = sorted(self.mask) if isinstance(self.mask, dict) else [None]
+        self.offsets = {
+            kind: 0 if facts.is_recurrent(kind) else first_key(self.cache, self.length, facts.layer_of(kind))
+            for kind in kinds
+        }
+
+    @classmethod
+    def of(cls, given: DecoderCall, facts: DecoderFacts) -> Self:
+        """A call of a decoder that gets embeddings."""
+        embeds, past = given.embeds, past_length(given.cache)
+        assert embeds is not None
+        positions = all_positions(given.positions, past, embeds)
+        text = positions[0] if positions.ndim == 3 else positions
+        return cls(given.mask, given.cache, embeds.new_empty(*embeds.shape[:2], 0), text, past, facts)
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """Which tokens of the call are no padding, `[B, length]` bool on the CPU, None where all are."""
+        mask, kind = self._given, None
+        if isinstance(mask, dict):
+            kinds = [kind for kind in sorted(mask) if isinstance(mask[kind], Tensor)]
+            kind = min(kinds, key=lambda kind: mask[kind].ndim, default=None)
+            mask = mask.get(kind)
+        if not isinstance(mask, Tensor):
+            return None
+        if mask.ndim == 2:
+            start = 0 if mask.shape[1] == self.length else self.past  # that of recurrent layers covers the call alone
+            return mask[:, start : start + self.length].bool().cpu()
+        # A token that is no padding sees itself.
+        own = mask[:, 0].diagonal(offset=self.past - self.offsets[kind], dim1=1, dim2=2)
+        return own.cpu() if own.dtype == torch.bool else own.eq(0).cpu()
+
+    @property
+    def real_tokens(self) -> Tensor:
+        """`padding`, all True where it is None."""
+        if self.padding is not None:
+            return self.padding
+        return torch.ones(self.n_rows, self.length, dtype=torch.bool, device="cpu")
+
+    @property
+    def ranking(self) -> Tensor:
+        """`real_tokens` without those behind the prompt."""
+        if not self.n_behind:
+            return self.real_tokens
+        ranking = self.real_tokens.clone()
+        ranking[:, -self.n_behind :] = False
+        return ranking
+
+    @cached_property
+    def effective_mask(self) -> Any:
+        """`mask`, None where it is a padding mask without padding. On a GPU, the first look waits for it."""
+        total = self.past + self.length
+        flat = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape[1] >= total
+        return None if flat and bool(self.mask[:, :total].all()) else self.mask
+
+    @property
+    def length(self) -> int:
+        """Tokens of this call."""
+        return int(self.embeds.shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return int(self.embeds.shape[0])
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """Every position of the sequence so far, `[past + length]` int64."""
+        return torch.arange(self.past + self.length, dtype=torch.int64, device=self.embeds.device)
+
+    @cached_property
+    def all_rows(self) -> Tensor:
+        """Every position of the call, `[B, length]` int64."""
+        return torch.arange(self.length, dtype=torch.int64, device=self.embeds.device).expand(self.n_rows, -1)
+
+
+def all_positions(positions: Tensor | None, past: int, embeds: Tensor) -> Tensor:
+    """Positions of all tokens of the call, `[B, L]` or `[3 or 4, B, L]`; where none are given, those the decoder
+    would take."""
+    n_rows, length = embeds.shape[:2]
+    if positions is None:
+        positions = torch.arange(past, past + length, dtype=torch.int64, device=embeds.device)[None]
+    shape = (n_rows, length) if positions.ndim == 2 else (positions.shape[0], n_rows, length)
+    return positions.expand(shape)
+
+
+def shape_of(ids: Tensor, *, like: nn.Module) -> Tensor:
+    """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that `like` computes in."""
+    return torch.empty(*ids.shape, 0, dtype=next(like.parameters()).dtype, device=ids.device)
 
 
 def check_call(given: DecoderCall, facts: DecoderFacts, ledger: Ledger | None, *, unpacks: bool) -> None:
@@ -84,81 +218,7 @@ def refuse_packed(given: DecoderCall, facts: DecoderFacts, *, caches: bool) -> N
     if positions.ndim == 2 and bool((restarts := positions.diff(dim=1) != 1).any()):
         row, column = restarts.nonzero()[0].tolist()
         raise InputError(
-            f"positions of row {row} go on with {int(positions[row, column + 1])} after {int(positions[row, column])}, "
+            f"positions of row {row} jump from {int(positions[row, column])} to {int(positions[row, column + 1])}, "
             f"at token {column + 1}, and without an attention mask that means several sequences packed into one row, "
             "which pruning does not respect; give each sequence a row of its own, padded"
         )
-
-
-def shape_of(ids: Tensor, *, like: nn.Module) -> Tensor:
-    """Embeddings `[B, L, 0]` of token ids `[B, L]`: their shape and the dtype that `like` computes in."""
-    return torch.empty(*ids.shape, 0, dtype=next(like.parameters()).dtype, device=ids.device)
-
-
-def call_of(given: DecoderCall, facts: DecoderFacts, past: int) -> Call:
-    """A call of a decoder in terms of the unpruned sequence."""
-    embeds = given.embeds
-    assert embeds is not None
-    positions = all_positions(given.positions, past, embeds)
-    empty = embeds.new_empty(*embeds.shape[:2], 0)
-    text = positions[0] if positions.ndim == 3 else positions
-    return Call(given.mask, given.cache, empty, text, past, facts)
-
-
-def mask_of(call: Call, segment: Segment, *, like: Tensor) -> Any:
-    """What the decoder gets as attention mask for its first segment."""
-    layout = segment.layout(call)
-    if layout.bias is not None:
-        if by_kind := call.facts.first_layers():
-            return {kind: segment.mask(call, layer=layer, like=like) for kind, layer in by_kind.items()}
-        return segment.mask(call, layer=0, like=like)
-    if call.mask is None and call.cache is not None and not layout.has_fillers:
-        return None
-    return masks.prune_mask(call.mask, layout, call.cache, call.facts, call.offsets)
-
-
-def positions_of(given: DecoderCall, state: Forward, shift: Tensor | None) -> Tensor:
-    """Positions of all tokens of the call under the policy; the shift from now on is noted in the state."""
-    assert state.call is not None
-    assert given.embeds is not None
-    positions = all_positions(given.positions, state.call.past, given.embeds)
-    state.shift = shift
-    if shift is not None:
-        positions = positions - shift[:, None].to(positions.device)
-    if state.lowered is not None:
-        positions = positions - state.lowered
-        last = state.lowered[:, -1]
-        state.shift = last if shift is None else last + shift.to(last.device)
-    return positions
-
-
-def write_merged(merged: list[Merged], x: Tensor) -> None:
-    """Put the means of merged tokens into `x` `[B, L, D]`."""
-    for one in merged:
-        one.write(x)
-
-
-def lengthened(output: Any, state: Forward, call: Call) -> Any:
-    """What the decoder returned with the unpruned length: a dropped token has the state of the nearest kept one before
-    it."""
-
-    known, state.whole = state.whole or [], None
-
-    def lengthen(x: Tensor, segment: Segment) -> Tensor:
-        keep = segment.keep
-        if keep is None or x.ndim != 3 or x.shape[1] != keep.index.shape[1]:
-            return x
-        whole = next((whole for short, whole in known if short is x), None)
-        if whole is None:
-            whole = gather(x, keep.source(length=call.length))
-            known.append((x, whole))  # the last hidden states come twice, as one object
-        return whole
-
-    def by_layer(states: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen = [state.segment_of(max(0, i - 1)) for i in range(len(states))]
-        return tuple(
-            lengthen(x, segment) if isinstance(x, Tensor) else x for x, segment in zip(states, seen, strict=True)
-        )
-
-    last = state.segments[-1]
-    return lengthen_output(output, lambda x: lengthen(x, last), by_layer)

@@ -15,7 +15,7 @@ Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
 
 
 def check_checkpointing(*modules: nn.Module) -> None:
-    """Check that the layers of a decoder that leaves something out of every attention run once.
+    """Check that the layers of a decoder whose attention is pruned run once.
 
     Raises:
         UnsupportedModelError: one of `modules` has gradient checkpointing on.
@@ -64,7 +64,7 @@ def check_entrance(engine: Engine, facts: DecoderFacts) -> None:
 
 
 def check_decoder(root: nn.Module, facts: DecoderFacts, cuts: Cuts) -> None:
-    """Check that tokens can leave the decoder of `root` before the layers of `cuts`.
+    """Check that tokens can be dropped in the decoder of `root` before the layers of `cuts`.
 
     Raises:
         OptionError: they cannot.
@@ -80,14 +80,14 @@ def check_decoder(root: nn.Module, facts: DecoderFacts, cuts: Cuts) -> None:
 
 
 def check_attention(facts: DecoderFacts) -> None:
-    """Check that tokens can leave between layers with the attention implementation of a decoder.
+    """Check that tokens can be dropped between layers with the attention implementation of a decoder.
 
     Raises:
         OptionError: they cannot.
     """
     if not (facts.fused or facts.eager or facts.flash):
         raise OptionError(
-            f"tokens can leave between decoder layers with the attention implementations sdpa, eager and flash "
+            f"tokens can be dropped between decoder layers with the attention implementations sdpa, eager and flash "
             f"attention, and the model runs {facts.implementation!r}; load it with another attn_implementation or use "
             "a method that prunes before the decoder"
         )

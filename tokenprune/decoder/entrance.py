@@ -9,13 +9,24 @@ from torch import Tensor, nn
 
 from tokenprune.decode import eviction
 from tokenprune.decoder import between_layers, prompt_end, visual_mask
-from tokenprune.decoder.call import call_of, refuse_packed, write_merged
-from tokenprune.decoder.images import Image, find_images, has_merged_features, visible
+from tokenprune.decoder.boundaries import Image
+from tokenprune.decoder.call import Call, all_positions, refuse_packed
+from tokenprune.decoder.images import find_images, has_merged_features, visible
 from tokenprune.decoder.pruned_cache import ledger_of
-from tokenprune.decoder.select import SITE, Merged, keep_rows, reduce_images, sizes_of, skipped, tokens_by_row
-from tokenprune.decoder.state import Call, Forward
+from tokenprune.decoder.select import (
+    SITE,
+    Merged,
+    dropped_tokens,
+    reduce_images,
+    sizes_of,
+    skipped,
+    tokens_by_row,
+    write_merged,
+)
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, Reducer
 from tokenprune.errors import InputError
+from tokenprune.reduction import pack
 from tokenprune.upstream.caches import check_cache, layers_of, past_length, window_of
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
@@ -38,7 +49,7 @@ class Host:
     facts: DecoderFacts
 
     def check_cache(self, cache: Any, *, layered: bool) -> None:
-        """Check that a cache can go on after pruning.
+        """Check that a cache can be continued after pruning.
 
         Raises:
             UnsupportedModelError: it cannot.
@@ -55,7 +66,7 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
 
     Raises:
         InputError: visual tokens are not finite, or a row holds several sequences.
-        UnsupportedModelError: image features came in by an argument that is not known, or the cache cannot go on.
+        UnsupportedModelError: image features came in by an unknown argument, or the cache cannot be continued.
     """
     embeds, cache = given.embeds, given.cache
     assert embeds is not None
@@ -78,7 +89,7 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
             state.traces += skipped((reducer.name for reducer in later), reason, site=between_layers.SITE)
     if not images and not texts:
         goes_on = ledger_of(cache) is not None or state.steering
-        state.call = call_of(given, host.facts, past) if goes_on else None
+        state.call = Call.of(given, host.facts) if goes_on else None
         return
     host.check_cache(cache, layered=bool(later))
     left, reduced, merged = _reduce(state, images, reducers, embeds)
@@ -88,7 +99,7 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
         state.call = None
         return
     refuse_packed(given, host.facts, caches=caches)
-    call = state.call = state.call or call_of(given, host.facts, past)
+    call = state.call = state.call or Call.of(given, host.facts)
     if later and prompt:
         drafts = prompt_end.n_drafts(state.prompt, length)
         call.n_behind = drafts or (0 if caches else prompt_end.n_generated(engine, given.ids, embeds))
@@ -102,7 +113,7 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
     state.entered = tuple(len(visual) + n for visual, n in zip(state.visual, hidden, strict=False))
     given.embeds = reduced
     if merged:
-        given.change_planes(partial(write_merged, merged))
+        given.change_planes(partial(write_merged, merged=merged))
 
 
 def _images_of(
@@ -129,14 +140,14 @@ def _images_of(
     if not images:
         return [], reason
     host.check_cache(given.cache, layered=layered)
-    state.call = call_of(given, host.facts, past_length(given.cache))
+    state.call = Call.of(given, host.facts)
     return visible(images, state.call.padding), "the attention mask hides all visual tokens"
 
 
 def _reduce(
     state: Forward, images: list[Image], reducers: tuple[Reducer, ...], embeds: Tensor
 ) -> tuple[list[Image], Tensor, list[Merged]]:
-    """The images with the tokens that go on, the embeddings with merged tokens in place, and what was merged. Appends
+    """The images with the kept tokens, the embeddings with merged tokens in place, and what was merged. Appends
     traces."""
     left, merged = images, list[Merged]()
     for reducer in reducers if images else ():
@@ -148,31 +159,56 @@ def _reduce(
 def _shorten(
     state: Forward, call: Call, images: list[Image], left: list[Image], merged: list[Merged], *, packed: bool
 ) -> None:
-    """Write down in the first segments which tokens go on: what is `left` of `images`, and all others."""
-    shape, device = (call.n_rows, call.length), call.embeds.device
-    keep, dropped = keep_rows(images, left, call.padding, shape=shape, device=device, left=call.recurrent)
-    sizes = sizes_of(merged, shape, device)
+    """Write down in the first segments which tokens are kept: what is `left` of `images`, and all others."""
+    device, before = call.embeds.device, tokens_by_row(images, call.n_rows)
+    dropped = dropped_tokens(before, tokens_by_row(left, call.n_rows), length=call.length)
+    real = ~dropped
+    if call.padding is not None and bool(dropped.any()):  # padding that nothing needs is dropped with them
+        real &= call.padding
+    keep = pack(real, left=call.facts.recurrent).to(device)
+    sizes = sizes_of(merged, (call.n_rows, call.length), device)
     for segment in state.segments:
         segment.keep = keep
         segment.bias = None if sizes is None else keep.apply(sizes).log()
     if packed:
-        state.lowered = dropped.cumsum(dim=1)
+        state.lowered = dropped.to(device).cumsum(dim=1)
 
 
 def _refuse_uneven(state: Forward, call: Call) -> None:
-    """Check that recurrent layers that go on from earlier tokens need not run over slots that only fill rows up.
+    """Check that recurrent layers that continue a cache need not run over padding slots.
 
     Raises:
         InputError: they would.
     """
     first = state.segments[0].keep
     uneven = (first is not None and first.valid is not None) or len(set(map(len, state.visual))) > 1
-    if call.recurrent and call.past and uneven:
+    if call.facts.recurrent and call.past and uneven:
         raise InputError(
             f"the rows of this call would lose different numbers of tokens, and {call.facts.called} has recurrent "
-            "layers, which go on from earlier tokens and would run over what fills short rows up; give each row as "
-            "many visual tokens, or go on with one row at a time"
+            "layers, which continue from earlier tokens and would run over the padding slots of short rows; give "
+            "each row as many visual tokens, or continue with one row at a time"
         )
+
+
+def positions_of(given: DecoderCall, state: Forward, shift: Tensor | None) -> Tensor:
+    """Positions of all tokens of the call under the policy; the shift from now on is noted in the state.
+
+    Args:
+        given: the call.
+        state: the forward.
+        shift: `[B]`, how far the packed policy has lowered positions before this call, or None.
+    """
+    assert state.call is not None
+    assert given.embeds is not None
+    positions = all_positions(given.positions, state.call.past, given.embeds)
+    state.shift = shift
+    if shift is not None:
+        positions = positions - shift[:, None].to(positions.device)
+    if state.lowered is not None:
+        positions = positions - state.lowered
+        last = state.lowered[:, -1]
+        state.shift = last if shift is None else last + shift.to(last.device)
+    return positions
 
 
 def note_time(state: Forward, started: float) -> None:

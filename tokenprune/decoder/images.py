@@ -1,37 +1,16 @@
 """Which tokens of a forward are visual, and which of them make one image (or one frame)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decoder.boundaries import Placed
+from tokenprune.decoder.boundaries import Image, Placed
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.calls import embedding_of
 from tokenprune.upstream.check import version_of
 from tokenprune.upstream.families import Family, axes_of, placeholder_id
 from tokenprune.upstream.prompts import Prompt
-
-
-@dataclass
-class Image:
-    """The visual tokens of one image (or one frame) of one row.
-
-    Attributes:
-        row: row of the batch.
-        ordinal: number of the image within its row.
-        tokens: `[n]` int64, positions in the sequence of this call, ascending.
-        grid: rows and columns of the token grid, None where the tokens are not one grid.
-        n_hidden: how many more tokens it has, which the attention mask hides.
-        told: whether it is known where the image begins and ends; if not, it is a run of visual tokens.
-    """
-
-    row: int
-    ordinal: int
-    tokens: Tensor
-    grid: tuple[int, int] | None
-    n_hidden: int = 0
-    told: bool = True
 
 
 def visible(images: list[Image], padding: Tensor | None) -> list[Image]:
@@ -99,7 +78,7 @@ def has_merged_features(root: nn.Module, family: Family, prompt: Prompt, embeds:
 
 
 def find_images(
-    root: nn.Module, family: Family, prompt: Prompt, positions: Tensor | None, told: Tensor | None = None
+    root: nn.Module, family: Family, prompt: Prompt, positions: Tensor | None, at: Tensor | None = None
 ) -> list[Image]:
     """The images of a forward, by row and in the order of the sequence.
 
@@ -111,19 +90,18 @@ def find_images(
         family: its family.
         prompt: what it was called with.
         positions: positions that the decoder is to get; with M-RoPE they tell frames and grids.
-        told: where visual tokens stand, `[B, L]` bool, if not at placeholders.
+        at: where visual tokens stand, `[B, L]` bool, if not at placeholders.
     """
     axes = axes_of(positions)
-    family = family if told is None else replace(family, apart=False)  # no processor put them there
+    family = family if at is None else replace(family, apart=False)  # no processor put them there
     images: list[Image] = []
-    for field in family.ids if told is None else family.ids[:1]:
-        mask = placeholders(root, prompt, field=field) if told is None else told
+    for field in family.ids if at is None else family.ids[:1]:
+        mask = placeholders(root, prompt, field=field) if at is None else at
         if mask is None:
             continue
         video = field.startswith("video") or prompt.has_only_videos
         rows = [row.nonzero()[:, 0] for row in mask.cpu()]
-        for row, part in Placed(root, family, prompt, rows, axes, video).parts():
-            images.append(Image(row, 0, part.tokens, part.grid, told=part.told))
+        images += Placed(root, family, prompt, rows, axes, video).images()
     images.sort(key=lambda image: (image.row, int(image.tokens[0])))
     seen: dict[int, int] = {}
     for found in images:

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from tokenprune import ops
 from tokenprune.decode import attention
 from tokenprune.decode.heads import Heads, heads_of
-from tokenprune.decoder.state import CURRENT, Call, Forward, Segment
+from tokenprune.decoder.call import Call
+from tokenprune.decoder.masks import valid_slots
+from tokenprune.decoder.segments import Segment
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Swap
 from tokenprune.errors import InputError
 from tokenprune.reduction import gather
+from tokenprune.running import current
 from tokenprune.signals import Probe
 from tokenprune.upstream.attention import (
     implementation_of,
@@ -47,73 +51,64 @@ def swap(module: nn.Module) -> Swap:
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
     """The attention function of a probed module: the real one, and the scores that were asked for beside it."""
-    real = real_function(module)
-    state, layer = CURRENT.get(), layer_index(module)
-    if state is None or state.call is None:
-        return real(module, query, key, value, mask, *args, **kwargs)
-    if state.steering and state.attention is not None and query.shape[2] == 1:
-        stepped, scores = attention.step(
-            state, state.call, state.attention, layer, query, key, value, mask=mask, scale=scale_of(query, kwargs),
-            softcap=softcap_of(real, kwargs),
-        )  # fmt: skip
-        for probe in state.probes.get(layer, ()) if state.scoring else ():
-            _note(state, state.call, layer, probe, scores)
-        return stepped, None
-    heads = None
-    if state.steering and state.attention is not None:
-        heads = heads_of(state, state.attention, layer=layer)
-        output = attention.prompt(state, state.call, real, module, heads, query, key, value, mask, *args, **kwargs)
-    elif args or (known := _step(state, state.call, layer, module, query, key, value, mask, kwargs)) is None:
-        output = real(module, query, key, value, mask, *args, **kwargs)
+    state, layer = current(Forward), layer_index(module)
+    call = None if state is None else state.call
+    if state is None or call is None:
+        return real_function(module)(module, query, key, value, mask, *args, **kwargs)
+    plan = state.attention if state.steering else None
+    probes = state.probes.get(layer, ()) if state.scoring or any(map(len, state.visual)) else ()
+    stepped: tuple[Tensor, Tensor] | None = None
+    if query.shape[2] == 1 and plan is not None:
+        scale, softcap = scale_of(query, kwargs), softcap_of(module, kwargs)
+        stepped = attention.step(state, call, plan, layer, query, key, value, mask=mask, scale=scale, softcap=softcap)
+    elif query.shape[2] == 1 and not args and _can_step(state, module, query, kwargs):
+        stepped = _step(state, call, layer, query, key, value, mask, scale_of(query, kwargs))
+    if stepped is not None:
+        output, scores = stepped
+        for probe in probes:
+            _note(state, call, layer, probe, scores)
+        return output, None
+    real, heads = real_function(module), None
+    if plan is not None:
+        heads = heads_of(state, plan, layer=layer)
+        output = attention.prompt(state, call, real, module, heads, query, key, value, mask, *args, **kwargs)
     else:
-        return known, None
-    if state.scoring or any(map(len, state.visual)):
-        started, softcap = time.perf_counter(), softcap_of(real, kwargs)
-        for probe in state.probes.get(layer, ()):
-            scores = _scores(state, state.call, layer, probe, query, key, mask, scale_of(query, kwargs), softcap, heads)
-            _note(state, state.call, layer, probe, scores)
-        state.probe_ms += (time.perf_counter() - started) * 1e3
+        output = real(module, query, key, value, mask, *args, **kwargs)
+    started, softcap = time.perf_counter(), softcap_of(module, kwargs)
+    for probe in probes:
+        scores = _scores(state, call, layer, probe, query, key, mask, scale_of(query, kwargs), softcap, heads)
+        _note(state, call, layer, probe, scores)
+    state.probe_ms += (time.perf_counter() - started) * 1e3
     return output
 
 
-def _step(
-    state: Forward,
-    call: Call,
-    layer: int,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """The output `[B, 1, H, K]` of a decoding step, whose scores are noted; None where it has to come from elsewhere.
+def _can_step(state: Forward, module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a decoding step is computed here, scores and all.
 
     On a CPU the keys are too long for reading them twice, once for the output and once for the scores, so that what
     sdpa would compute is computed here. It agrees to the rounding of fp32.
     """
-    probes = state.probes.get(layer, ())
-    plain = all(one.reduction == "column_sum" and one.temperature == 1 for one in probes)
-    if not state.scoring or not plain or query.shape[2] > 1 or query.device.type != "cpu":
-        return None
+    if not state.scoring or query.device.type != "cpu" or query.dtype != torch.float32:
+        return False
     if torch.is_autocast_enabled("cpu"):  # products would be rounded
-        return None
-    if implementation_of(module) != "sdpa" or not is_plain(kwargs) or query.dtype != torch.float32:
-        return None
-    slots = state.segment_of(layer).slots
-    n_keys = call.past + 1 - (0 if slots is None else slots.dropped)
+        return False
+    plain = all(one.reduction == "column_sum" and one.temperature == 1 for one in state.probes[layer_index(module)])
+    return plain and is_plain(kwargs) and implementation_of(module) == "sdpa"
+
+
+def _step(
+    state: Forward, call: Call, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Output `[B, 1, H, K]` of a decoding step and what each key has gathered, `[B, n_keys]`; None where the keys are
+    others than the mask's."""
+    n_keys = state.segment_of(layer).n_keys(call)
     if key.shape[2] != (n_keys if mask is None else mask.shape[-1]):
         return None
-    scale = scale_of(query, kwargs)
-    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
-    weights: Tensor = (grouped * scale) @ key.transpose(2, 3)
+    weights: Tensor = (query * scale).view(len(query), key.shape[1], -1, query.shape[3]) @ key.transpose(2, 3)
     if mask is not None:
         weights = weights.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
     weights = weights.softmax(3)
-    scores = weights.detach().sum((1, 2))[:, :n_keys]
-    for probe in probes:
-        _note(state, call, layer, probe, scores)
-    return (weights @ value).flatten(1, 2)[:, None]
+    return (weights @ value).flatten(1, 2)[:, None], weights.detach().sum((1, 2))[:, :n_keys]
 
 
 def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:
@@ -124,17 +119,10 @@ def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) 
         state.scores[probe] = scores if earlier is None else scores + earlier.to(scores.device)
         return
     earlier = scores.new_zeros(call.n_rows, total) if earlier is None else earlier.to(scores.device)
-    slots = None if segment.keep is not None else segment.slots
-    n_tail = 0 if slots is None or slots.has_fillers else scores.shape[1] - slots.index.shape[1]
-    if slots is not None and n_tail > 0 and scores.shape[1] == total - slots.dropped:
-        columns = slots.index.to(scores.device)
-        earlier[:, -n_tail:] += scores[:, -n_tail:]  # these stand by themselves
-        scores = scores[:, :-n_tail]
-    else:
-        layout = segment.layout(call)
-        columns = layout.columns[:, -scores.shape[1] :].to(scores.device)
-        if layout.has_fillers:
-            scores, columns = scores.masked_fill(columns < 0, 0.0), columns.clamp(min=0)
+    layout = segment.layout(call)
+    columns = layout.columns[:, -scores.shape[1] :].to(scores.device)
+    if layout.has_padding_slots:
+        scores, columns = scores.masked_fill(columns < 0, 0.0), columns.clamp(min=0)
     state.scores[probe] = earlier.scatter_add_(1, columns, scores)
 
 
@@ -163,7 +151,8 @@ def _scores(
     if heads is not None:
         query, (key,) = heads.take(query), heads.serving(key)
     seen = None
-    given = not _is_flat(call.mask) or segment.bias is not None or state.alive is not None
+    flat = call.mask is None or (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
+    given = not flat or segment.bias is not None or state.alive is not None
     if given and isinstance(mask, Tensor) and mask.ndim == 4:  # it says more than padding and causality
         seen = mask[..., : n_past + n_new][..., -n_keys:]
     return ops.attention_importance(
@@ -178,26 +167,18 @@ def _scores(
     )
 
 
-def _is_flat(mask: Any) -> bool:
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-
-
 def _valid(call: Call, segment: Segment, n_new: int, n_keys: int, *, behind: bool) -> Tensor | None:
-    """Which of the last `n_keys` keys are neither padding nor fill a row up nor, unless these count (`behind`), stand
+    """Which of the last `n_keys` keys are neither padding nor padding slots nor, unless these count (`behind`), stand
     behind the prompt; `[B, n_keys]` bool, None where all are so."""
-    whole = behind or not call.n_behind
-    if whole and call.flat and call.effective_mask is None and not segment.layout(call).has_fillers:
+    whole, layout = behind or not call.n_behind, segment.layout(call)
+    if whole and call.flat and call.effective_mask is None and not layout.has_padding_slots:
         return None
-    rows = call.all_rows if segment.keep is None else segment.keep.index
-    device = rows.device
-    new = gather(call.real_tokens if whole else call.ranking, rows.cpu())
+    new = gather(call.real_tokens if whole else call.ranking, layout.rows.cpu())
     if segment.keep is not None and segment.keep.valid is not None:
         new = new & segment.keep.valid.cpu()
     if bool(new.all()) and n_keys == n_new:
         return None
-    columns = segment.layout(call).columns
-    valid = columns >= 0
-    valid[:, -n_new:] &= new.to(device)
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        valid &= gather(call.mask.to(device, torch.bool), columns.clamp(min=0))
+    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
+    valid = valid_slots(call, layout, padding)
+    valid[:, -n_new:] &= new.to(valid.device)
     return valid[:, -n_keys:]

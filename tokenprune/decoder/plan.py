@@ -18,9 +18,10 @@ from tokenprune.decoder.checks import (
     check_planes,
 )
 from tokenprune.decoder.importance import swap
-from tokenprune.decoder.state import Forward, current
+from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, Hook, LayerReducer, Swap
 from tokenprune.errors import OptionError
+from tokenprune.running import Running, current
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
 from tokenprune.upstream.attention import attention_of, has_sinks
 from tokenprune.upstream.calls import check_layer
@@ -36,8 +37,8 @@ class DecoderPlan:
     Attributes:
         hooks: what is to be installed on its layers.
         probes: for each layer that is to be probed what is wanted of its attention.
-        guard: which text stays where text may go.
-        plan: what leaves the cache while tokens are generated.
+        guard: which text is kept where text is pruned too.
+        plan: what is dropped from the cache while tokens are generated.
         attention: what is left out of every attention.
     """
 
@@ -47,12 +48,12 @@ class DecoderPlan:
     plan: CachePlan | None = None
     attention: AttentionPlan | None = None
 
-    def open(self, engine: Engine, prompt: Prompt, outer: Forward | None) -> Forward:
+    def open(self, engine: Engine, outer: Running | None, prompt: Prompt) -> Forward:
         """The state of a forward that begins."""
         return Forward(
             engine,
-            prompt,
             outer,
+            prompt,
             probes=self.probes,
             guard=self.guard,
             plan=self.plan,
@@ -102,25 +103,25 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
     """What is left out of every attention, None where nothing is.
 
     Raises:
-        OptionError: two methods want something, or a layer has no attention that could be told.
+        OptionError: two methods want something, or a layer has no attention that can be pruned.
     """
     wanting = [(reducer.name, plan) for reducer in reducers if (plan := reducer.attention_plan(len(modules)))]
     if not wanting:
         return None
     if len(wanting) > 1:
         raise OptionError(
-            f"methods {wanting[0][0]!r} and {wanting[1][0]!r} both leave something out of every attention; only one can"
+            f"methods {wanting[0][0]!r} and {wanting[1][0]!r} both prune heads, values or bits; only one can"
         )
     for i, module in enumerate(modules):
         attention = attention_of(module)
         if attention is None:
             raise OptionError(
-                f"method {wanting[0][0]!r} leaves out heads or values, and layer {i} is a {type(module).__name__} "
-                "without attention that can be told to; give heads=1.0 and values=1.0"
+                f"method {wanting[0][0]!r} prunes heads or values, and layer {i} is a {type(module).__name__} without "
+                "attention that can be pruned; give heads=1.0 and values=1.0"
             )
         if has_sinks(attention):
             raise OptionError(
-                f"method {wanting[0][0]!r} leaves out heads, values or bits, and decoding steps that do so compute a "
+                f"method {wanting[0][0]!r} prunes heads, values or bits, and decoding steps that do so compute a "
                 f"plain softmax, but {type(attention).__name__} of layer {i} adds sinks to its logits; give heads=1.0, "
                 "values=1.0 and quantize=None"
             )
@@ -131,7 +132,7 @@ def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]
     """The hook of a decoder that looks whether its attention was changed, or checkpointing turned on, since."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = current(engine)
+        state = current(Forward, engine)
         if state is None:
             return
         check_attention(facts)
@@ -191,8 +192,8 @@ def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
         for stage in reducer.schedule(n_layers):
             if not 0 <= stage.layer < n_layers - 1:
                 raise OptionError(
-                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can leave this "
-                    f"decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
+                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can be dropped "
+                    f"in this decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
                 )
             cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (reducer, stage))
     return cuts
@@ -201,7 +202,7 @@ def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
 def plan_text(
     reducers: tuple[LayerReducer, ...], facts: DecoderFacts, *, n_layers: int, has_images: bool
 ) -> tuple[TextGuard | None, CachePlan | None]:
-    """Which text stays where a method prunes text too, and what leaves the cache while tokens are generated.
+    """Which text is kept where a method prunes text too, and what is dropped from the cache while tokens are generated.
 
     Raises:
         OptionError: the methods cannot go together, or not with this decoder.
@@ -229,8 +230,8 @@ def plan_text(
 def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = None) -> dict[int, tuple[Probe, ...]]:
     """For each layer that has to be probed what is wanted of its attention.
 
-    A layer of linear attention has no probabilities: the scores of the last layer before it that has some stand for
-    its own.
+    A layer of linear attention has no probabilities: it takes the scores of the last layer before it that has
+    some.
 
     Raises:
         OptionError: no layer before a cut has attention that can be probed.
@@ -241,7 +242,7 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
     for first, group in cuts.items():
         for reducer, stage in group:
             if (probe := reducer.probe) is None or (stage.keep == 0 and not probe.cumulative):
-                continue  # where all leave nobody asks which
+                continue  # where all are dropped nobody asks which
             readable = [layer for layer in range(first) if attention_of(layers[layer]) is not None]
             if not readable:
                 raise OptionError(

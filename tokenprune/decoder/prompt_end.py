@@ -1,8 +1,8 @@
 """Where the prompt ends within a call of the decoder: what ranks its tokens are the tokens up to there.
 
 Two kinds of tokens stand behind it: drafts of an assistant or of a prompt lookup, which come with the prompt and are
-told by the number of logits that are asked for, and tokens generated without a KV cache, where every step brings the
-whole sequence again. Ranked by these, a prompt would lose other tokens than without an assistant or with a cache.
+recognised by the number of logits that are asked for, and tokens generated without a KV cache, where every step brings
+the whole sequence again. Ranked by these, a prompt would lose other tokens than without an assistant or with a cache.
 """
 
 import weakref
@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenprune.engine import Engine, Hook
+from tokenprune.decoder.around import n_logits_of
+from tokenprune.engine import Engine
 from tokenprune.upstream.prompts import Prompt
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,33 +35,19 @@ class _Seen:
     length: int
 
 
-_LOGITS: ContextVar[int | None] = ContextVar("tokenprune_logits", default=None)
 _SEEN: ContextVar[_Seen | None] = ContextVar("tokenprune_seen", default=None)
-
-
-def hooks_of(caller: nn.Module) -> list[Hook]:
-    """The hooks of a module that calls the root: they note how many logits it is asked for."""
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _LOGITS.set(Prompt.read(module, args, kwargs).n_logits)
-
-    def forget(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        _LOGITS.set(None)
-
-    return [Hook(caller, "pre", note), Hook(caller, "post", forget)]
 
 
 def n_drafts(prompt: Prompt, length: int) -> int:
     """How many of the last of `length` tokens are drafts, whose logits are asked for beside those of the token before
     them."""
-    wanted = prompt.n_logits or _LOGITS.get() or 1
-    return min(wanted, length) - 1
+    return min(n_logits_of(prompt), length) - 1
 
 
 def n_generated(engine: Engine, ids: Tensor | None, embeds: Tensor) -> int:
     """How many of the last tokens of a call without a KV cache were generated since its prompt.
 
-    A call goes on from the one before where it is one token longer and begins with the same prompt, image features
+    A call continues the one before where it is one token longer and begins with the same prompt, image features
     included.
 
     Args:

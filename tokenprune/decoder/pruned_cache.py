@@ -1,7 +1,7 @@
 """What a KV cache that is shorter than the sequence it represents knows of itself.
 
 After pruning, a cache holds fewer slots than the sequence has tokens. Everything outside the decoder (``generate``, a
-manual loop, the model's own position and mask code) goes on counting in tokens of the unpruned sequence; everything
+manual loop, the model's own position and mask code) counts in tokens of the unpruned sequence; everything
 inside the decoder counts slots. The cache object bridges the two (:mod:`tokenprune.upstream.caches`), and the map
 between them, a :class:`Ledger`, sits on it. So a second turn, chunked prefill, assisted decoding and manual loops need
 no code of their own.
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.decode.traffic import Reads
 from tokenprune.errors import InputError
 from tokenprune.reduction import Keep
-from tokenprune.signals import Probe, Traffic
+from tokenprune.signals import Probe
 from tokenprune.upstream.caches import layers_of, slots_of, stored_length
 
 
@@ -30,29 +31,32 @@ class Slots:
     """Where the slots of some layers of a pruned cache stand in the unpruned sequence.
 
     Attributes:
-        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a slot that only
-            fills a row up. Slots after the M-th stand at `slot + dropped`.
+        index: `[B, M]` int64, position in the unpruned sequence of each of the first M slots, -1 for a padding
+            slot. Slots after the M-th stand at `slot + dropped`.
         dropped: how many more tokens than slots there are.
-        has_fillers: whether some slot only fills a row up.
+        has_padding_slots: whether there are padding slots.
         bias: `[B, M]` fp32, what attention adds to the logits of each of the first M slots (0 for later ones), or None.
     """
 
     index: Tensor
     dropped: int
-    has_fillers: bool = False
+    has_padding_slots: bool = False
     bias: Tensor | None = None
 
     @property
     def differ(self) -> bool:
         """Whether the slots are not simply the tokens."""
-        return self.dropped > 0 or self.has_fillers or self.bias is not None
+        return self.dropped > 0 or self.has_padding_slots or self.bias is not None
 
-    def columns(self, *, n_slots: int) -> Tensor:
-        """Position in the unpruned sequence of each of `n_slots` slots, `[B, n_slots]` int64, -1 where a slot only
-        fills up."""
-        start = self.index.shape[1]
-        tail = torch.arange(start, n_slots, dtype=torch.int64, device=self.index.device) + self.dropped
-        return torch.cat([self.index[:, :n_slots], tail.expand(self.index.shape[0], -1)], dim=1)
+    def columns(self, sequence: Tensor) -> Tensor:
+        """Position in the unpruned sequence of each slot, `[B, n - dropped]` int64, -1 for padding slots.
+
+        Args:
+            sequence: positions 0 to n - 1 of the unpruned sequence so far, `[n]` int64.
+        """
+        n_listed = self.index.shape[1]
+        tail = sequence[n_listed + self.dropped :].to(self.index.device).expand(self.index.shape[0], -1)
+        return torch.cat([self.index[:, : len(sequence) - self.dropped], tail], dim=1)
 
     def biases(self, *, n_slots: int) -> Tensor | None:
         """What attention adds to the logits of each of `n_slots` slots, `[B, n_slots]` fp32, or None."""
@@ -95,13 +99,13 @@ class Ledger:
     Attributes:
         starts: first layer of each part of the decoder whose layers hold the same tokens; the first one is 0.
         parts: the slots of each part.
-        shift: `[B]` int64, by how much positions that go on are lowered (`positions="packed"`), or None.
+        shift: `[B]` int64, by how much later positions are lowered (`positions="packed"`), or None.
         inside: whether the decoder's forward is running, so that lengths are asked for in slots.
         scores: `[B, n]` fp32, importance that the first n tokens of the unpruned sequence have gathered, by what asked
             for it.
         padding: `[B, n]` bool on the CPU, which of the first n tokens are no padding, where somebody wants to know.
         head_scores: `[B, H]` fp32, magnitudes that the outputs of the heads have gathered, likewise.
-        traffic: bytes of keys and values read so far, likewise.
+        reads: keys and values read so far, likewise.
         patterns: for each layer the heads that it kept in the last call, where they were the same in all rows.
         length: tokens of the unpruned sequence that went through the decoder; None where somebody else wrote states.
     """
@@ -113,7 +117,7 @@ class Ledger:
     scores: dict[Probe, Tensor] = field(default_factory=dict)
     padding: Tensor | None = None
     head_scores: Tensor | None = None
-    traffic: Traffic = field(default_factory=Traffic)
+    reads: Reads = field(default_factory=Reads)
     patterns: dict[int, tuple[int, ...]] = field(default_factory=dict)
     length: int | None = None
 
@@ -231,7 +235,7 @@ def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: 
     if slots is None:
         earlier = torch.arange(before, dtype=torch.int64, device=new.device).expand(len(new), -1)
     else:
-        earlier = slots.columns(n_slots=before).to(new.device)
+        earlier = slots.columns(torch.arange(past, dtype=torch.int64, device=new.device)).to(new.device)
     old_bias = None if slots is None else slots.biases(n_slots=before)
     if bias is not None or old_bias is not None:
         none = [torch.zeros_like(some, dtype=torch.float32) for some in (earlier, new)]
@@ -239,5 +243,5 @@ def grown(slots: Slots | None, keep: Keep | None, bias: Tensor | None, *, past: 
         bias = none[1] if bias is None else bias
         bias = torch.cat([old_bias, bias], dim=1)
     dropped = past + rows.shape[1] - before - new.shape[1]
-    has_fillers = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_fillers)
-    return Slots(torch.cat([earlier, new], dim=1), dropped, has_fillers, bias)
+    has_padding_slots = (keep is not None and keep.valid is not None) or (slots is not None and slots.has_padding_slots)
+    return Slots(torch.cat([earlier, new], dim=1), dropped, has_padding_slots, bias)

@@ -1,17 +1,16 @@
-"""Selection at the decoder's entrance: from the images of a forward to the tokens of every row that go on."""
+"""Selection at the decoder's entrance: from the images of a forward to the kept tokens of every row."""
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.decoder.images import Image
+from tokenprune.decoder.boundaries import Image
 from tokenprune.engine import Reducer
 from tokenprune.errors import InputError
-from tokenprune.reduction import Keep, Merge, pack
+from tokenprune.reduction import Merge
 from tokenprune.signals import Signals, Trace
 from tokenprune.validate import ask_before_llm
 
@@ -39,8 +38,14 @@ class Merged:
         x[rows, tokens.gather(1, self.merge.index.to(x.device))] = self.merge.apply(x[rows, tokens])
 
 
+def write_merged(x: Tensor, *, merged: list[Merged]) -> None:
+    """Put the means of merged tokens into `x` `[B, L, D]`."""
+    for one in merged:
+        one.write(x)
+
+
 def sizes_of(merged: list[Merged], shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """How many tokens each token stands for, `[B, L]` fp32; None where attention is not to know."""
+    """How many tokens each token represents, `[B, L]` fp32; None where attention is not to count them."""
     if not any(one.merge.biased for one in merged):
         return None
     sizes = torch.ones(shape, dtype=torch.float32, device="cpu")
@@ -70,7 +75,7 @@ def reduce_images(
         merged: what was merged before; what is merged now is added.
 
     Returns:
-        The images with the tokens that go on, the embeddings with the groups' means in place, and the trace.
+        The images with the kept tokens, the embeddings with the groups' means in place, and the trace.
 
     Raises:
         InputError: a visual token holds NaN or infinite values.
@@ -130,12 +135,12 @@ def _trace(
         images=tuple(tuple(len(before[i].tokens) for i in row) for row in members),
         grids=tuple(tuple(before[i].grid for i in row) for row in members),
         radius=tuple(tuple(radii[i] for i in row) for row in members) if radii else None,
-        note=_untold(sum(not image.told for image in before)),
+        note=_uncertain(sum(not image.certain for image in before)),
         overhead_ms=(time.perf_counter() - started) * 1e3,
     )
 
 
-def _untold(n_runs: int) -> str:
+def _uncertain(n_runs: int) -> str:
     """What to say where `n_runs` runs of visual tokens were taken for an image each."""
     if not n_runs:
         return ""
@@ -145,68 +150,16 @@ def _untold(n_runs: int) -> str:
     )
 
 
-def all_positions(positions: Tensor | None, past: int, embeds: Tensor) -> Tensor:
-    """Positions of all tokens of the call, `[B, L]` or `[3 or 4, B, L]`; where none are given, those the decoder
-    would take."""
-    n_rows, length = embeds.shape[:2]
-    if positions is None:
-        positions = torch.arange(past, past + length, dtype=torch.int64, device=embeds.device)[None]
-    shape = (n_rows, length) if positions.ndim == 2 else (positions.shape[0], n_rows, length)
-    return positions.expand(shape)
-
-
-def padding_of(mask: Any, *, past: int, length: int, offset: int) -> Tensor | None:
-    """Which tokens of this call are no padding, `[B, length]` bool on the CPU, None where all are.
+def dropped_tokens(before: tuple[Tensor, ...], after: tuple[Tensor, ...], *, length: int) -> Tensor:
+    """Which tokens of each row were chosen from and not chosen, `[B, length]` bool on the CPU.
 
     Args:
-        mask: the attention mask that the decoder was to get, in any of its forms.
-        past: tokens before this call.
-        length: tokens of this call.
-        offset: position of the first key that a 4-D mask covers.
+        before: for each row `[n]` int64, the tokens that were chosen from.
+        after: for each row `[m]` int64, those of them that were chosen.
+        length: tokens of the call.
     """
-    if isinstance(mask, dict):
-        entries = [mask[kind] for kind in sorted(mask) if isinstance(mask[kind], Tensor)]
-        entries.sort(key=lambda entry: entry.ndim)
-        mask = entries[0] if entries else None
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        start = 0 if mask.shape[1] == length else past  # that of recurrent layers covers the call alone
-        return mask[:, start : start + length].bool().cpu()
-    # A token that is no padding sees itself.
-    own = mask[:, 0].diagonal(offset=past - offset, dim1=1, dim2=2)
-    return own.cpu() if own.dtype == torch.bool else own.eq(0).cpu()
-
-
-def keep_rows(
-    before: list[Image],
-    after: list[Image],
-    padding: Tensor | None,
-    *,
-    shape: tuple[int, int],
-    device: torch.device,
-    left: bool,
-) -> tuple[Keep, Tensor]:
-    """Tokens of each row that go on: the text and what is left of the images, but no padding that nothing needs.
-
-    Args:
-        before: the images of the forward, `after`: what is left of them.
-        after: see `before`.
-        padding: `[B, L]` bool on the CPU, False for padding, or None.
-        shape: B and L.
-        device: where the result is needed.
-        left: whether what fills short rows up comes first.
-
-    Returns:
-        The reduction (`valid` None where all rows are full) and the dropped visual tokens, `[B, L]` bool.
-    """
-    dropped = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    for old, new in zip(before, after, strict=True):
-        dropped[old.row, old.tokens] = True
-        dropped[new.row, new.tokens] = False
-    real = ~dropped if padding is None or not bool(dropped.any()) else ~dropped & padding
-    rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=shape[1], left=left)
-    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
-    valid = None if full or keep.valid is None else keep.valid.to(device)
-    return Keep(keep.index.to(device), valid), dropped.to(device)
+    dropped = torch.zeros(len(before), length, dtype=torch.bool, device="cpu")
+    for row, old, new in zip(dropped, before, after, strict=True):
+        row[old] = True
+        row[new] = False
+    return dropped

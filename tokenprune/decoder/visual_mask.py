@@ -1,20 +1,19 @@
 """Which tokens are visual where a call of the model does not tell: image features merged by the caller.
 
 Such a call brings embeddings without ids. Where a module around the model was called with ids and computes the
-embeddings out of them, these ids tell; else the caller can say it, by :func:`visual_tokens`.
+embeddings out of them, these ids tell (:mod:`tokenprune.decoder.around`); else the caller can say it, by
+:func:`visual_tokens`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.engine import Engine, Hook
 from tokenprune.errors import InputError
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.prompts import Prompt
@@ -23,7 +22,7 @@ _BLOCK = "tokenprune.visual_tokens(mask)"
 
 
 @dataclass
-class _Told:
+class _Said:
     """What a caller says of the prompts in a block.
 
     Attributes:
@@ -75,7 +74,7 @@ class _Told:
         return InputError(
             f"{_BLOCK} was given a mask of shape {list(self.mask.shape)} for a call of {n_rows} rows of {length} "
             f"tokens after {past} others; nothing was pruned. What fits is {wanted}; several sequences of each prompt "
-            "are told by a row for each prompt, and a prompt that comes in chunks by a mask for the whole"
+            "need a row of the mask for each prompt, and a prompt that comes in chunks one mask for the whole"
         )
 
     def finish(self) -> None:
@@ -91,8 +90,7 @@ class _Told:
             )
 
 
-_TOLD: ContextVar[_Told | None] = ContextVar("tokenprune_told", default=None)
-_AROUND: ContextVar[tuple[Engine, Prompt] | None] = ContextVar("tokenprune_around", default=None)
+_SAID: ContextVar[_Said | None] = ContextVar("tokenprune_visual", default=None)
 
 
 @contextmanager
@@ -107,7 +105,7 @@ def visual_tokens(mask: Tensor) -> Iterator[None]:
 
     A run of visual tokens is an image, as far as nothing else tells where one ends and the next begins. The mask is
     about the prompt, and what is generated behind it is text. The prompt may come in chunks; with beams or several
-    sequences of each prompt, the rows are those of the prompts. Calls that bring ids are told by those.
+    sequences of each prompt, the rows are those of the prompts. Calls that bring ids are read by those.
 
     Args:
         mask: `[B, L]` bool, True where a visual token stands; as many rows and columns as the embeddings.
@@ -118,46 +116,18 @@ def visual_tokens(mask: Tensor) -> Iterator[None]:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool or not mask.numel():
         seen = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"{_BLOCK} takes a bool tensor [B, L], True where a visual token stands, and got {seen}")
-    told = _Told(mask.cpu())
-    token = _TOLD.set(told)
+    said = _Said(mask.cpu())
+    token = _SAID.set(said)
     try:
         yield
     finally:
-        _TOLD.reset(token)
-    told.finish()
-    if told.ids and told.start is None:
+        _SAID.reset(token)
+    said.finish()
+    if said.ids and said.start is None:
         raise InputError(
             f"{_BLOCK} was given around calls that bring ids, which tell visual tokens themselves; it is for calls "
             "with embeddings alone"
         )
-
-
-def hooks_of(engine: Engine, around: Sequence[nn.Module]) -> list[Hook]:
-    """The hooks of the modules around the root that take ids, outermost first: they note what they are called with."""
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        prompt = Prompt.read(module, args, kwargs)
-        if prompt.ids is not None:
-            _AROUND.set((engine, prompt))
-        elif module is around[0]:
-            _AROUND.set(None)
-
-    def forget(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        _AROUND.set(None)
-
-    return [hook for module in around for hook in (Hook(module, "pre", note), Hook(module, "post", forget))]
-
-
-def with_ids(engine: Engine, prompt: Prompt) -> Prompt:
-    """`prompt`, together with what a module around was called with where that has the ids that `prompt` lacks."""
-    noted = _AROUND.get()
-    if noted is None or noted[0] is not engine:
-        return prompt
-    _AROUND.set(None)  # no hook runs after a KeyboardInterrupt, and the inputs should not stay
-    ids, embeds = noted[1].ids, prompt.embeds
-    if prompt.ids is not None or embeds is None or ids is None or ids.shape != embeds.shape[:2]:
-        return prompt
-    return Prompt({**noted[1].given, **{name: value for name, value in prompt.given.items() if value is not None}})
 
 
 def _ids_tell(prompt: Prompt, given: DecoderCall) -> bool:
@@ -173,8 +143,8 @@ def mask_of(prompt: Prompt, given: DecoderCall, past: int, *, cached: bool) -> T
     Raises:
         InputError: what he said does not fit the call, or the decoder was called without the model around it.
     """
-    told = _TOLD.get()
-    if told is None or given.embeds is None:
+    said = _SAID.get()
+    if said is None or given.embeds is None:
         return None
     if not prompt.given:
         raise InputError(
@@ -183,13 +153,13 @@ def mask_of(prompt: Prompt, given: DecoderCall, past: int, *, cached: bool) -> T
         )
     n_rows, length = given.embeds.shape[:2]
     if _ids_tell(prompt, given):
-        told.ids = told.ids or length > 1 or not past
+        said.ids = said.ids or length > 1 or not past
         return None
-    return told.of_call(n_rows, length, past, cached=cached)
+    return said.of_call(n_rows, length, past, cached=cached)
 
 
 def reason_of(prompt: Prompt, given: DecoderCall) -> str:
     """Why a call of the decoder has no visual tokens that would be known."""
-    if _TOLD.get() is not None or prompt.has_features or _ids_tell(prompt, given):
+    if _SAID.get() is not None or prompt.has_features or _ids_tell(prompt, given):
         return "no image in this call"
     return f"embeddings without ids do not tell which tokens are visual; give {_BLOCK} around the call"

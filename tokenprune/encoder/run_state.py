@@ -55,6 +55,7 @@ class RunState:
         importance: `[B, n_left]` fp32, attention received so far by the tokens that are left; None while none was seen.
         head_scores: `[B, H]` fp32, magnitudes of the heads' outputs so far; None while none was seen.
         heads: the heads that the last block kept, if not all.
+        heads_at: index of that block.
         traces: what happened so far.
     """
 
@@ -77,6 +78,7 @@ class RunState:
     importance: Tensor | None = None
     head_scores: Tensor | None = None
     heads: Heads | None = None
+    heads_at: int = -1
     traces: list[Trace] = field(default_factory=list)
 
     @property

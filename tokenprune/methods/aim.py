@@ -46,8 +46,8 @@ class AIM(Method):
 
     Before the decoder the tokens of each image (frame) are split by turns into sources and destinations; the most
     similar sources are averaged into their best destination, in rounds that halve the tokens, until `merge` of them are
-    left. A group stands at its destination's place. Inside the decoder fewer and fewer of the visual tokens of a row go
-    on, the most important ones: all of them up to layer `start`, none after layer `end`, linearly between.
+    left. A group stands at its destination's place. Inside the decoder fewer and fewer of the visual tokens of a row
+    are kept, the most important ones: all of them up to layer `start`, none after layer `end`, linearly between.
 
     The published settings are `AIM()` for images (`merge=0.125`, `prune=(13/32, 21/32)`) and :meth:`for_video`
     (`merge=0.25`, `prune=(14/28, 22/28)`), with depths relative to the decoder's, so that they fit any model.
@@ -61,8 +61,8 @@ class AIM(Method):
 
     Args:
         merge: fraction of the tokens of each image (frame) left after merging, in (0, 1], or a count; None: no merging.
-        prune: `(start, end)`: the first layer after which tokens leave and the first one after which none is left; as
-            floats in [0, 1] relative to the decoder's depth, as ints indices of layers; None: no pruning.
+        prune: `(start, end)`: the first layer after which tokens are dropped and the first one after which none is
+            left; as floats in [0, 1] relative to the decoder's depth, as ints indices of layers; None: no pruning.
         importance: `"pagerank"`: five steps of a random walk over the attention of the layer, as in the paper;
             `"column_sum"`: attention received; `"last_query"`: attention received from the last token, much the
             cheapest.
@@ -140,14 +140,14 @@ class AIM(Method):
             start = min(start, end - 1)
         if not 0 <= start < end <= n_layers - 1:
             raise OptionError(
-                f"prune={self.prune!r} stands for layers {start} to {end}, and tokens can leave a decoder of "
-                f"{n_layers} layers after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
+                f"prune={self.prune!r} means layers {start} to {end}, and a decoder of {n_layers} layers can drop "
+                f"tokens after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
             )
         return tuple(Stage(layer, 1 - (layer - start + 1) / (end - start)) for layer in range(int(start), int(end)))
 
     @property
     def probe(self) -> Probe | None:
-        """The importance scores that `llm_layer` looks at."""
+        """The importance scores that `llm_layer` sees."""
         return Probe(self.importance, float(self.temperature)) if self.prune is not None else None
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:

@@ -39,8 +39,8 @@ class FastV(Method):
         """
         if self.layer >= n_layers:
             raise OptionError(
-                f"layer={self.layer} leaves no layer to gain from in a decoder of {n_layers} layers; give at most "
-                f"{n_layers - 1}"
+                f"layer={self.layer} leaves no layer that sees fewer tokens in a decoder of {n_layers} layers; give at "
+                f"most {n_layers - 1}"
             )
         assert not isinstance(self.keep, str)
         return (Stage(self.layer - 1, self.keep),)

@@ -1,5 +1,4 @@
-"""SpAtten: cascade pruning of tokens and heads by what they have gathered so far (Wang et al., HPCA 2021, arXiv
-2012.09852)."""
+"""SpAtten: cascade pruning of tokens and heads by their scores so far (Wang et al., HPCA 2021, arXiv 2012.09852)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -46,19 +45,20 @@ _PROBABILITY = must_be("a probability from 0 to 1", lambda value: is_number(valu
 
 @dataclass(frozen=True, kw_only=True)
 class SpAtten(Method):
-    """Cascade token pruning (section III-A of the paper): a token that leaves is gone from all later layers.
+    """Cascade token pruning (section III-A of the paper): a token that one layer drops no later layer sees.
 
     A token's score is the attention it receives, summed over heads and queries and added up over layers and decoding
-    steps. After each layer the tokens with the highest scores go on, `floor(n * fraction)` of the n that may go. The
-    paper fine-tunes its models for this; here it runs without training, visual tokens only by default.
-    With `protect_text=False`, and for heads, drafts of an assistant count as they come, rejected ones too: what is
-    pruned while tokens are generated may differ from decoding without one.
+    steps. After each layer the tokens with the highest scores are kept, `floor(n * fraction)` of the n prunable ones
+    that entered the decoder. The paper fine-tunes its models for this; here it runs without training, on visual tokens
+    only by default. With `protect_text=False`, and for heads, drafts of an assistant count as they come, rejected ones
+    too: what is pruned while tokens are generated may differ from decoding without one.
 
-    A model that is a vision encoder loses patches between attention and MLP of its blocks. Class, distillation and
-    register tokens stay, and so does one patch at least. Behind its last block, and wherever others look at what a
-    block returns, a patch that left has the value of the nearest one before it that is left. Heads leave its blocks as
-    they leave a decoder's layers, here keys and values with them; tokens are then scored, and keys that another method
-    merges by are averaged, over the heads that are left. That needs an attention between projections alone.
+    A model that is a vision encoder drops patches between attention and MLP of its blocks. Class, distillation and
+    register tokens are kept, and so is one patch at least. Behind its last block, and wherever other code sees what a
+    block returns, a dropped patch has the value of the nearest kept one before it. Heads are dropped from its blocks as
+    from a decoder's layers, here with their keys and values; tokens are then scored, and keys that another method
+    merges by are averaged, over the kept heads. That needs an attention that is nothing but projections around a
+    softmax.
 
     Args:
         tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
@@ -66,11 +66,11 @@ class SpAtten(Method):
             than the one before.
         heads: average fraction of the heads kept over the layers, in (0, 1], falling with depth from all of them in the
             first 30 % of the layers; or a sequence as for `tokens`. A head's score is the sum of the absolute values of
-            its output, added up over layers and decoding steps; the output of a head that has left is zero. Prompts
-            compute the attention of kept heads alone. Where all rows of the batch keep the same heads, query and output
-            projections leave the others out too: in prompts and, once a layer's heads are those of the step before, in
-            decoding steps. That needs plain linear layers; the report says where there are others. Keys and values of
-            heads that left stay in the cache.
+            its output, added up over layers and decoding steps; the output of a dropped head is zero. Prompts compute
+            the attention of kept heads alone. Where all rows of the batch keep the same heads, query and output
+            projections are sliced too: in prompts and, once a layer's heads are those of the step before, in decoding
+            steps. That needs plain linear layers; the report says where there are others. Keys and values of dropped
+            heads stay in the cache.
         values: fraction of the values that each head reads in a decoding step, those with the largest probabilities
             (section III-B of the paper), in (0, 1]; or a sequence with a fraction for each layer. Prompts read all:
             there, arithmetic is the cost, not reading.
@@ -79,15 +79,15 @@ class SpAtten(Method):
             distribution is flat, reads the low one too. Needs a growing cache, as ``generate`` makes one. None: as they
             come.
         threshold: see `quantize`, in [0, 1].
-        protect_text: whether only visual tokens may go. False: text may too, in the prompt and, while tokens are
-            generated, from the KV cache; models without images can then be patched.
-        keep_first: with `protect_text=False`, tokens at the beginning of a row that stay.
-        keep_recent: with `protect_text=False`, tokens at its end that stay, at least 1.
-        kv: with `protect_text=False`, whether what leaves while tokens are generated leaves the KV cache for good
-            (`"persistent"`) or is only passed over, chosen in each step anew from all of it (`"per_step"`, as in the
-            paper's traces; nothing leaves in the prompt then).
-        interval: with `kv="persistent"`, a row's cache is looked through whenever the row's length reaches or passes a
-            multiple of this.
+        protect_text: whether only visual tokens are prunable. False: text is too, in the prompt and, while tokens are
+            generated, in the KV cache; models without images can then be patched.
+        keep_first: with `protect_text=False`, tokens at the beginning of a row that are always kept.
+        keep_recent: with `protect_text=False`, tokens at its end that are always kept, at least 1.
+        kv: with `protect_text=False`, whether what is pruned while tokens are generated is dropped from the KV cache
+            for good (`"persistent"`) or only masked, chosen in each step anew from all of it (`"per_step"`, as in the
+            paper's traces; the prompt is not pruned then).
+        interval: with `kv="persistent"`, a row's cache is pruned whenever the row's length reaches or passes a multiple
+            of this.
 
     Raises:
         OptionError: an option is out of range.
@@ -119,12 +119,12 @@ class SpAtten(Method):
         """The cascade over patches.
 
         Raises:
-            OptionError: values, bits or text are to go, which an encoder has no site for.
+            OptionError: values, bits or text are to be pruned, which an encoder has no site for.
         """
         return EncoderSpAtten(**{one.name: getattr(self, one.name) for one in fields(self)})
 
     def fractions(self, n_layers: int) -> tuple[float, ...]:
-        """Fraction of the tokens that may go which each of `n_layers` layers keeps.
+        """Fraction of the prunable tokens that each of `n_layers` layers keeps.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -132,7 +132,7 @@ class SpAtten(Method):
         return _by_layer("tokens", self.tokens, n_layers, free=FREE_TOKENS)
 
     def attention_plan(self, n_layers: int) -> AttentionPlan | None:
-        """Which heads and values are left out, None where all are kept.
+        """Which heads, values and bits are omitted, None where all are kept.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -158,18 +158,18 @@ class SpAtten(Method):
 
     @property
     def text(self) -> TextGuard | None:
-        """Which text stays where text may go."""
+        """Which text is always kept where text is prunable."""
         return None if self.protect_text else TextGuard(self.keep_first, self.keep_recent)
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
-        """What leaves the KV cache while tokens are generated: text, if it may go."""
+        """What is dropped from the KV cache while tokens are generated: text, if it is prunable."""
         kept = self.fractions(n_layers)
         if self.text is None or min(kept) == 1.0:
             return None
         return CachePlan(kept, self.text, self.interval, self.kv == "persistent", SCORE)
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
-        """Those of the tokens of `signals.importance` `[R, N]` that have gathered most attention."""
+        """Those of the tokens of `signals.importance` `[R, N]` that have received most attention."""
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
 
 
@@ -185,7 +185,8 @@ class EncoderSpAtten(SpAtten):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.values) < 1.0 if isinstance(self.values, Sequence) else self.values < 1.0:
+        values = self.values if isinstance(self.values, Sequence) else [self.values]
+        if min(values) < 1.0:
             raise OptionError(
                 f"values={self.values!r} was asked for, but vision encoders have no decoding steps that read values; "
                 "values=1.0 works here"
@@ -200,7 +201,7 @@ class EncoderSpAtten(SpAtten):
         return ("encoder_block",)
 
     def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-        """What each block takes away so that the next one gets its fraction, at least one patch.
+        """What each block drops so that the next one gets its fraction, at least one patch.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -210,7 +211,7 @@ class EncoderSpAtten(SpAtten):
         return tuple(before - after for before, after in pairwise(counts))
 
     def encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep:
-        """The protected tokens, and those of the others that have gathered most of `signals.importance` `[B, N]`."""
+        """The protected tokens, and those of the others with the highest `signals.importance` `[B, N]`."""
         assert signals.importance is not None
         n_prefix = int(signals.protected.sum())
         best = ops.top_k_select(signals.importance[:, n_prefix:], k=budget.high - n_prefix) + n_prefix

@@ -95,4 +95,4 @@ class ToMe(Method):
         """Keep one of the tokens of `signals.features` `[B, N, D]` that are equal bit for bit."""
         middle = equal_tokens(signals.features).middle
         stays = middle == torch.arange(middle.shape[1], dtype=torch.int64, device=middle.device)
-        return pack([row.nonzero()[:, 0] for row in stays], length=middle.shape[1])
+        return pack(stays)

@@ -124,14 +124,15 @@ def real_function(module: nn.Module) -> Any:
     return found
 
 
-def softcap_of(real: Any, options: dict[str, Any]) -> float | None:
-    """The cap that the attention function `real` puts on its logits when it is called with `options`; None for none.
+def softcap_of(module: nn.Module, options: dict[str, Any]) -> float | None:
+    """The cap that the attention function of a probed module puts on its logits when it is called with `options`; None
+    for none.
 
     A function that caps names its parameter `softcap`. One that does not may be handed a cap all the same: the sdpa
     function of transformers 5.17 does as if there were none, and later ones raise.
     """
     softcap = options.get("softcap")
-    return softcap if softcap is not None and _names_softcap(real) else None
+    return softcap if softcap is not None and _names_softcap(real_function(module)) else None
 
 
 @functools.lru_cache(maxsize=16)

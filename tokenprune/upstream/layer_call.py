@@ -86,3 +86,8 @@ class LayerCall:
 def first_of_kwargs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first argument of a call."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def is_unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is called by keywords, without an attention mask."""
+    return len(args) <= 1 and all(kwargs.get(name) is None for name in LAYER_ROLES["mask"])
