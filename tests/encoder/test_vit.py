@@ -31,7 +31,7 @@ from vits import (
 )
 
 import tokenprune
-from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError
+from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError, running
 from tokenprune.encoder import run_state
 from tokenprune.encoder.adapter import find_encoder
 from tokenprune.encoder.block_check import block_of
@@ -325,7 +325,7 @@ def test_gradients_reach_every_weight_as_in_the_dense_model():
 
 def untouched() -> bool:
     """Whether no forward has left anything in this context."""
-    return run_state._CURRENT.get() is None
+    return running.innermost() is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -387,7 +387,7 @@ def test_an_exception_leaves_nothing_behind(where, direct):
         }[where]()
         with pytest.raises(Broken):
             call(x)
-        state = run_state._CURRENT.get()
+        state = running.innermost()
         assert state is None or (state.direct and held(state) <= 2)
         hook.remove()
         assert torch.equal(call(x), wanted)
@@ -407,7 +407,7 @@ def test_stopping_early_holds_no_states_and_ends_where_another_block_is_called()
         (found,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
         del found
         gc.collect()
-        assert held(run_state._CURRENT.get()) <= 2
+        assert held(running.innermost()) <= 2
         assert model.blocks[3](x.new_ones(1, 17, 24)).shape == (1, 17, 24)
         assert untouched()
         model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)

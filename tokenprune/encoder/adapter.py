@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune import running
 from tokenprune.encoder import run_state
 from tokenprune.encoder.block_check import block_of
 from tokenprune.encoder.block_hooks import BlockHooks
@@ -99,7 +100,7 @@ class EncoderAdapter:
         ]
         fewer = plan_heads(session, self.tower, self.host, blocks)
         hooks: list[Hook | Swap] = [
-            Hook(self.host, "pre", lambda module, args, kwargs: run_state.enter(RunState(session))),
+            Hook(self.host, "pre", lambda module, args, kwargs: run_state.enter(RunState(session, None))),
             Hook(self.host, "post", lambda module, args, kwargs, output: self._end(session, output)),
         ]
         hooks += [Hook(block.module, "pre", partial(self._begin, session, block.names)) for block in blocks[:1]]
@@ -115,8 +116,8 @@ class EncoderAdapter:
         Raises:
             InputError: the encoder is no longer what was patched.
         """
-        call, outer = BlockCall(self.tower, names, args, kwargs), run_state.current(session)
-        run = RunState(session, direct=outer is None or outer.direct, phase="over")
+        call, host = BlockCall(self.tower, names, args, kwargs), running.current(RunState, session)
+        run = RunState(session, None, direct=host is None or host.direct, phase="over")
         run_state.enter(run)
         if not session.active:
             return run_state.end(session)
@@ -146,8 +147,11 @@ class EncoderAdapter:
         Raises:
             InputError: not all blocks took part, or the host returns fewer tokens than it has to.
         """
-        run = run_state.leave(session)
-        if output is None or run is None or not self.blocks:
+        run = running.current(RunState, session)
+        if run is None:
+            return
+        running.leave(run)
+        if output is None or not self.blocks:
             return
         host, last = type(self.host).__name__, len(self.blocks) - 1
         if run.phase == "open" or (run.plan and run.number != last):

@@ -1,23 +1,22 @@
 """One forward of a vision encoder: which token represents which patch, so far.
 
-It lives in a context variable, never on a module. It is opened by the host (the module that holds the blocks) or, where
-a caller goes around the host's forward, by the first block. The last block ends the pass, and so does an exception; the
-host closes what it has opened.
+It is opened by the host (the module that holds the blocks) or, where a caller goes around the host's forward, by the
+first block. The last block ends the pass, and so does an exception; the host closes what it has opened.
 """
 
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune import ops
+from tokenprune import ops, running
 from tokenprune.decode.heads import Heads
 from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Merge, Reduction, gather
+from tokenprune.running import Running
 from tokenprune.session import Session
 from tokenprune.signals import BlockSignals, Budget, Trace
 from tokenprune.upstream.tower import Logits
@@ -28,13 +27,11 @@ _REPLACED = "where modules of the encoder were replaced since (some quantizers d
 
 
 @dataclass
-class RunState:
+class RunState(Running):
     """State of one forward of one patched encoder, and of the tokens between two of its blocks.
 
     Attributes:
-        owner: the session whose forward it is.
         direct: whether its first block opened it.
-        outer: the forward that it takes place in.
         plan: for each method how many tokens each block removes; empty before the first block and where nothing is to
             be reduced.
         n_prefix: tokens before the patches.
@@ -59,9 +56,7 @@ class RunState:
         traces: what happened so far.
     """
 
-    owner: Session
     direct: bool = False
-    outer: "RunState | None" = None
     plan: tuple[tuple[int, ...], ...] = ()
     n_prefix: int = 0
     length: int = 0
@@ -179,42 +174,25 @@ class RunState:
         return gather(place, answer.index).argsort(1)
 
 
-_CURRENT: ContextVar[RunState | None] = ContextVar("tokenprune_encoder", default=None)
-
-
 def enter(run: RunState) -> None:
     """Begin a forward; what an interrupt left of an earlier one of its session is dropped."""
-    outer = _CURRENT.get()
-    while outer is not None and outer.owner is run.owner:
+    outer = running.innermost()
+    while isinstance(outer, RunState) and outer.owner is run.owner:
         outer = outer.outer
     run.outer = outer
-    _CURRENT.set(run)
-
-
-def current(session: Session) -> RunState | None:
-    """The forward of `session` that is going on."""
-    run = _CURRENT.get()
-    return run if run is not None and run.owner is session else None
+    running.enter(run)
 
 
 def reducing(session: Session) -> RunState | None:
     """The forward of `session` that is going on, if its blocks reduce tokens now."""
-    run = current(session)
+    run = running.current(RunState, session)
     return run if run is not None and run.phase == "reducing" else None
 
 
 def end(session: Session) -> None:
     """Note that no further block runs. Where the first block has opened the forward, that is its end."""
-    run = current(session)
+    run = running.current(RunState, session)
     if run is not None:
         run.phase = "over"
         if run.direct:
-            _CURRENT.set(run.outer)
-
-
-def leave(session: Session) -> RunState | None:
-    """End the forward of `session` if there is one, and tell what it was."""
-    run = current(session)
-    if run is not None:
-        _CURRENT.set(run.outer)
-    return run
+            running.leave(run)
