@@ -1,12 +1,12 @@
 """The adapter of vision transformers: tokens are merged or dropped inside the blocks, between attention and MLP.
 
-The class and register tokens come first and always go on. Blocks without that place (post-norm, parallel) reduce at
+The class and register tokens come first and are always kept. Blocks without that place (post-norm, parallel) reduce at
 their end instead; the trace says so. Attention counts a merged token by its size through the block's own mask argument,
 so that fused attention stays on.
 
 Whoever may look at what a block returns (a caller that goes around the host's forward, such as
 ``forward_intermediates``; hooks of others, such as those behind ``output_hidden_states``; the code behind the last
-block) finds all tokens there, each with the value of the one that stands for it. The next block takes the reduced
+block) finds all tokens there, each with the value of the one that represents it. The next block takes the reduced
 tokens out again.
 """
 

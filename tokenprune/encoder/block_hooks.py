@@ -56,15 +56,15 @@ class BlockHooks:
     def _read(
         self, name: str, keys: Keys, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
     ) -> None:
-        run = run_state.reducing(self.session)
-        if run is not None and output != (None,):
-            run.seen[name] = keys.read(output[0] if output else first_argument(args, kwargs))
+        run, x = run_state.reducing(self.session), output[0] if output else first_argument(args, kwargs)
+        if run is not None and x is not None:
+            run.seen[name] = keys.read(x)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run, number = run_state.reducing(self.session), self.block.number
         if run is None:
             return None
-        if run.direct and number != run.number + 1:  # it is called for itself
+        if run.direct and number != run.number + 1:  # it is called by itself
             return run_state.end(self.session)
         call = BlockCall(self.tower, self.block.names, args, kwargs)
         run.number, run.due = number, {"tokens"} if self.fewer is None else {"tokens", "attention"}

@@ -163,7 +163,8 @@ class RunState(Running):
         return x, carrier
 
     def _reordered(self, answer: Reduction) -> Tensor | None:
-        """The order `[B, M]` of the tokens that a reduction leaves of `n_left`."""
+        """The order `[B, M]` of the tokens that a reduction keeps of `n_left`: where it merges some, those at odd
+        places of the order so far come behind those at even ones."""
         merged = isinstance(answer, Merge) and answer.index.shape[1] < self.n_left
         if self.order is None and not merged:
             return None

@@ -23,7 +23,7 @@ from tokenprune.signals import Trace
 from tokenprune.upstream.encoders import ONE_TO_ONE, n_used, projector_of, tower_of
 
 _PACKED = "its vision tower packs the patches of all images into one sequence, with windows or groups of patches in it"
-_SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none stands for one patch"
+_SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none represents one patch"
 PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
 

@@ -30,14 +30,14 @@ class ToMe(Method):
     do not depend on it, and what reads the patches in their places is right.
 
     Inside a multimodal model, of the visual tokens that are equal because their patches were merged, only the one in
-    their middle goes on to the decoder.
+    their middle is kept for the decoder.
 
     Args:
         keep: float in (0, 1] = fraction of the patches that is left after the last block, int >= 1 = patches left; or
         r: patches removed per block: an int, a pair of an int and an inflection in [-1, 1] (-1: from twice as many
             down to none), or a list with a number for each block. No block removes more than half of the patches that
             reach it, as in the paper's release. Numbers that add up to all patches are refused; the release, which caps
-            them block by block, goes on with what is left.
+            them block by block, keeps what is left.
         proportional: add the logarithm of a token's size to its attention logits, so that a merged token counts as
             much as those it represents.
         restore: give what leaves the encoder all patches back, each with the value of its merged token. Where an
@@ -88,7 +88,7 @@ class ToMe(Method):
         return Merge(index, assign, signals.sizes)
 
     def budget(self, n_tokens: int) -> Budget:
-        """Before the decoder goes on what is left of the patches, however many that are."""
+        """Before the decoder all merged tokens are kept, however many there are."""
         return Budget(1, n_tokens)
 
     def before_llm(self, signals: Signals, budget: Budget) -> Keep:
