@@ -35,7 +35,7 @@ from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
 from tokenprune.running import current
 from tokenprune.upstream.caches import LAYERED, cache_in, check_classes, forget, no_cache, record
-from tokenprune.upstream.calls import callers_of, check_decoder, check_root, embedders_of, tells_logits
+from tokenprune.upstream.calls import callers_of, check_forward, embedders_of, tells_logits
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import UNNAMED, Family, n_planes, placeholder_id
@@ -62,8 +62,9 @@ class DecoderAdapter:
         self.embedders = embedders_of(root, model)
         self.decoder = decoder
         self.row = family
-        check_root(root)
-        check_decoder(decoder, planes=n_planes(root) > 0)
+        check_forward(root, "ids", "embeds")
+        planes = ("plane_tokens", "planes") if n_planes(root) else ()
+        check_forward(decoder, "embeds", "mask", "positions", "cache", *planes)
         self.facts = DecoderFacts(decoder)
         self._unpacks = self.facts.flash
         self._records = False  # whether the hooks for hidden states are in place
