@@ -26,6 +26,8 @@ from tokenprune.upstream.encoders import TOWERS, encoder_refusal
 from tokenprune.upstream.families import FAMILIES, family_of, is_encoder_decoder, refusal, takes_images, untabled
 
 Adapter = DecoderAdapter | EncoderAdapter | MultimodalAdapter
+"""Knows where the sites of a family of models are: `preflight` refuses what they cannot honour, `hooks` says what has
+to be installed for a session. Neither touches the model."""
 _POSITIONS = one_of("original", "packed")
 
 

@@ -199,13 +199,14 @@ def pack(kept: Tensor, *, left: bool = False) -> Keep:
         `Keep` with `index` `[B, M]`, M the largest number of kept positions (at least 1), and `valid` `[B, M]`, None
         where all slots count.
     """
-    length, width = kept.shape[1], max(1, int(kept.sum(dim=1).max()))
+    length, counts = kept.shape[1], kept.sum(dim=1)
+    width = max(1, int(counts.max()))
+    if bool((counts == width).all()):
+        return Keep(kept.nonzero()[:, 1].view(-1, width))
     # Kept positions first, then dropped ones from the right; the first `width` of that order, back in ascending order.
     order = kept.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     index = (length - 1 - order).sort(dim=1).values
     valid = kept.gather(1, index)
-    if bool(valid.all()):
-        return Keep(index)
     if left:
         order = valid.to(torch.uint8).argsort(dim=1, stable=True)
         index, valid = index.gather(1, order), valid.gather(1, order)

@@ -5,7 +5,7 @@ It is what an adapter works with: which methods take part at a site (by their ba
 method), whether to prune now, and where traces go.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -111,7 +111,7 @@ class Session:
         """The methods that take part after decoder layers, in order."""
         return self.reducers("llm_layer")
 
-    def install(self, hooks: list[Hook | Swap]) -> None:
+    def install(self, hooks: Sequence[Hook | Swap]) -> None:
         """Put what an adapter wants in place: all of it or, when that raises, nothing."""
         try:
             for one in hooks:

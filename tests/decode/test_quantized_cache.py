@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from upstream import cache_of, with_cache
 
 from tokenprune import ops
-from tokenprune.errors import InputError, OptionError, UnsupportedModelError
+from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.report import measure
 from tokenprune.upstream import quantized_cache
 from tokenprune.upstream.quantized_cache import PlanesLayer, use_planes
@@ -27,28 +27,25 @@ CONFIG = {
 
 
 class Simulated(DynamicLayer):
-    """Keeps everything as it came; all but the newest tokens are rounded to 8 bits when they are read."""
-
-    residual = 0
+    """Keeps everything as it came; tokens are rounded to 8 bits when they are read."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return tuple(self.rounded(states) for states in super().update(key_states, value_states))
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         scale = states.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-        old = torch.arange(states.shape[2])[:, None] < states.shape[2] - self.residual
-        return torch.where(old, (states / scale).round() * scale, states)
+        return (states / scale).round() * scale
 
 
-def simulated(residual: int) -> DynamicCache:
+def simulated() -> DynamicCache:
     cache = DynamicCache()
-    cache.layer_class_to_replicate = type("Layer", (Simulated,), {"residual": residual})
+    cache.layer_class_to_replicate = Simulated
     return cache
 
 
-def in_planes(model: Any = None, residual: int = 0) -> DynamicCache:
+def in_planes(model: Any = None) -> DynamicCache:
     cache = DynamicCache() if model is None else DynamicCache(config=model.config)
-    use_planes(cache, residual=residual)
+    use_planes(cache)
     return cache
 
 
@@ -71,30 +68,28 @@ def states(n: int, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return torch.randn(batch, 2, n, 16, generator=generator), torch.randn(batch, 2, n, 16, generator=generator)
 
 
-def filled(residual: int, *lengths: int) -> tuple[Any, Any]:
+def filled(*lengths: int) -> tuple[Any, Any]:
     """A layer in planes and one that simulates it, with the same states."""
-    layers = PlanesLayer(residual=residual), Simulated()
-    layers[1].residual = residual
+    layers = PlanesLayer(), Simulated()
     for seed, n in enumerate(lengths):
         for layer in layers:
             layer.update(*states(n, seed=seed))
     return layers
 
 
-def read(layer: Any) -> list[torch.Tensor]:
-    return list(layer.update(*states(1, batch=len(layer.keys), seed=99)))
+def read(layer: Any, rows: int = 2) -> list[torch.Tensor]:
+    return list(layer.update(*states(1, batch=rows, seed=99)))
 
 
 # --- in generate ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", [0, 1, 7, 100])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_is_that_of_a_simulation(model: Any, inputs: Any, residual: int, beams: int) -> None:
+def test_generate_is_that_of_a_simulation(model: Any, inputs: Any, beams: int) -> None:
     options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False, "output_scores": True}
-    for cache in (in_planes(residual=residual), in_planes(model, residual)):
+    for cache in (in_planes(), in_planes(model)):
         got = model.generate(**inputs, **with_cache(cache), return_dict_in_generate=True, **options)
-        want = model.generate(**inputs, **with_cache(simulated(residual)), return_dict_in_generate=True, **options)
+        want = model.generate(**inputs, **with_cache(simulated()), return_dict_in_generate=True, **options)
         assert cache_of(got) is cache
         assert all(type(layer) is PlanesLayer for layer in cache.layers)
         assert torch.equal(got.sequences, want.sequences)
@@ -103,10 +98,9 @@ def test_generate_is_that_of_a_simulation(model: Any, inputs: Any, residual: int
 
 def test_quantization_changes_the_logits_a_little(model: Any, inputs: Any) -> None:
     dense = model(**inputs).logits
-    for residual, same in ((0, False), (22, False), (23, True)):
-        got = model(**inputs, **with_cache(in_planes(residual=residual))).logits
-        assert torch.equal(got, dense) == same
-        torch.testing.assert_close(got, dense, atol=0.05, rtol=0.05)
+    got = model(**inputs, **with_cache(in_planes())).logits
+    assert not torch.equal(got, dense)
+    torch.testing.assert_close(got, dense, atol=0.05, rtol=0.05)
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(model: Any) -> None:
@@ -129,35 +123,32 @@ def test_assisted_decoding_crops(model: Any) -> None:
 
 def test_memory_falls(model: Any, inputs: Any) -> None:
     sizes = {}
-    for name, cache in (("dense", DynamicCache()), ("planes", in_planes()), ("residual", in_planes(residual=10))):
+    for name, cache in (("dense", DynamicCache()), ("planes", in_planes())):
         model(**inputs, **with_cache(cache))
         sizes[name] = measure.kv_mib(cache) * 2**20
     vectors = 2 * 2 * 3 * 2 * 23  # Layers, keys and values, rows, heads, tokens.
     assert sizes["dense"] == vectors * 64
     assert sizes["planes"] == vectors * (16 + 4)
-    assert sizes["residual"] == vectors // 23 * (13 * 20 + 10 * 64)
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", [0, 3, 50])
-def test_what_is_done_to_rows_is_done_to_all_that_is_stored(residual: int) -> None:
-    for name, argument in (
-        ("reorder_cache", torch.tensor([1, 1])),
-        ("batch_select_indices", torch.tensor([1])),
-        ("batch_repeat_interleave", 3),
+def test_what_is_done_to_rows_is_done_to_all_that_is_stored() -> None:
+    for name, argument, rows in (
+        ("reorder_cache", torch.tensor([1, 1]), 2),
+        ("batch_select_indices", torch.tensor([1]), 1),
+        ("batch_repeat_interleave", 3, 6),
     ):
-        layers = filled(residual, 9, 1, 4)
+        layers = filled(9, 1, 4)
         for layer in layers:
             getattr(layer, name)(argument)
-        torch.testing.assert_close(read(layers[0]), read(layers[1]))
+        torch.testing.assert_close(read(layers[0], rows), read(layers[1], rows))
 
 
-@pytest.mark.parametrize("residual", [0, 3, 50])
 @pytest.mark.parametrize("n", [0, 1, 3, 5, 14, 20])
-def test_cropping_forgets_the_last_tokens(n: int, residual: int) -> None:
-    layer, _ = filled(residual, 9, 1, 4)
+def test_cropping_forgets_the_last_tokens(n: int) -> None:
+    layer, _ = filled(9, 1, 4)
     before = [part.clone() for part in layer.update(*states(0))]
     layer.crop(-n)
     left = max(0, 14 - n)
@@ -168,7 +159,7 @@ def test_cropping_forgets_the_last_tokens(n: int, residual: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 8, 14, 20])
 def test_a_positive_number_crops_what_it_crops_of_an_ordinary_layer(n: int) -> None:
-    layer, plain = filled(3, 9, 1, 4)
+    layer, plain = filled(9, 1, 4)
     try:
         plain.crop(n)
     except ValueError:
@@ -180,32 +171,28 @@ def test_a_positive_number_crops_what_it_crops_of_an_ordinary_layer(n: int) -> N
 
 
 def test_resetting_forgets_everything() -> None:
-    layer, _ = filled(2, 9)
+    layer, _ = filled(9)
     layer.reset()
     assert layer.get_seq_length() == 0
     assert measure.kv_mib(type("Cache", (), {"layers": [layer]})()) == 0
-    again, want = layer.update(*states(5)), PlanesLayer(residual=2).update(*states(5))
+    again, want = layer.update(*states(5)), PlanesLayer().update(*states(5))
     assert torch.equal(again[0], want[0])
 
 
-@pytest.mark.parametrize("residual", [0, 3])
-def test_taking_tokens(residual: int) -> None:
-    layer, _ = filled(residual, 9, 5)
+def test_taking_tokens() -> None:
+    layer, _ = filled(9, 5)
     before = layer.update(*states(0))[0].clone()
     index = torch.tensor([[0, 4, 11, 12, 13], [2, 3, 11, 12, 13]])
     layer.take(index)
     assert torch.equal(layer.update(*states(0))[0], before.gather(2, index[:, None, :, None].expand(-1, 2, -1, 16)))
-    assert layer.keys.shape[2] == residual
-    layer.take(torch.tensor([[0, 4], [2, 3]]))  # A newest token goes, so the others are quantized.
+    layer.take(torch.tensor([[0, 4], [2, 3]]))
     assert layer.get_seq_length() == 2
-    assert layer.keys.shape[2] == 0
 
 
-@pytest.mark.parametrize("residual", [0, 4])
-def test_planes_are_those_of_all_tokens(residual: int) -> None:
-    layer = PlanesLayer(residual=residual)
+def test_planes_are_those_of_all_tokens() -> None:
+    layer = PlanesLayer()
     for part in zip(*(x.split([6, 1, 3], dim=2) for x in states(10)), strict=True):
-        layer.store(*part)
+        layer.update(*part)
     for planes, whole in zip(layer.planes(), states(10), strict=True):
         want = ops.quantize_planes(whole)
         assert torch.equal(planes.high, want.high)
@@ -214,7 +201,7 @@ def test_planes_are_those_of_all_tokens(residual: int) -> None:
 
 
 def test_decode_attention_reads_the_planes(model: Any) -> None:
-    layer, _ = filled(0, 20)
+    layer, _ = filled(20)
     query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(5))
     got = ops.decode_attention(query, *layer.planes(), scale=0.25)
     want = torch.nn.functional.scaled_dot_product_attention(
@@ -224,7 +211,7 @@ def test_decode_attention_reads_the_planes(model: Any) -> None:
 
 
 def test_copies_and_pickles_go_on() -> None:
-    cache = in_planes(residual=2)
+    cache = in_planes()
     cache.update(*states(7), 0)
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         other.update(*states(3, seed=1), 1)
@@ -233,23 +220,13 @@ def test_copies_and_pickles_go_on() -> None:
 
 
 def test_offloaded_layers_come_back() -> None:
-    layer, other = filled(3, 9)
+    layer, other = filled(9)
     layer.offload()
     layer.prefetch()
     torch.testing.assert_close(read(layer), read(other))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("residual", [-1, True, 1.5, None])
-def test_a_wrong_residual_is_refused(residual: Any) -> None:
-    with pytest.raises(OptionError, match="residual"):
-        PlanesLayer(residual=residual)
-    cache = DynamicCache()
-    with pytest.raises(OptionError, match="residual"):
-        use_planes(cache, residual=residual)
-    assert cache.layer_class_to_replicate is DynamicLayer
 
 
 def test_caches_that_cannot_are_refused(model: Any) -> None:
@@ -263,7 +240,7 @@ def test_caches_that_cannot_are_refused(model: Any) -> None:
 
 @pytest.mark.parametrize("configured", [False, True])
 def test_a_cache_that_was_emptied_is_one_to_start_with(model: Any, configured: bool) -> None:
-    cache = in_planes(model if configured else None, 3)
+    cache = in_planes(model if configured else None)
     use_planes(cache)  # It has kept nothing yet.
     for empty in (cache.reset, lambda: cache.crop(-9)):
         for i in range(2):
@@ -272,7 +249,7 @@ def test_a_cache_that_was_emptied_is_one_to_start_with(model: Any, configured: b
             use_planes(cache)
         empty()
         use_planes(cache)
-        assert [(type(layer), layer.residual) for layer in cache.layers] == [(PlanesLayer, 0)] * 2
+        assert [type(layer) for layer in cache.layers] == [PlanesLayer] * 2
 
 
 def test_an_odd_width_is_refused() -> None:

@@ -119,6 +119,14 @@ def test_the_self_check_leaves_the_model_in_training_as_it_was(monkeypatch: pyte
     assert all(module.training for module in model.modules())
 
 
+def test_what_is_looked_up_in_vain_is_named_with_what_is_there_likely_names_first() -> None:
+    config = types.SimpleNamespace(depth=2, hidden_width=3)
+    assert check.look_up(config, "size", "depth", role="depth") == 2
+    found = r"has no width that is known: looked for config\.hidden_size; transformers \S+ has hidden_width, depth;"
+    with pytest.raises(UnsupportedModelError, match=found):
+        check.look_up(types.SimpleNamespace(config=config), "config.hidden_size", role="width")
+
+
 # --- arguments that nobody knows -------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Dropping entries of the KV cache while tokens are generated, layer by layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,10 +123,8 @@ def _shrink(
     counts = [min(wanted, n) for wanted, n in zip(n_keep, n_may, strict=True)]
     if counts == n_may:
         return slots
-    stay = ~may
-    if any(counts):
-        scores = gather(ledger.scores[plan.probe].to(device), tokens)
-        stay = _mark(stay, ops.top_k_select(scores, k=counts, valid=may))
+    scores = gather(ledger.scores[plan.probe].to(device), tokens)
+    stay = _with_largest(~may, scores, counts, may)
     stay &= columns >= 0
     keep = pack(stay)
     keep_slots(layer, keep.index, columns.shape[1])
@@ -135,10 +134,14 @@ def _shrink(
     return Slots(index, len(sequence) - index.shape[1], bool((index < 0).any()), bias)
 
 
-def _mark(stay: Tensor, chosen: Tensor) -> Tensor:
-    """`stay` `[B, N]` with the positions `chosen` `[B, k]` (-1: none) set."""
-    wide = pad(stay, (1, 0))
-    return wide.scatter_(1, chosen + 1, True)[:, 1:]
+def _with_largest(stay: Tensor, scores: Tensor, counts: Sequence[int], may: Tensor) -> Tensor:
+    """`stay` `[B, N]` bool and, of the tokens `may` of each row, as many of the largest scores as `counts` says."""
+    if counts[0] and len(set(counts)) == 1:
+        return stay.scatter_(1, ops.top_k_select(scores.masked_fill(~may, -torch.inf), k=counts[0]), True)
+    if not any(counts):
+        return stay
+    chosen = ops.top_k_select(scores, k=counts, valid=may)  # -1 behind the last one of a row
+    return pad(stay, (1, 0)).scatter_(1, chosen + 1, True)[:, 1:]
 
 
 def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
@@ -160,8 +163,8 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
     if counts != alive.n_left:
         scores = state.scores.get(plan.probe)
         scores = torch.zeros_like(alive.seen, dtype=torch.float32) if scores is None else scores.to(device)
-        scores = pad(scores, (0, alive.seen.shape[1] - scores.shape[1]))
-        may = alive.seen & alive.movable
-        seen = _mark(alive.seen & ~may, ops.top_k_select(scores, k=counts, valid=may))
+        if scores.shape[1] < alive.seen.shape[1]:
+            scores = pad(scores, (0, alive.seen.shape[1] - scores.shape[1]))
+        seen = _with_largest(alive.seen & ~alive.movable, scores, counts, alive.seen & alive.movable)
         state.alive = Alive(seen, alive.movable, alive.n_movable, counts)
     return state.alive.seen

@@ -35,7 +35,7 @@ from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
 from tokenprune.running import current
 from tokenprune.upstream.caches import LAYERED, cache_in, check_classes, forget, no_cache, record
-from tokenprune.upstream.calls import callers_of, check_decoder, check_root, embedders_of, tells_logits
+from tokenprune.upstream.calls import callers_of, check_forward, embedders_of, tells_logits
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import UNNAMED, Family, n_planes, placeholder_id
@@ -62,8 +62,9 @@ class DecoderAdapter:
         self.embedders = embedders_of(root, model)
         self.decoder = decoder
         self.row = family
-        check_root(root)
-        check_decoder(decoder, planes=n_planes(root) > 0)
+        check_forward(root, "ids", "embeds")
+        planes = ("plane_tokens", "planes") if n_planes(root) else ()
+        check_forward(decoder, "embeds", "mask", "positions", "cache", *planes)
         self.facts = DecoderFacts(decoder)
         self._unpacks = self.facts.flash
         self._records = False  # whether the hooks for hidden states are in place
@@ -152,19 +153,14 @@ class DecoderAdapter:
     def probing(self, engine: Engine, prompt: Prompt) -> Iterator[None]:
         """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
         `prompt`."""
-        shorten, lengthen = (hook.function for hook in self._decoder_hooks(engine))
         state = Forward(engine, running.innermost(), prompt)
+        engine.install(self._decoder_hooks(engine))
         running.enter(state)
-        handles = [
-            self.decoder.register_forward_pre_hook(shorten, with_kwargs=True),
-            self.decoder.register_forward_hook(lengthen, with_kwargs=True, always_call=True),
-        ]
         try:
             yield
         finally:
             running.leave(state)
-            for handle in handles:
-                handle.remove()
+            engine.remove()
 
     def _shorten(self, engine: Engine, state: Forward | None, given: DecoderCall) -> bool:
         """Change what the decoder is given; False where it may stay as it is."""

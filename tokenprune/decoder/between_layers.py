@@ -22,7 +22,7 @@ from tokenprune.reduction import Keep, gather, pack
 from tokenprune.running import current
 from tokenprune.signals import Budget, LayerSignals, Stage, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs, is_unmasked
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, is_unmasked
 from tokenprune.validate import ask
 
 SITE = "llm_layer"
@@ -97,7 +97,8 @@ def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any
     if segment.slots is not None:  # what a padding slot gets is hidden by the mask
         seen = gather(seen, segment.layout(call).columns.clamp(min=0).to(seen.device))
     n_keys, first = layer_mask_sizes(call.cache, 1, layer)
-    seen = pad(seen[:, first : first + n_keys], (0, max(0, first + n_keys - seen.shape[1])))
+    if first or n_keys != seen.shape[1]:
+        seen = pad(seen[:, first : first + n_keys], (0, max(0, first + n_keys - seen.shape[1])))
     if call.flash:
         return seen if whole is None else whole & seen.to(whole.device)
     seen = seen[:, None, None].to(hidden.device if whole is None else whole.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenprune.decoder.pruned_cache import Ledger
 from tokenprune.errors import InputError
-from tokenprune.upstream.caches import first_key, layers_of, past_length, window_of
+from tokenprune.upstream.caches import first_key, grows, layers_of, past_length, window_of
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.masks import dense_mask
@@ -113,6 +113,11 @@ class Call:
         total = self.past + self.length
         flat = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape[1] >= total
         return None if flat and bool(self.mask[:, :total].all()) else self.mask
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether each layer of the cache has room for what it holds and no more."""
+        return grows(self.cache)
 
     @property
     def length(self) -> int:

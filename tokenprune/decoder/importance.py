@@ -108,7 +108,8 @@ def _step(
     if mask is not None:
         weights = weights.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
     weights = weights.softmax(3)
-    return (weights @ value).flatten(1, 2)[:, None], weights.detach().sum((1, 2))[:, :n_keys]
+    scores = weights.detach().sum((1, 2))
+    return (weights @ value).view(len(query), 1, query.shape[1], -1), scores if mask is None else scores[:, :n_keys]
 
 
 def _note(state: Forward, call: Call, layer: int, probe: Probe, scores: Tensor) -> None:

@@ -19,9 +19,8 @@ from tokenprune.engine import Engine, Hook
 from tokenprune.reduction import gather
 from tokenprune.running import current
 from tokenprune.upstream.attention import checkpoints
-from tokenprune.upstream.decoder_call import lengthen_output
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, lengthen_output
 from tokenprune.upstream.facts import layers_of
-from tokenprune.upstream.layer_call import LayerCall, first_of_kwargs
 
 
 def wants_graph(decoder: nn.Module) -> bool:

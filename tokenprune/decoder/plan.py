@@ -24,7 +24,7 @@ from tokenprune.errors import OptionError
 from tokenprune.running import Running, current
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
 from tokenprune.upstream.attention import attention_of, has_sinks
-from tokenprune.upstream.calls import check_layer
+from tokenprune.upstream.calls import check_forward
 from tokenprune.upstream.facts import DecoderFacts, layers_of
 from tokenprune.upstream.families import UNNAMED, is_text
 from tokenprune.upstream.prompts import Prompt
@@ -176,7 +176,7 @@ def find_layers(decoder: nn.Module, facts: DecoderFacts) -> list[nn.Module]:
             "decoder"
         )
     for layer in layers:
-        check_layer(layer)
+        check_forward(layer, "mask", "cache")  # rotary embeddings are not needed: positions may be in the embeddings
     facts.check_layers(layers)
     return layers
 

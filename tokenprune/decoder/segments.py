@@ -46,8 +46,9 @@ class Segment:
         """Whether `layer` sees all its slots in a call of one token, and its attention knows so without a mask."""
         if call.length > 1 or call.cache is None or not call.fused or not self.is_whole(call):
             return False
-        recurrent = call.facts.is_recurrent(call.facts.kind_of(layer))
-        return not recurrent and sum(layer_mask_sizes(call.cache, 1, layer)) == self.n_keys(call)
+        if call.facts.recurrent and call.facts.is_recurrent(call.facts.kind_of(layer)):
+            return False
+        return call.grows or sum(layer_mask_sizes(call.cache, 1, layer)) == self.n_keys(call)
 
     def layout(self, call: Call) -> Layout:
         """Rows and columns of the segment's masks."""

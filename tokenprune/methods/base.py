@@ -47,6 +47,7 @@ class Method:
     keep: float | int | str = 0.25
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if cls.name in ("", *(parent.__name__ for parent in cls.__mro__[1:])):  # nobody has chosen a name
             cls.name = cls.__name__
 

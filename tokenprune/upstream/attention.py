@@ -4,8 +4,6 @@ transformers keeps a table of attention functions. A probed attention module see
 through a proxy config; everyone else (the masks above all) goes on seeing the configuration itself.
 """
 
-import copy
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.upstream.check import missing, need
+from tokenprune.upstream.calls import names_of
+from tokenprune.upstream.check import look_up, missing, need, need_attributes
 
 NAME = "tokenprune"
 _FIELD = "config"
@@ -40,9 +39,6 @@ class ProxyConfig:
             raise AttributeError(name)
         return getattr(self.original, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
     def __reduce__(self) -> tuple[Any, tuple[Any]]:
         return _itself, (self.original,)
 
@@ -68,8 +64,8 @@ def check_grouping(module: nn.Module, n_groups: int) -> None:
     Raises:
         UnsupportedModelError: it does not.
     """
-    if n_groups > 1 and not hasattr(module, _GROUPS):
-        raise missing("number of queries of each key", of=type(module).__name__, wanted=[_GROUPS], seen=vars(module))
+    if n_groups > 1:
+        need_attributes(module, [_GROUPS], role="number of queries of each key")
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
@@ -85,17 +81,14 @@ def register(function: Callable[..., Any]) -> None:
         UnsupportedModelError: there is no such table.
     """
     interface = need("transformers", "AttentionInterface", role="table of attention functions")
-    if not hasattr(interface, "register"):
-        raise missing("way to register", of="AttentionInterface", wanted=["register"], seen=dir(interface))
-    interface.register(NAME, function)
-    _table()
+    look_up(interface, "register", role="way to register")(NAME, function)
+    _finder()
 
 
-def _table() -> Any:
+def _finder() -> Any:
+    """What finds an attention function by its name."""
     table = need("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", role="table of attention functions")
-    if not hasattr(table, "get_interface"):
-        raise missing("look-up", of="ALL_ATTENTION_FUNCTIONS", wanted=["get_interface"], seen=dir(table))
-    return table
+    return look_up(table, "get_interface", role="look-up")
 
 
 def proxy_of(module: nn.Module) -> tuple[str, Any]:
@@ -116,11 +109,10 @@ def implementation_of(module: nn.Module) -> str:
 
 def real_function(module: nn.Module) -> Any:
     """The attention function that a probed module would call."""
-    eager = getattr(sys.modules[type(module).__module__], _EAGER, None)
-    found = _table().get_interface(implementation_of(module), eager)
+    beside = sys.modules[type(module).__module__]
+    found = _finder()(implementation_of(module), getattr(beside, _EAGER, None))
     if found is None:
-        seen = [name for name in vars(sys.modules[type(module).__module__]) if "attention" in name]
-        raise missing("eager attention", of=type(module).__module__, wanted=[_EAGER], seen=seen)
+        raise missing("eager attention", of=beside.__name__, wanted=[_EAGER], seen=vars(beside))
     return found
 
 
@@ -132,12 +124,7 @@ def softcap_of(module: nn.Module, options: dict[str, Any]) -> float | None:
     function of transformers 5.17 does as if there were none, and later ones raise.
     """
     softcap = options.get("softcap")
-    return softcap if softcap is not None and _names_softcap(real_function(module)) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _names_softcap(real: Any) -> bool:
-    return "softcap" in inspect.signature(real).parameters
+    return softcap if softcap is not None and "softcap" in names_of(real_function(module)) else None
 
 
 def scale_of(query: Tensor, options: dict[str, Any]) -> float:
@@ -163,8 +150,7 @@ def checkpoints(module: nn.Module) -> bool:
 
 def head_width(module: nn.Module) -> int:
     """Width K of the heads of an attention whose projections can be sliced."""
-    width = getattr(module, "head_dim", None)
-    return width if isinstance(width, int) else 0
+    return int(getattr(module, "head_dim", 0))
 
 
 def whole_projections(module: nn.Module) -> str | None:

@@ -8,15 +8,15 @@ A pruned cache holds fewer slots than the sequence has tokens. Its class becomes
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError, UnsupportedModelError
 from tokenprune.reduction import gather
-from tokenprune.upstream.calls import CACHE
-from tokenprune.upstream.check import missing, need, need_attributes
+from tokenprune.upstream.calls import CACHE, parts_of
+from tokenprune.upstream.check import look_up, missing, need, need_attributes
 from tokenprune.upstream.slotted import Slotted
 
 LAYERED = (
@@ -27,10 +27,19 @@ _UNPATCHED = (
     "this cache was pruned, and the model is not patched: it counts tokens that the cache does not hold; patch it "
     "again with any method, and go on within session.pause() if nothing more is to be pruned"
 )
-_STATE = "_tokenprune_slots"
 _MODULE = "transformers.cache_utils"
-_LENGTH, _SIZES = "get_seq_length", "get_mask_sizes"
-_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+_LENGTH = "get_seq_length"
+_ASKED = (
+    _LENGTH,
+    "get_mask_sizes",
+    "update",
+    "crop",
+    "reset",
+    "reorder_cache",
+    "batch_select_indices",
+    "batch_repeat_interleave",
+)
+"""What a cache and each of its layers are asked for."""
 _PAGED = "PagedAttentionCache"
 _KINDS = (
     "a transformers Cache made of layers works (DynamicCache, StaticCache, QuantizedCache), and so does use_cache=False"
@@ -41,28 +50,25 @@ class _PrunedCache:
     """What a pruned cache does differently; mixed into the class of the cache it came from."""
 
     layers: list[Any]
+    _tokenprune_slots: Slotted
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Length of the sequence: in tokens outside the decoder, in slots within it."""
-        slots: Slotted = getattr(self, _STATE)
         given = (*args, *kwargs.values())  # one argument, whatever it is called
         layer = next(i for i in range(given[0] if given else 0, len(self.layers)) if hasattr(self.layers[i], _LENGTH))
         physical = super().get_seq_length(layer)  # type: ignore[misc]
-        return physical if slots.inside else physical + slots.dropped_at(layer)
+        return physical if self._tokenprune_slots.inside else physical + self._tokenprune_slots.dropped_at(layer)
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[Any, int]:
         """Length and offset of the keys that a mask has to cover, counted as in :meth:`get_seq_length`."""
-        slots: Slotted = getattr(self, _STATE)
-        given: tuple[int, int] = _in_order(super().get_mask_sizes, args, kwargs)  # type: ignore[misc]
-        if slots.inside:
-            sizes: tuple[Any, int] = super().get_mask_sizes(*given)  # type: ignore[misc]
-            return sizes
-        n_queries, layer = given
+        ask: Any = super().get_mask_sizes  # type: ignore[misc]
+        if self._tokenprune_slots.inside:
+            return cast("tuple[Any, int]", ask(*args, **kwargs))
+        n_queries, layer = inspect.signature(ask).bind(*args, **kwargs).arguments.values()
         past = int(self.get_seq_length(layer))
         window = window_of(self.layers[layer])
-        if window is None or past < window:
-            return past + n_queries, 0
-        return window - 1 + n_queries, past - window + 1
+        first = 0 if window is None else max(0, past - window + 1)
+        return past + n_queries - first, first
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Store new states.
@@ -70,12 +76,12 @@ class _PrunedCache:
         Raises:
             InputError: a decoder calls that does not count in the slots.
         """
-        _check_writer(getattr(self, _STATE))
+        _check_writer(self._tokenprune_slots)
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
         """Store new states of a recurrent layer, as :meth:`update` does."""
-        _check_writer(getattr(self, _STATE))
+        _check_writer(self._tokenprune_slots)
         return super().update_conv_state(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -84,10 +90,9 @@ class _PrunedCache:
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens, as on an unpruned cache."""
-        slots: Slotted = getattr(self, _STATE)
         length = int(self.get_seq_length())
         n_gone = length - cropped_length(length, *args, *kwargs.values())
-        finish = slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
+        finish = self._tokenprune_slots.crop(n_gone, super().get_seq_length)  # type: ignore[misc]
         super().crop(-n_gone)  # type: ignore[misc]
         finish()
 
@@ -99,19 +104,18 @@ class _PrunedCache:
     def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
         """Take rows as beam search does."""
         super().reorder_cache(*args, **kwargs)  # type: ignore[misc]
-        getattr(self, _STATE).take_rows(*args, *kwargs.values())
+        self._tokenprune_slots.take_rows(*args, *kwargs.values())
 
     def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
         """Keep some rows."""
         super().batch_select_indices(*args, **kwargs)  # type: ignore[misc]
-        getattr(self, _STATE).take_rows(*args, *kwargs.values())
+        self._tokenprune_slots.take_rows(*args, *kwargs.values())
 
     def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(*args, **kwargs)  # type: ignore[misc]
-        slots = getattr(self, _STATE)
-        repeats = (*args, *kwargs.values())[0]
-        slots.take_rows(torch.arange(slots.n_rows, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+        rows = torch.arange(self._tokenprune_slots.n_rows, dtype=torch.int64, device="cpu")
+        self._tokenprune_slots.take_rows(rows.repeat_interleave(*args, *kwargs.values()))
 
 
 def _check_writer(slots: Slotted) -> None:
@@ -125,14 +129,6 @@ def _check_writer(slots: Slotted) -> None:
     if slots.layered or slots.differ:
         raise InputError(LAYERED if slots.layered else _UNPATCHED)
     slots.length = None  # somebody else writes, who does not say how much
-
-
-def _in_order(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of a call in the order of the signature."""
-    if not kwargs:
-        return args
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    return tuple(bound.arguments.values())
 
 
 @functools.cache
@@ -151,17 +147,15 @@ def check_classes() -> None:
     Raises:
         UnsupportedModelError: they have not.
     """
-    cache = need(_MODULE, "Cache", role="KV cache")
-    need_attributes(cache, (_LENGTH, _SIZES, "update", "crop", "reset", *_ROWS), role="function of the KV cache")
-    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")
-    wanted = (_LENGTH, _SIZES, "update", "crop", "reset", "is_sliding", "lazy_initialization", *_ROWS)
+    need_attributes(need(_MODULE, "Cache", role="KV cache"), _ASKED, role="function of the KV cache")
+    layer = need(_MODULE, "DynamicLayer", role="layer of a KV cache")()
+    wanted = (*_ASKED, "keys", "values", "is_initialized", "is_sliding", "lazy_initialization")
     need_attributes(layer, wanted, role="attribute of a layer of the KV cache")
-    need_attributes(layer(), ("keys", "values", "is_initialized"), role="attribute of a layer of the KV cache")
 
 
 def slots_of(cache: Any) -> Any:
     """What a pruned cache knows of its slots, None for any other cache or for no cache."""
-    return getattr(cache, _STATE, None)
+    return getattr(cache, "_tokenprune_slots", None)
 
 
 def record(cache: Any, slots: Slotted) -> None:
@@ -169,12 +163,12 @@ def record(cache: Any, slots: Slotted) -> None:
     if slots_of(cache) is None:
         cls: Any = type(cache)
         cache.__class__ = _pruned_class(cls)
-    setattr(cache, _STATE, slots)
+    cache._tokenprune_slots = slots
 
 
 def forget(cache: Any) -> None:
     """Make a pruned cache an ordinary one."""
-    delattr(cache, _STATE)
+    del cache._tokenprune_slots
     cache.__class__ = type(cache).__mro__[2]
 
 
@@ -185,14 +179,12 @@ def is_cache(thing: object) -> bool:
 
 def cache_in(output: Any) -> Any:
     """The KV cache among what a decoder returned, under whatever name; None where there is none."""
-    values = output if isinstance(output, tuple) else output.values() if hasattr(output, "values") else ()
-    return next((value for value in values if is_cache(value)), None)
+    return next((part for part in parts_of(output).values() if is_cache(part)), None)
 
 
 def no_cache(called: str, output: Any) -> UnsupportedModelError:
     """The error for a decoder that was to keep a cache and returned none."""
-    seen = output.keys() if hasattr(output, "keys") else [type(output).__name__]
-    return missing("KV cache", of=f"what {called} returned", wanted=CACHE, seen=seen)
+    return missing("KV cache", of=f"what {called} returned", wanted=CACHE, seen=parts_of(output))
 
 
 def layers_of(cache: Any) -> Sequence[Any]:
@@ -221,11 +213,10 @@ def past_length(cache: Any) -> int:
 def stored_length(layer: Any) -> int | None:
     """Slots of one layer of a cache; None where it has none (linear attention) or where the device would have to be
     waited for."""
-    ask = getattr(layer, _LENGTH, None)
-    length = None if ask is None else ask()
-    if isinstance(length, Tensor):
-        return int(length) if length.device.type == "cpu" else None
-    return length
+    length = layer.get_seq_length() if hasattr(layer, _LENGTH) else None
+    if isinstance(length, Tensor) and length.device.type != "cpu":
+        return None
+    return None if length is None else int(length)
 
 
 def layer_mask_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
@@ -236,6 +227,11 @@ def layer_mask_sizes(cache: Any, length: int, layer: int) -> tuple[int, int]:
         return length, 0
     n_keys, first = layers[layer].get_mask_sizes(length)
     return int(n_keys), int(first)
+
+
+def grows(cache: Any) -> bool:
+    """Whether the layers of a cache are known to hold all tokens that they were given, with no room for more."""
+    return {type(layer).__name__ for layer in layers_of(cache)} == {"DynamicLayer"}
 
 
 def first_key(cache: Any, length: int, layer: int) -> int:
@@ -249,10 +245,7 @@ def window_of(layer: Any) -> int | None:
     """Sliding window of a cache layer in slots, or None for a layer that keeps everything."""
     if not getattr(layer, "is_sliding", False):
         return None
-    window = getattr(layer, "sliding_window", None)
-    if window is None and not hasattr(layer, "max_cache_len"):
-        raise missing("window", of=type(layer).__name__, wanted=["sliding_window", "max_cache_len"], seen=vars(layer))
-    return int(layer.max_cache_len if window is None else window)
+    return int(look_up(layer, "sliding_window", "max_cache_len", role="window"))
 
 
 def cropped_length(length: int, tokens_to_remove: int) -> int:
@@ -295,13 +288,13 @@ def keep_slots(layer: Any, index: Tensor, n_slots: int) -> None:
     if hasattr(layer, "take"):  # one of ours
         layer.take(index)
         return
-    keys, values = (
-        gather(x[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2) for x in (layer.keys, layer.values)
-    )
-    if layer.keys.shape[2] == n_slots:
-        layer.keys, layer.values = keys.contiguous(), values.contiguous()
-        return
-    n_left = index.shape[1]  # a static cache keeps its storage
-    layer.keys[:, :, :n_left] = keys
-    layer.values[:, :, :n_left] = values
-    layer.cumulative_length.fill_(n_left)
+    is_static = layer.keys.shape[2] != n_slots  # it keeps its storage
+    for name in ("keys", "values"):
+        states = getattr(layer, name)
+        kept = gather(states[:, :, :n_slots].transpose(1, 2), index).transpose(1, 2)
+        if is_static:
+            states[:, :, : index.shape[1]] = kept
+        else:
+            setattr(layer, name, kept.contiguous())
+    if is_static:
+        layer.cumulative_length.fill_(index.shape[1])

@@ -1,15 +1,20 @@
-"""What is said where a library below lacks something that is needed, and which of its versions are proven.
+"""How the names of the libraries below are looked up, and which of their versions are proven.
 
-Nothing is decided by a version: what is needed is looked for. The list of tested minors serves two ends: messages name
-it, and a transformers that is newer has to pass the self-check before a model is touched
-(:func:`tokenprune.testing.self_check`).
+Nothing is decided by a version: what is needed is looked for, and what is not there under any name known raises. The
+list of tested minors serves two ends: messages name it, and a transformers that is newer has to pass the self-check
+before a model is touched (:func:`tokenprune.testing.self_check`).
 """
 
 import importlib
 import importlib.metadata
+import re
 import sys
 from collections.abc import Iterable
+from functools import reduce
+from operator import attrgetter
 from typing import Any
+
+from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
 
@@ -35,19 +40,11 @@ def tested() -> str:
     return f"transformers {TESTED[0]} to {TESTED[-1]}"
 
 
-def is_newer_than_tested() -> bool:
-    """Whether the minor of the installed transformers is newer than the newest tested one."""
-
-    def minor(version: str) -> tuple[int, ...]:
-        parts = (part for part in version.split(".")[:2])
-        return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
-
-    return minor(version_of()) > minor(TESTED[-1])
-
-
 def needs_proof(decoder: object) -> bool:
-    """Whether the class of `decoder` has to pass the self-check in this process before it is touched."""
-    return is_newer_than_tested() and type(decoder) not in _PROVEN
+    """Whether the class of `decoder` has to pass the self-check in this process before it is touched: the minor of
+    transformers is newer than the newest tested one, and the class has not passed yet."""
+    installed, newest = ([int(part) for part in re.findall(r"\d+", one)[:2]] for one in (version_of(), TESTED[-1]))
+    return installed > newest and type(decoder) not in _PROVEN
 
 
 def note_proof(decoder: object) -> None:
@@ -64,10 +61,12 @@ def missing(
         role: what was looked for, in neutral words.
         of: where.
         wanted: the names that it is known by.
-        seen: the names that are there.
+        seen: the names that are there; those that share a word with the wanted ones are shown first.
         library: the package that it belongs to.
     """
     names = [str(name) for name in seen if not str(name).startswith("_")]
+    words = {word for name in wanted for word in re.split(r"[._ ]", name)}
+    names.sort(key=lambda name: words.isdisjoint(name.split("_")))  # likely ones first
     names = [*names[:_SHOWN], f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else names
     proven = f"; tested are {tested()}" if library == "transformers" else ""
     return UnsupportedModelError(
@@ -90,7 +89,23 @@ def need(module: str, name: str, *, role: str) -> Any:
     return found
 
 
-def need_attributes(thing: object, names: Iterable[str], *, role: str) -> None:
+def look_up(thing: Any, *paths: str, role: str, library: str = "transformers") -> Any:
+    """The first of the attributes at the dotted `paths` that `thing` has.
+
+    Raises:
+        UnsupportedModelError: it has none of them.
+    """
+    for path in paths:
+        try:
+            return attrgetter(path)(thing)
+        except AttributeError:
+            continue
+    places = paths[0].split(".")[:-1]
+    holder = reduce(lambda found, name: getattr(found, name, found), places, thing)
+    raise missing(role, of=type(holder).__name__, wanted=paths, seen=seen_in(holder), library=library)
+
+
+def need_attributes(thing: Any, names: Iterable[str], *, role: str) -> None:
     """Check that `thing` has all attributes `names`.
 
     Raises:
@@ -98,5 +113,17 @@ def need_attributes(thing: object, names: Iterable[str], *, role: str) -> None:
     """
     if lacking := [name for name in names if not hasattr(thing, name)]:
         called = thing.__name__ if isinstance(thing, type) else type(thing).__name__
-        there = [name for name in dir(thing) if not name.startswith("_")]
-        raise missing(role, of=called, wanted=lacking, seen=there)
+        raise missing(role, of=called, wanted=lacking, seen=seen_in(thing))
+
+
+def seen_in(thing: Any) -> list[str]:
+    """Names of what a module holds (submodules, parameters, attributes), or of all that another thing has."""
+    own = vars(thing) if isinstance(thing, nn.Module) else dir(thing)
+    names = [*own, *getattr(thing, "_modules", ()), *getattr(thing, "_parameters", ())]
+    return [name for name in names if not name.startswith("_")]
+
+
+def child(module: Any, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, None where there is none."""
+    found = reduce(lambda holder, name: getattr(holder, name, None), path.split("."), module)
+    return found if isinstance(found, nn.Module) else None

@@ -1,28 +1,24 @@
-"""What a text decoder is called with and what it returns, in neutral words.
+"""What a text decoder and its layers are called with, and what they return, in neutral words."""
 
-:class:`DecoderCall` holds the values of a call by their roles; ``arguments`` gives them back under the names they came
-by or, where they were not given, by those of the forward's signature.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tokenprune.reduction import Keep
-from tokenprune.upstream.calls import DECODER_ROLES, DECODER_WORDS, bind, refuse_unknown, sorted_out, written
+from tokenprune.reduction import Keep, gather
+from tokenprune.upstream.calls import ROLES, ModuleCall, bind, parameters_of, parts_of, refuse_unknown
 from tokenprune.upstream.check import missing
 
 _RECORDS = "output_hidden_states"
 
 
 @dataclass
-class DecoderCall:
+class DecoderCall(ModuleCall):
     """What a text decoder is called with.
 
     Attributes:
-        module: the decoder.
         embeds: `[B, L, D]`, or None where it is called with ids.
         ids: `[B, L]`, or None.
         mask: the attention mask in any of its forms.
@@ -31,10 +27,9 @@ class DecoderCall:
         caches: whether one is wanted; None: as the config says.
         plane_tokens: `[B, L]` bool, which tokens DeepStack's features belong to, or None.
         planes: DeepStack's features for the first layers, `[n, D]` each, or None.
-        others: what else was given, by upstream's names.
     """
 
-    module: nn.Module
+    roles = ("embeds", "ids", "mask", "positions", "cache", "caches", "plane_tokens", "planes")
     embeds: Tensor | None = None
     ids: Tensor | None = None
     mask: Any = None
@@ -43,23 +38,15 @@ class DecoderCall:
     caches: bool | None = None
     plane_tokens: Tensor | None = None
     planes: list[Tensor] | None = None
-    others: dict[str, Any] = field(default_factory=dict)
-    _names: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         """What `module` is being called with."""
-        values, names, others = sorted_out(bind(module.forward, args, kwargs), DECODER_WORDS)
-        return cls(module, **values, others=others, _names=names)
+        return cls._sorted(module, bind(parameters_of(module), args, kwargs))
 
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments."""
-        given = dict(self.others)
-        for role in DECODER_ROLES:
-            value = getattr(self, role)
-            if role in self._names or value is not None:
-                given[self._names.get(role) or written(role, DECODER_ROLES, self.module)] = value
-        return given
+        return self._written()
 
     @property
     def records(self) -> bool:
@@ -76,16 +63,11 @@ class DecoderCall:
             UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
         """
         assert self.embeds is not None
-        per_token = self.embeds.shape[:2]
-        for name, value in self.others.items():
-            if isinstance(value, Tensor) and value.shape[:2] == per_token:
-                self.others[name] = keep.apply(value)
-            else:
-                refuse_unknown(name, self.module, value)
+        self._shorten_others(self.embeds.shape[:2], keep.apply)
         if self.plane_tokens is not None and self.planes is not None:
             self._shorten_planes(keep)
         elif self.planes is not None:
-            refuse_unknown(self._names["planes"], self.module, self.planes)
+            refuse_unknown(self.names["planes"], self.planes, of=type(self.module).__name__)
         if self.positions is not None:
             self.positions = keep.apply(self.positions, dim=self.positions.ndim - 1)
         self.embeds = keep.apply(self.embeds)
@@ -98,11 +80,11 @@ class DecoderCall:
         assert visual is not None
         assert self.planes is not None
         number = (visual.flatten().cumsum(0) - 1).view_as(visual)
-        left = keep.apply(visual)
-        left = left if keep.valid is None else left & keep.valid.to(left.device)
-        rows = keep.apply(number)[left]
+        kept = keep.apply(visual)
+        kept = kept if keep.valid is None else kept & keep.valid.to(kept.device)
+        rows = keep.apply(number)[kept]
         self.planes = [plane[rows.to(plane.device)] for plane in self.planes]
-        self.plane_tokens = left
+        self.plane_tokens = kept
 
     def change_planes(self, change: Callable[[Tensor], None]) -> None:
         """Let `change` write into each plane, laid out as `[B, L, D]`."""
@@ -118,24 +100,76 @@ class DecoderCall:
         self.planes = changed
 
 
+@dataclass
+class LayerCall(ModuleCall):
+    """What a decoder layer is called with.
+
+    Attributes:
+        hidden: hidden states `[B, M, D]`.
+        first: the name that they came by, None where they came first without one.
+        mask: the attention mask in the form that its attention takes.
+        positions: `[B, M]` or `[3 or 4, B, M]`, or None.
+        rope: rotary embeddings: a tensor or a tuple of tensors `[.., M, K]`, or None.
+        cache: the KV cache, or None.
+    """
+
+    roles = ("mask", "positions", "rope", "cache")
+    hidden: Tensor
+    first: str | None
+    mask: Any = None
+    positions: Any = None
+    rope: Any = None
+    cache: Any = None
+
+    @classmethod
+    def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
+        """What `module` is being called with."""
+        parameters = parameters_of(module)
+        given = bind(parameters, args, kwargs)
+        first = next(name for name in parameters if name in given)  # hidden states, whatever they are called
+        hidden = given.pop(first)
+        return cls._sorted(module, given, hidden=hidden, first=None if args else first)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same as positional and keyword arguments."""
+        if self.first is not None:
+            return (), {self.first: self.hidden, **self._written()}
+        return (self.hidden,), self._written()
+
+    def shorten(self, local: Tensor, *, n_tokens: int) -> None:
+        """Shorten what the decoder made for `n_tokens` tokens of each row, but for hidden states and mask.
+
+        Args:
+            local: `[B, M]` int64, the tokens that are kept.
+            n_tokens: tokens of each row that the decoder was given.
+
+        Raises:
+            InputError: several sequences are packed into a row.
+            UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
+        """
+        if isinstance(self.rope, Tensor):
+            self.rope = gather(self.rope, local, dim=self.rope.ndim - 2)
+        elif isinstance(self.rope, tuple | list):
+            self.rope = tuple(gather(part, local, dim=part.ndim - 2) for part in self.rope)
+        elif self.rope is not None:
+            refuse_unknown(self.names["rope"], self.rope, of=type(self.module).__name__)
+        if isinstance(self.positions, Tensor):
+            self.positions = gather(self.positions, local, dim=self.positions.ndim - 1)
+        self._shorten_others((local.shape[0], n_tokens), partial(gather, index=local))
+
+
 def call_decoder(decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
-    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without."""
-    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
-    output = decoder(**call.arguments())
-    return states_of(output, type(decoder).__name__)
-
-
-def states_of(output: Any, called: str) -> Tensor:
-    """The last hidden states among what a decoder returned.
+    """Hidden states `[B, L, D]` that a decoder gives, with a KV cache or without.
 
     Raises:
-        UnsupportedModelError: there are none.
+        UnsupportedModelError: there are none among what it returns.
     """
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-    found = next((value for value in values if isinstance(value, Tensor) and value.ndim == 3), None)
+    call = DecoderCall(decoder, embeds, mask=mask, positions=positions, cache=cache, caches=cache is not None)
+    parts = parts_of(decoder(**call.arguments()))
+    found = next((part for part in parts.values() if isinstance(part, Tensor) and part.ndim == 3), None)
     if found is None:
-        seen = output.keys() if isinstance(output, Mapping) else [type(output).__name__]
-        raise missing("hidden states", of=f"what {called} returns", wanted=["a tensor [B, L, D]"], seen=seen)
+        of = f"what {type(decoder).__name__} returns"
+        raise missing("hidden states", of=of, wanted=["a tensor [B, L, D]"], seen=parts)
     return found
 
 
@@ -157,6 +191,15 @@ def lengthen_output(output: Any, last: Callable[[Tensor], Tensor], by_layer: Cal
     if isinstance(output, tuple):
         return tuple(map(change, output))
     for name, value in list(output.items()):
-        if isinstance(value, Tensor | tuple):
-            output[name] = change(value)
+        output[name] = change(value)
     return output
+
+
+def first_of_kwargs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def is_unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is called by keywords, without an attention mask."""
+    return len(args) <= 1 and all(kwargs.get(name) is None for name in ROLES["mask"])

@@ -10,34 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tokenprune.errors import InputError, UnsupportedModelError
+from tokenprune.errors import InputError
 from tokenprune.reduction import gather
 from tokenprune.upstream import hf_vit, timm_vit
-from tokenprune.upstream.check import missing, version_of
-from tokenprune.upstream.tower import Tower, child, look_up, seen_in, shorten_rope
+from tokenprune.upstream.calls import bind, refuse_unknown
+from tokenprune.upstream.check import look_up, missing, version_of
+from tokenprune.upstream.tower import Tower, shorten_rope
 
 TOWERS: tuple[Tower, ...] = (*timm_vit.TOWERS, *hf_vit.TOWERS)
+_REFUSED = {**timm_vit.REFUSED, **hf_vit.REFUSED}
 
 ONE_TO_ONE: Mapping[str, str] = {"llava": "vision_feature_layer", "paligemma": "", "vipllava": "vision_feature_layer"}
 """Families each of whose visual tokens is one patch of a tower that can be reduced, and the field of their config that
 says which of the tower's layers are handed on; "" where it is the last one."""
-_PROJECTOR = "multi_modal_projector"
-_CAUSAL = "is_causal"
 
 
 def towers_of(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
     """The vision encoders that `model` is or holds, with their rows."""
     found: list[tuple[nn.Module, Tower]] = []
     for module in model.modules():
-        tower = next((row for row in TOWERS if _descends(module, row)), None)
+        classes = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(module).__mro__}
+        tower = next((row for row in TOWERS if any((row.library, host) in classes for host in row.hosts)), None)
         if tower is not None and not any(module in set(host.modules()) for host, _ in found):
             found.append((module, tower))
     return found
-
-
-def _descends(module: nn.Module, tower: Tower) -> bool:
-    classes = type(module).__mro__
-    return any(cls.__name__ in tower.hosts and cls.__module__.partition(".")[0] == tower.library for cls in classes)
 
 
 def tower_of(model: nn.Module) -> tuple[nn.Module, Tower]:
@@ -56,13 +52,7 @@ def tower_of(model: nn.Module) -> tuple[nn.Module, Tower]:
 
 def encoder_refusal(model: nn.Module) -> str | None:
     """Why the vision encoder that `model` is cannot be reduced; None where nothing is known against it."""
-    for cls in type(model).__mro__:
-        if cls.__module__.startswith("timm.") and cls.__name__ in timm_vit.REFUSED:
-            return timm_vit.REFUSED[cls.__name__]
-        prefix = cls.__name__.removesuffix("PreTrainedModel")
-        if cls.__name__.endswith("PreTrainedModel") and prefix in hf_vit.REFUSED:
-            return hf_vit.REFUSED[prefix]
-    return None
+    return next((_REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _REFUSED), None)
 
 
 def projector_of(root: Any) -> nn.Module:
@@ -71,8 +61,7 @@ def projector_of(root: Any) -> nn.Module:
     Raises:
         UnsupportedModelError: there is no such module.
     """
-    if (found := child(root, _PROJECTOR)) is None:
-        raise missing("projector", of=type(root).__name__, wanted=[_PROJECTOR], seen=seen_in(root))
+    found: nn.Module = look_up(root, "multi_modal_projector", role="projector")
     return found
 
 
@@ -84,8 +73,7 @@ def n_used(root: Any, family: str, n_blocks: int) -> int:
     """
     if not ONE_TO_ONE[family]:
         return n_blocks
-    config = look_up(root, "config", role="config")
-    layers = look_up(config, ONE_TO_ONE[family], role="number of the layer that the vision tower hands on")
+    layers = look_up(root, f"config.{ONE_TO_ONE[family]}", role="number of the layer that the vision tower hands on")
     return max(int(layer) % (n_blocks + 1) for layer in (layers if isinstance(layers, list | tuple) else [layers]))
 
 
@@ -107,7 +95,7 @@ class BlockCall:
     """
 
     def __init__(self, tower: Tower, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = bind(names, args, kwargs)
         if len(args) > len(names) or not isinstance(given.get(names[0]), Tensor):
             raise InputError(
                 f"a block of a vision encoder was called with {len(args)} arguments and {', '.join(kwargs) or 'no'} "
@@ -138,31 +126,30 @@ class BlockCall:
     @property
     def is_causal(self) -> bool:
         """Whether tokens see those before them only."""
-        return bool(self.others.get(_CAUSAL))
+        return bool(self.others.get("is_causal"))
 
     def shorten(self, index: Tensor | None, *, n_prefix: int, length: int, mask: Tensor | None) -> None:
-        """Shorten everything beside the hidden states to the tokens that are left.
+        """Shorten everything beside the hidden states to the tokens that are kept.
 
         Args:
-            index: `[B, n_left]`, where they stood among those that entered the first block; None where all are left.
+            index: `[B, M]`, where they stood among those that entered the first block; None where all are kept.
             n_prefix: tokens before the patches.
             length: tokens that entered the first block.
-            mask: what is to be added to the attention logits, `[B, 1, 1, n_left]`.
+            mask: what is to be added to the attention logits, `[B, 1, 1, M]`.
 
         Raises:
             UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
         """
-        for name, value in self.others.items():
-            if (
-                value is None
-                or isinstance(value, bool | int | float | str)
-                or name in (self.tower.mask, self.tower.rope)
-            ):
-                continue
+        ours = [name for name in (self.tower.mask, self.tower.rope) if name]
+        for name, value in [item for item in self.others.items() if item[0] not in ours]:
             if isinstance(value, Tensor) and value.shape[:2] == (len(self.states), length):
                 self.others[name] = value if index is None else gather(value, index)
             else:
-                self._refuse(name, value)
+                of, known = (
+                    f"a block of a vision encoder ({self.tower.name})",
+                    f"; known are {', '.join(map(repr, ours))}",
+                )
+                refuse_unknown(name, value, of=of, known=known, library=self.tower.library)
         if index is None:
             return
         if self.tower.mask in self.others or mask is not None:
@@ -170,20 +157,8 @@ class BlockCall:
         if self.rope is not None:
             self.others[self.tower.rope] = shorten_rope(self.rope, index[:, n_prefix:] - n_prefix)
 
-    def _refuse(self, name: str, value: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-        if tensors:
-            known = ", ".join(repr(one) for one in (self.tower.mask, self.tower.rope) if one)
-            raise UnsupportedModelError(
-                f"a block of a vision encoder ({self.tower.name}) was called with {name!r} (a {type(value).__name__} "
-                f"with a tensor of shape {list(tensors[0].shape)}), whose tokens cannot be told, so none can leave; "
-                f"known are {known}; {self.tower.library} {version_of(self.tower.library)}"
-            )
-
 
 def lengths_in(output: Any, width: int) -> set[int]:
     """Lengths N of the hidden states `[B, N, D]` in what an encoder returned."""
-    if isinstance(output, Tensor):
-        return {output.shape[1]} if output.ndim == 3 and output.shape[2] == width else set()
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return {length for part in parts for length in lengths_in(part, width)}
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return {leaf.shape[1] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 3 and leaf.shape[2] == width}

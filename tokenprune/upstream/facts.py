@@ -7,10 +7,11 @@ from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream.attention import attention_of, checkpoints
-from tokenprune.upstream.check import missing
+from tokenprune.upstream.check import look_up, missing
 
 _RECURRENT = frozenset(("conv", "linear_attention"))
 _SLIDING, _FULL = "sliding", "full_attention"
+_IMPLEMENTATION = "config._attn_implementation"
 
 
 class DecoderFacts:
@@ -18,8 +19,12 @@ class DecoderFacts:
 
     Attributes:
         called: the name of its class.
+        config: the configuration itself, for upstream's own functions.
+        depth: number of layers.
+        width: width D of the hidden states.
         kinds: kind of each layer (`full_attention`, `sliding_attention`, ...); None where all are of one kind.
         window: sliding window in tokens, None where there is none.
+        recurrent: whether some layers go through the tokens one by one, so that no padding may stand between them.
         mrope: whether its rotary embeddings have several axes.
 
     Args:
@@ -30,39 +35,24 @@ class DecoderFacts:
     """
 
     def __init__(self, decoder: nn.Module) -> None:
-        config: Any = getattr(decoder, "config", None)
+        self._decoder = decoder
         self.called = type(decoder).__name__
-        self._decoder: Any = decoder
-        seen = vars(config) if config is not None else ()
-        for name, role in (("num_hidden_layers", "number of layers"), ("hidden_size", "width"),
-                           ("_attn_implementation", "attention implementation")):  # fmt: skip
-            if not hasattr(config, name):
-                raise missing(role, of=f"the config of {self.called}", wanted=[name], seen=seen)
-        kinds = getattr(config, "layer_types", None)
+        self.depth = int(look_up(decoder, "config.num_hidden_layers", role="number of layers"))
+        self.width = int(look_up(decoder, "config.hidden_size", role="width"))
+        look_up(decoder, _IMPLEMENTATION, role="attention implementation")
+        self.config: Any = decoder.config
+        kinds = getattr(self.config, "layer_types", None)
         self.kinds: tuple[str, ...] | None = tuple(kinds) if kinds else None
-        window = getattr(config, "sliding_window", None)
-        if window is None and any(_SLIDING in kind for kind in self.kinds or ()):
-            raise missing("sliding window", of=f"the config of {self.called}", wanted=["sliding_window"], seen=seen)
-        self.window: int | None = None if window is None or not self._some_slide() else int(window)
-        self.mrope = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+        self._slide = [_SLIDING in kind for kind in self.kinds or (_SLIDING,) * self.depth]
+        window = getattr(self.config, "sliding_window", None)
+        if window is None and self.kinds is not None and any(self._slide):
+            raise self._missing("sliding window", "", "sliding_window")
+        self.window = int(window) if window is not None and any(self._slide) else None
+        self.recurrent = not _RECURRENT.isdisjoint(self.kinds or ())
+        self.mrope = "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
 
-    def _some_slide(self) -> bool:
-        return self.kinds is None or any(_SLIDING in kind for kind in self.kinds)
-
-    @property
-    def config(self) -> Any:
-        """The configuration itself, for upstream's own functions."""
-        return self._decoder.config
-
-    @property
-    def width(self) -> int:
-        """Width D of the hidden states."""
-        return int(self.config.hidden_size)
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return int(self.config.num_hidden_layers)
+    def _missing(self, role: str, why: str, field: str) -> UnsupportedModelError:
+        return missing(role, of=f"the config of {self.called}{why}", wanted=[field], seen=vars(self.config))
 
     @property
     def implementation(self) -> str:
@@ -90,11 +80,6 @@ class DecoderFacts:
             return False
         return bool(getattr(self.config, "use_cache", False) if wanted is None else wanted)
 
-    @property
-    def recurrent(self) -> bool:
-        """Whether some layers go through the tokens one by one, so that no padding may stand between them."""
-        return self.kinds is not None and not _RECURRENT.isdisjoint(self.kinds)
-
     def kind_of(self, layer: int) -> str | None:
         """Kind of a layer, None where all are of one kind."""
         return None if self.kinds is None else self.kinds[layer]
@@ -108,8 +93,7 @@ class DecoderFacts:
         if kind is None:
             return 0
         if self.kinds is None:
-            raise missing("kinds of layers", of=f"the config of {self.called}, whose masks come by kind ({kind}),",
-                          wanted=["layer_types"], seen=vars(self.config))  # fmt: skip
+            raise self._missing("kinds of layers", f", whose masks come by kind ({kind}),", "layer_types")
         return self.kinds.index(kind) if kind in self.kinds else 0
 
     def first_layers(self) -> dict[str, int]:
@@ -120,10 +104,6 @@ class DecoderFacts:
     def is_recurrent(self, kind: str | None) -> bool:
         """Whether layers of a kind go through the tokens one by one."""
         return kind in _RECURRENT
-
-    def slides(self, layer: int) -> bool:
-        """Whether a layer sees a window only."""
-        return self.window is not None and (self.kinds is None or _SLIDING in self.kinds[layer])
 
     @property
     def positional_caches(self) -> list[str]:
@@ -139,8 +119,7 @@ class DecoderFacts:
         """
         bare = [i for i, layer in enumerate(layers) if attention_of(layer) is None]
         if bare and len(bare) < len(layers) and self.kinds is None:
-            raise missing("kinds of layers", of=f"the config of {self.called}, whose layers {bare} have no attention,",
-                          wanted=["layer_types"], seen=vars(self.config))  # fmt: skip
+            raise self._missing("kinds of layers", f", whose layers {bare} have no attention,", "layer_types")
 
     def check_windows(self, windows: Sequence[int | None]) -> None:
         """Check that the layers of a cache that upstream made for this decoder slide where it does.
@@ -148,7 +127,8 @@ class DecoderFacts:
         Raises:
             UnsupportedModelError: they do not.
         """
-        wrong = [i for i, window in enumerate(windows) if window is not None and not self.slides(i)]
+        sliding = [i for i, window in enumerate(windows) if window is not None]
+        wrong = [i for i in sliding if self.window is None or not self._slide[i]]
         if wrong:
             raise UnsupportedModelError(
                 f"layers {', '.join(map(str, wrong))} of the KV cache keep a window of {windows[wrong[0]]} tokens, and "
@@ -159,8 +139,6 @@ class DecoderFacts:
 
 def layers_of(decoder: nn.Module) -> list[nn.Module] | None:
     """The decoder's layers, None where they are not found."""
-    config: Any = decoder.config
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-            return list(child)
-    return None
+    depth = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    lists = (list(child) for child in decoder.children() if isinstance(child, nn.ModuleList))
+    return next((layers for layers in lists if len(layers) == depth), None)

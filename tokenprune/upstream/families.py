@@ -12,20 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.upstream.check import missing
+from tokenprune.upstream.check import look_up
 
 
-def _square(*names: str, halve: int = 1) -> Callable[[Any], int]:
-    """Tokens of a frame whose side is image_size / patch_size, pooled by `halve` (rounded up) or by the config field
-    named."""
-
-    def tokens(config: Any) -> int:
-        vision = config.vision_config
-        side = vision.image_size // vision.patch_size
-        stride = getattr(config, names[0], halve) if names else halve
-        return int(math.ceil(side / stride) ** 2)
-
-    return tokens
+def _pooled_frame(config: Any) -> int:
+    """Tokens of a frame whose side is image_size / patch_size, pooled by two or as the config says, and rounded up."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    return int(math.ceil(side / getattr(config, "spatial_pool_stride", 2)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,11 @@ FAMILIES: tuple[Family, ...] = (
         "llava_next_video",
         "LlavaNextVideo",
         _BOTH,
-        frame_tokens=_square("spatial_pool_stride", halve=2),
+        frame_tokens=_pooled_frame,
         square=0,
         video=True,
     ),
-    Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_square(halve=2), square=0, video=True),
+    Family("llava_onevision", "LlavaOnevision", _BOTH, frame_tokens=_pooled_frame, square=0, video=True),
     Family("video_llava", "VideoLlava", _BOTH, rows_are_images=True, video=True),
     Family("qwen2_vl", "Qwen2VL", _BOTH, mrope=True, apart=True, video=True),
     Family("qwen2_5_vl", "Qwen2_5_VL", _BOTH, mrope=True, apart=True, video=True),
@@ -167,11 +161,7 @@ def placeholder_id(root: nn.Module, field: str) -> int | None:
     Raises:
         UnsupportedModelError: the config does not know the field.
     """
-    config: Any = root.config
-    if not hasattr(config, field):
-        seen = [name for name in vars(config) if "token" in name or name.endswith("_id")]
-        raise missing("placeholder token", of=type(config).__name__, wanted=[field], seen=seen)
-    token_id = getattr(config, field)
+    token_id = look_up(root, f"config.{field}", role="placeholder token")
     return None if token_id is None else int(token_id)
 
 
@@ -209,21 +199,7 @@ def breaks_lines(root: nn.Module, family: Family) -> bool:
     """Whether an image's tokens are broken into lines by others, which the vision encoder of `root` decides."""
     if not family.joins:
         return False
-    vision = _vision(root)
-    if not hasattr(vision, "model_type"):
-        raise missing("type of the vision encoder", of=type(vision).__name__, wanted=["model_type"], seen=vars(vision))
-    return bool(vision.model_type in _BROKEN)
-
-
-def pixels_per_token(root: nn.Module) -> int:
-    """Pixels between neighbouring tokens of a packed tower."""
-    config: Any = root.config
-    return int(_vision(root).patch_size) * int(getattr(config, "spatial_merge_size", 1) or 1)
-
-
-def merge_of(root: nn.Module) -> int:
-    """How many neighbouring patches, in height and in width, a vision encoder that takes grids makes one token of."""
-    return int(getattr(_vision(root), "spatial_merge_size", 1) or 1)
+    return look_up(root, "config.vision_config.model_type", role="type of the vision encoder") in _BROKEN
 
 
 def n_planes(root: nn.Module) -> int:
@@ -235,16 +211,6 @@ def n_planes(root: nn.Module) -> int:
 def axes_of(positions: Tensor | None) -> Tensor | None:
     """Time, row and column of every token `[3, B, L]` on the CPU, where positions tell them (M-RoPE)."""
     return None if positions is None or positions.ndim != 3 else positions[-3:].cpu()
-
-
-def _vision(root: nn.Module) -> Any:
-    config: Any = root.config
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        raise missing(
-            "config of the vision encoder", of=type(config).__name__, wanted=["vision_config"], seen=vars(config)
-        )
-    return vision
 
 
 def ancestors(model: object) -> set[str]:

@@ -1,7 +1,6 @@
 """Greedy generation with ``generate``, and what is read off the model, its prompt and what comes back."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
 from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
-from tokenprune.upstream.calls import CACHE, parameters_of, text_decoder
-from tokenprune.upstream.check import missing, need, version_of
-from tokenprune.upstream.layer_call import first_of_kwargs
+from tokenprune.upstream.calls import CACHE, bind, names_of, parameters_of, parts_of, text_decoder
+from tokenprune.upstream.check import look_up, missing, need, need_attributes, version_of
+from tokenprune.upstream.families import is_text
 
 GREEDY: Mapping[str, object] = {
     "do_sample": False,
@@ -30,8 +29,7 @@ GREEDY: Mapping[str, object] = {
 PROMPTS = ("input_ids", "inputs_embeds")
 """Names of a prompt among the inputs of ``generate``: ids or embeddings."""
 _TAP, _LENGTH, _LOGITS, _IDS = "logits_processor", "max_new_tokens", "logits", "sequences"
-_CACHES = (*CACHE, "cache_params")
-_NOT_INPUTS = {*GREEDY, *_CACHES, _TAP, _LENGTH, "max_length", "generation_config", "labels"}
+_NOT_INPUTS = {*GREEDY, *CACHE, "cache_params", _TAP, _LENGTH, "max_length", "generation_config", "labels"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,10 @@ class Generated:
 def _check_generate() -> None:
     """Check that ``generate`` takes what a measured run is called with. Looked at once."""
     generate = need("transformers", "GenerationMixin", role="way to generate").generate
-    if _TAP not in (seen := inspect.signature(generate).parameters):
+    if _TAP not in (seen := names_of(generate)):
         raise missing("argument for a function that sees the logits", of="generate", wanted=[_TAP], seen=seen)
     config = need("transformers", "GenerationConfig", role="settings of generate")()
-    if lacking := [name for name in (*GREEDY, _LENGTH) if not hasattr(config, name)]:
-        raise missing("setting", of="GenerationConfig", wanted=lacking, seen=vars(config))
+    need_attributes(config, (*GREEDY, _LENGTH), role="setting")
 
 
 def generate_greedily(
@@ -74,49 +71,37 @@ def generate_greedily(
     Raises:
         UnsupportedModelError: something that is needed is not there under any name known.
     """
-    if not callable(getattr(model, "generate", None)):
-        raise missing("way to generate", of=type(model).__name__, wanted=["generate"])
+    generate = look_up(model, "generate", role="way to generate")
     _check_generate()
-    n_seen = 0
+    lengths: list[int] = []
 
-    def tap(_ids: Tensor, scores: Tensor) -> Tensor:
-        nonlocal n_seen
-        n_seen += 1
+    def tap(ids: Tensor, scores: Tensor) -> Tensor:
+        lengths.append(ids.shape[1])
         on_token()
         return scores
 
     processors = need("transformers", "LogitsProcessorList", role="list of functions that see the logits")
     fresh = {name: dict(value) if type(value) is dict else value for name, value in inputs.items()}
-    output = model.generate(**fresh, **GREEDY, **{_LENGTH: max_new_tokens, _TAP: processors([tap])})
-    ids = getattr(output, _IDS, None)
+    output = generate(**fresh, **GREEDY, **{_LENGTH: max_new_tokens, _TAP: processors([tap])})
+    ids = parts_of(output).get(_IDS)
     if not isinstance(ids, Tensor):
-        raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=_names(output))
-    if not n_seen:
+        raise missing("generated ids", of="what generate returned", wanted=[_IDS], seen=parts_of(output))
+    if not lengths:
         raise UnsupportedModelError(
             f"generate of {type(model).__name__} took {_TAP} and never called it, so its steps cannot be told apart; "
             f"transformers {version_of()}"
         )
-    cache, remark = _cache_of(output, wanted=_wants_cache(model, inputs))
+    by_default = getattr(getattr(model, "generation_config", None), "use_cache", None)
+    cache, remark = _cache_of(output, wanted=inputs.get("use_cache", by_default) is not False)
     return Generated(ids[:, -max_new_tokens:], cache, remark)
-
-
-def _names(output: Any) -> list[str]:
-    return list(map(str, output)) if isinstance(output, Mapping) else [type(output).__name__]
-
-
-def _wants_cache(model: Any, inputs: Mapping[str, Any]) -> bool:
-    name = "use_cache"
-    return inputs.get(name, getattr(getattr(model, "generation_config", None), name, None)) is not False
 
 
 def _cache_of(output: Any, *, wanted: bool) -> tuple[Any, str]:
     """The KV cache among what ``generate`` returned and, where one is wanted and not found, a sentence on that."""
     cache = cache_in(output)
-    if cache is None:
-        cache = next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
-    if cache is not None and (hasattr(cache, "layers") or _halves(cache)):
+    if hasattr(cache, "layers") or _halves(cache):
         return cache, ""
-    found = f"it returned {', '.join(_names(output))}" if cache is None else f"it is a {type(cache).__name__}"
+    found = f"it returned {', '.join(parts_of(output))}" if cache is None else f"it is a {type(cache).__name__}"
     why = f"The KV cache was not measured: generate gave back none that is made of layers ({found})."
     return None, why if wanted else ""
 
@@ -150,7 +135,7 @@ def logits_in(output: Any) -> Tensor:
     """
     logits = getattr(output, _LOGITS, None)
     if not isinstance(logits, Tensor):
-        raise missing("logits", of="what the model returned", wanted=[_LOGITS], seen=_names(output))
+        raise missing("logits", of="what the model returned", wanted=[_LOGITS], seen=parts_of(output))
     return logits
 
 
@@ -159,20 +144,18 @@ def decoder_apart(model: nn.Module) -> tuple[nn.Module | None, str]:
     decoder, name = text_decoder(model), type(model).__name__
     if decoder is None or decoder is model:
         return None, f"The stages before the first token were not told apart: {name} shows no text decoder apart."
-    if all(getattr(getattr(part, "config", None), "vision_config", None) is not None for part in (model, decoder)):
-        holder = type(decoder).__name__
+    if not is_text(model) and not is_text(decoder):
         return None, (
-            f"The stages before the first token were not told apart: {name} names {holder} as its text decoder, which "
-            "holds the vision encoder."
+            f"The stages before the first token were not told apart: {name} names {type(decoder).__name__} as its text "
+            "decoder, which holds the vision encoder."
         )
     return decoder, ""
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     """The layers of a text decoder; empty where they are not found."""
-    found = facts.layers_of(decoder) if hasattr(getattr(decoder, "config", None), "num_hidden_layers") else None
     lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return found or max(lists, key=len, default=[])
+    return facts.layers_of(decoder) or max(lists, key=len, default=[])
 
 
 def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -181,8 +164,9 @@ def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     Raises:
         UnsupportedModelError: they do not come first.
     """
-    names = [] if args else [name for name in parameters_of(layer) if name in kwargs]
-    states = kwargs[names[0]] if names else first_of_kwargs(args, kwargs)
+    parameters = parameters_of(layer)
+    given = bind(parameters, args, kwargs)
+    states = next((given[name] for name in parameters if name in given), None)
     if not isinstance(states, Tensor) or states.ndim != 3:
         called = f"a call of {type(layer).__name__}"
         raise missing("hidden states", of=called, wanted=["a first argument [B, L, D]"], seen=kwargs)
@@ -211,7 +195,5 @@ def not_inputs(inputs: Mapping[str, Any]) -> list[str]:
 def end_ids(model: Any) -> int | list[int] | None:
     """The ids that end a sequence, as the model's settings for ``generate`` have them."""
     config = getattr(model, "generation_config", None)
-    if config is not None and not hasattr(config, "eos_token_id"):
-        raise missing("end of a sequence", of=type(config).__name__, wanted=["eos_token_id"], seen=vars(config))
-    found: int | list[int] | None = getattr(config, "eos_token_id", None)
+    found: int | list[int] | None = config and look_up(config, "eos_token_id", role="end of a sequence")
     return found

@@ -3,12 +3,13 @@
 import inspect
 import logging
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.upstream.check import missing, need
+from tokenprune.upstream.check import look_up, missing, need
 from tokenprune.upstream.generating import PROMPTS, end_ids, prompt_of
 
 if TYPE_CHECKING:
@@ -29,19 +30,19 @@ def load_pretrained(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
     Raises:
         UnsupportedModelError: it is of another kind. Loaders raise errors of many other kinds beside.
     """
-
-    def auto(kind: str) -> Any:
-        return need("transformers", kind, role="loader")
-
-    config = auto("AutoConfig").from_pretrained(name, trust_remote_code=False)
-    if type(config) not in auto("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"):
+    config = _auto("AutoConfig").from_pretrained(name, trust_remote_code=False)
+    if type(config) not in _auto("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"):
         kind = getattr(config, "model_type", type(config).__name__)
         raise UnsupportedModelError(f"{name} is a {kind} model, which does not turn images and text into text")
-    processor = auto("AutoProcessor").from_pretrained(name, trust_remote_code=False)
+    processor = _auto("AutoProcessor").from_pretrained(name, trust_remote_code=False)
     if not hasattr(processor, "image_processor"):
         raise UnsupportedModelError(f"{name} has no processor for images ({type(processor).__name__})")
-    model = auto("AutoModelForImageTextToText").from_pretrained(name, dtype=dtype)
+    model = _auto("AutoModelForImageTextToText").from_pretrained(name, dtype=dtype)
     return model.eval().to(device), processor
+
+
+def _auto(kind: str) -> Any:
+    return need("transformers", kind, role="loader")
 
 
 def image_mark(processor: Any) -> str:
@@ -74,9 +75,7 @@ def tokenizer_of(processor: Any) -> Any:
     Raises:
         UnsupportedModelError: it has none.
     """
-    if not hasattr(processor, "tokenizer"):
-        raise missing("tokenizer", of=type(processor).__name__, wanted=["tokenizer"], seen=vars(processor))
-    return processor.tokenizer
+    return look_up(processor, "tokenizer", role="tokenizer")
 
 
 def n_unknown(processor: Any, text: str) -> int:
@@ -90,8 +89,7 @@ def text_of(model: Any, processor: Any, ids: Any) -> str:
     """Generated ids of one row as text, up to the end of the sequence."""
     eos = end_ids(model)
     ends = set(eos if isinstance(eos, list) else [eos])
-    row = [int(number) for number in ids]
-    row = row[: next((place for place, number in enumerate(row) if number in ends), len(row))]
+    row = list(takewhile(lambda number: number not in ends, map(int, ids)))
     return " ".join(tokenizer_of(processor).decode(row, skip_special_tokens=True).split())
 
 
@@ -107,8 +105,7 @@ def prompt_counts(model: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     config = model.config
     ids = {value for name in _PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
     if not ids:
-        seen = [name for name in vars(config) if "token" in name or name.endswith("_id")]
-        raise missing("placeholder token", of=type(config).__name__, wanted=_PLACEHOLDERS, seen=seen)
+        raise missing("placeholder token", of=type(config).__name__, wanted=_PLACEHOLDERS, seen=vars(config))
     return prompt.shape[1], int(sum((prompt == number).sum() for number in ids))
 
 

@@ -1,21 +1,21 @@
 """The masks that a decoder would build, by upstream's own function."""
 
-import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.upstream.calls import CACHE
-from tokenprune.upstream.check import missing, need
+from tokenprune.upstream.calls import check_roles, names_of
+from tokenprune.upstream.check import need
 from tokenprune.upstream.facts import DecoderFacts
 
-_MODULE, _NAME = "transformers.masking_utils", "create_masks_for_generate"
+_NAME = "create_masks_for_generate"
 
 
-def _builder() -> Any:
-    return need(_MODULE, _NAME, role="function that builds masks")
+def _builder() -> tuple[Any, dict[str, str]]:
+    """The function that builds masks, and what it calls its arguments."""
+    build = need("transformers.masking_utils", _NAME, role="function that builds masks")
+    return build, check_roles(names_of(build), ("config", "embeds", "mask", "positions", "cache"), of=_NAME)
 
 
 def check_builder() -> None:
@@ -24,19 +24,7 @@ def check_builder() -> None:
     Raises:
         UnsupportedModelError: they cannot.
     """
-    _arguments(_builder())
-
-
-@lru_cache(maxsize=4)
-def _arguments(build: Any) -> str:
-    names = inspect.signature(build).parameters
-    found = next((name for name in CACHE if name in names), None)
-    for name in ("config", "inputs_embeds", "attention_mask", "position_ids"):
-        if name not in names:
-            raise missing("argument", of=_NAME, wanted=[name], seen=names)
-    if found is None:
-        raise missing("argument for the KV cache", of=_NAME, wanted=CACHE, seen=names)
-    return found
+    _builder()
 
 
 def dense_mask(
@@ -56,12 +44,6 @@ def dense_mask(
     empty = embeds.new_empty(embeds.shape[0], embeds.shape[1], 0)
     if mask is None:  # without a mask and a cache, gaps in the positions would be taken for packed sequences
         mask = embeds.new_ones(embeds.shape[0], embeds.shape[1] + past, dtype=torch.int64)
-    build = _builder()
-    given = {
-        "config": facts.config,
-        "inputs_embeds": empty,
-        "attention_mask": mask,
-        "position_ids": positions,
-        _arguments(build): cache,
-    }
-    return build(**given)
+    build, names = _builder()
+    given = {"config": facts.config, "embeds": empty, "mask": mask, "positions": positions, "cache": cache}
+    return build(**{names[role]: value for role, value in given.items()})

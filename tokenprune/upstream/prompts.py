@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.upstream.calls import LOGITS, bind
+from tokenprune.upstream.calls import LOGITS, bind, parameters_of
 
 _ENCODED = "mm_encoder_outputs"
 _PIXELS = "pixel_values"
@@ -30,7 +30,7 @@ class Prompt:
     @classmethod
     def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Prompt":
         """What `module` is being called with."""
-        return cls(bind(module.forward, args, kwargs))
+        return cls(bind(parameters_of(module), args, kwargs))
 
     @classmethod
     def of(cls, ids: Tensor, *, features: Tensor | None = None) -> "Prompt":
@@ -66,11 +66,9 @@ class Prompt:
 
         Placeholders are looked for in such calls only: one that was *generated* looks just like an image's.
         """
-        if any(value is not None for value in (self.given.get(_ENCODED) or {}).values()):
-            return True
-        return any(
-            value is not None and (name.startswith(_PIXELS) or name in _FEATURES) for name, value in self.given.items()
-        )
+        encoded = (self.given.get(_ENCODED) or {}).values()
+        pixels = (value for name, value in self.given.items() if name.startswith(_PIXELS) or name in _FEATURES)
+        return any(value is not None for value in (*encoded, *pixels))
 
     def encoded(self, *, video: bool) -> Any:
         """What the vision encoder gave: a tensor, a sequence of tensors (one for each image), or None."""
@@ -124,5 +122,4 @@ class Prompt:
             return [int(token) for token in self.ids[row].tolist()]
         if self.embeds is None:
             return None
-        numbers: Tensor = torch.unique(self.embeds[row], dim=0, return_inverse=True)[1]
-        return [int(number) for number in numbers.tolist()]
+        return [int(number) for number in torch.unique(self.embeds[row], dim=0, return_inverse=True)[1].tolist()]

@@ -1,11 +1,11 @@
 """A KV cache in two planes of four bits (progressive quantization, SpAtten, arXiv 2012.09852, III-D).
 
-:class:`PlanesLayer` is a layer of transformers' own caches: a subclass of its ``DynamicLayer`` that keeps all but the
-newest tokens as :class:`tokenprune.ops.Planes`. Whatever reads it through ``update`` gets both planes, dequantized, so
-that every attention works; ``planes`` hands them out for :func:`tokenprune.ops.decode_attention`, which reads less.
+:class:`PlanesLayer` is a layer of transformers' own caches: a subclass of its ``DynamicLayer`` that keeps its tokens as
+:class:`tokenprune.ops.Planes`. Whatever reads it through ``update`` gets both planes, dequantized, so that every
+attention works; ``planes`` hands them out for :func:`tokenprune.ops.decode_attention`, which reads less.
 
-What is read is what is stored, by the call that brings a token too: with ``residual=0`` a prompt in chunks gives the
-same as the prompt at once, and every key and value is a function of the token alone.
+What is read is what is stored, by the call that brings a token too: a prompt in chunks gives the same as the prompt at
+once, and every key and value is a function of the token alone.
 
 The class needs transformers, which importing tokenprune must not: it is made when it is first asked for.
 """
@@ -16,111 +16,67 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
-from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.ops import Planes, dequantize_planes, quantize_planes
 from tokenprune.upstream.caches import cropped_length
 from tokenprune.upstream.check import need
 
-_Stored = tuple[Tensor, Tensor, Tensor]
-
 
 class _PlanesLayer:
-    """What a layer in planes does differently; mixed into ``DynamicLayer``.
-
-    Attributes:
-        residual: how many of the newest tokens stay as they came.
-        keys: `[B, Hkv, R, K]`, the keys that stayed as they came.
-        values: `[B, Hkv, R, K]` likewise.
-    """
+    """What a layer in planes does differently; mixed into ``DynamicLayer``, whose own `keys` and `values` stay empty
+    and tell the dtype of the states."""
 
     is_initialized: bool
+    device: torch.device
     keys: Tensor
-    values: Tensor
-    # Named as transformers names what a quantized layer holds, and plain tuples, which tree utilities look into.
-    _quantized_keys: _Stored | None
-    _quantized_values: _Stored | None
-
-    def __init__(self, *, residual: int = 0) -> None:
-        """An empty layer.
-
-        Args:
-            residual: how many of the newest tokens stay as they came.
-
-        Raises:
-            OptionError: it is negative.
-        """
-        if isinstance(residual, bool) or not isinstance(residual, int) or residual < 0:
-            raise OptionError(f"a layer in planes needs an int from 0 on as residual; got {residual!r}.")
-        super().__init__()
-        self.residual = residual
-        self._quantized_keys = self._quantized_values = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take over dtype, device and shapes from the first states."""
-        super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
-        self.keys, self.values = (_no_tokens(states) for states in (key_states, value_states))
-        self._quantized_keys, self._quantized_values = (_store(states) for states in (self.keys, self.values))
+    # The tensors of both planes, None before the first states. Named as transformers names what a quantized layer
+    # holds, and plain tuples, which tree utilities look into.
+    _quantized_keys: Any = None
+    _quantized_values: Any = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new states and return all of them, `[B, Hkv, L, K]`, as they are stored."""
-        self.store(key_states, value_states)
-        keys, values = self._past()
-        return (
-            torch.cat([dequantize_planes(keys, dtype=self.keys.dtype), self.keys], dim=-2),
-            torch.cat([dequantize_planes(values, dtype=self.keys.dtype), self.values], dim=-2),
-        )
-
-    def store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store new states `[B, Hkv, n, K]`; states that are no longer among the newest are quantized.
+        """Store new states `[B, Hkv, n, K]` and return all of them, `[B, Hkv, L, K]`, as they are stored.
 
         Raises:
             InputError: the width of a head is odd.
         """
+        stored = _stored(key_states), _stored(value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        self._quantize(max(0, self.keys.shape[-2] - self.residual))
+            self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
+        if self._quantized_keys is not None:
+            past = self._quantized_keys, self._quantized_values
+            stored = tree_map(lambda *both: torch.cat(both, 2), past, stored)
+        self._quantized_keys, self._quantized_values = stored
+        keys, values = self.planes()
+        return dequantize_planes(keys, dtype=self.keys.dtype), dequantize_planes(values, dtype=self.keys.dtype)
 
     def planes(self) -> tuple[Planes, Planes]:
-        """Keys and values `[B, Hkv, L, K]`, all of them in planes; from now on the newest ones are too."""
-        self._quantize(self.keys.shape[-2])
-        return self._past()
+        """Keys and values `[B, Hkv, L, K]`."""
+        return Planes(*self._quantized_keys), Planes(*self._quantized_values)
 
     def take(self, index: Tensor) -> None:
-        """Keep some tokens; unless the newest ones stay where they are, they are quantized before.
+        """Keep some tokens.
 
         Args:
             index: `[B, M]` int64, slots to keep, ascending. It may stand on another device.
         """
-        index = index.to(self.keys.device)
-        tail = self.keys.shape[-2]
-        end = self.get_seq_length()
-        newest = torch.arange(end - tail, end, dtype=torch.int64, device=index.device)
-        if tail and (index.shape[1] < tail or not torch.equal(index[:, -tail:], newest.expand(len(index), -1))):
-            self._quantize(tail)
-            tail = 0
-        old = index[:, : index.shape[1] - tail, None]
 
         def gather(x: Tensor) -> Tensor:
-            place = old if x.ndim == 4 else old[..., 0]
-            return x.gather(2, place.unsqueeze(1).expand(-1, x.shape[1], *place.shape[1:2], *x.shape[3:]))
+            place = index.to(x.device).view(len(index), 1, -1, *[1] * (x.ndim - 3))
+            return x.gather(2, place.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
-        self._change(gather, None)
+        self._each(gather)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
-        past = self._quantized_keys
-        return past[2].shape[-1] + self.keys.shape[-2] if self.is_initialized and past is not None else 0
+        return 0 if self._quantized_keys is None else self._quantized_keys[2].shape[-1]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as many as of an ordinary layer."""
-        length = self.get_seq_length()
-        left = cropped_length(length, tokens_to_remove)
-        past = length - self.keys.shape[-2] if length else 0
-        if left < length:
-            self._change(lambda x: x[:, :, :left].clone(), lambda x: x[:, :, : max(0, left - past)].clone())
+        left = cropped_length(self.get_seq_length(), tokens_to_remove)
+        self._each(lambda x: x[:, :, :left].clone())
 
     def reset(self) -> None:
         """Forget everything."""
@@ -129,7 +85,7 @@ class _PlanesLayer:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows as beam search does."""
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
@@ -145,42 +101,15 @@ class _PlanesLayer:
 
     def prefetch(self) -> None:
         """Move everything back to the device of the states."""
-        self._each(lambda x: x.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
-
-    def _past(self) -> tuple[Planes, Planes]:
-        assert self._quantized_keys is not None
-        assert self._quantized_values is not None
-        return Planes(*self._quantized_keys), Planes(*self._quantized_values)
-
-    def _quantize(self, n_tokens: int) -> None:
-        """Move the oldest of the tokens that stayed as they came to the planes."""
-        if n_tokens == 0:
-            return
-        past, new = self._past(), (_store(states[:, :, :n_tokens]) for states in (self.keys, self.values))
-        self._quantized_keys, self._quantized_values = (
-            (torch.cat([old.high, high], 2), torch.cat([old.low, low], 2), torch.cat([old.scale, scale], 2))
-            for old, (high, low, scale) in zip(past, new, strict=True)
-        )
-        self.keys, self.values = (states[:, :, n_tokens:].clone() for states in (self.keys, self.values))
+        self._each(lambda x: x.to(self.device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._change(change, change)
-
-    def _change(self, change: Callable[[Tensor], Tensor], newest: Callable[[Tensor], Tensor] | None) -> None:
-        """Change all tensors of the planes, and what stayed as it came."""
-        if not self.is_initialized:
-            return
-        changed = (planes.each(change) for planes in self._past())
-        self._quantized_keys, self._quantized_values = ((p.high, p.low, p.scale) for p in changed)
-        if newest is not None:
-            self.keys, self.values = newest(self.keys), newest(self.values)
+        """Change all tensors of the planes, along axes that all of them have."""
+        stored = self._quantized_keys, self._quantized_values
+        self._quantized_keys, self._quantized_values = tree_map_only(Tensor, change, stored)
 
 
-def _no_tokens(states: Tensor) -> Tensor:
-    return states.new_empty(*states.shape[:2], 0, states.shape[-1])
-
-
-def _store(states: Tensor) -> _Stored:
+def _stored(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     planes = quantize_planes(states)
     return planes.high, planes.low, planes.scale
 
@@ -203,21 +132,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def use_planes(cache: Any, *, residual: int = 0) -> None:
+def use_planes(cache: Any) -> None:
     """Let the growing full-attention layers of an empty cache keep their tokens in planes; others stay as they are.
 
     Args:
         cache: a ``DynamicCache`` of transformers, with or without a config.
-        residual: how many of the newest tokens stay as they came.
 
     Raises:
-        OptionError: `residual` is negative.
         UnsupportedModelError: the cache has no such layer, or holds tokens already; it is left as it was.
     """
     growing = _growing_layer(), _layer_class()
-    new = functools.partial(growing[1], residual=residual)
-    layers, more = getattr(cache, "layers", []), getattr(cache, "layer_class_to_replicate", None)
-    grows = getattr(more, "func", more) in growing
+    layers, grows = getattr(cache, "layers", []), getattr(cache, "layer_class_to_replicate", None) in growing
     places = [i for i, layer in enumerate(layers) if type(layer) in growing]
     if not places and (layers or not grows):
         raise UnsupportedModelError(
@@ -229,8 +154,7 @@ def use_planes(cache: Any, *, residual: int = 0) -> None:
             f"this {type(cache).__name__} holds {layers[places[0]].get_seq_length()} tokens already; quantizing starts "
             "with an empty cache"
         )
-    new()  # Raises before anything is changed.
     for i in places:
-        layers[i] = new()
+        layers[i] = _layer_class()()
     if grows:
-        cache.layer_class_to_replicate = new
+        cache.layer_class_to_replicate = _layer_class()

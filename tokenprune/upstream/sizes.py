@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.upstream.calls import embedding_of
-from tokenprune.upstream.families import Family, breaks_lines, merge_of, pixels_per_token
+from tokenprune.upstream.check import look_up
+from tokenprune.upstream.families import Family, breaks_lines
 from tokenprune.upstream.prompts import Prompt
 
 
@@ -51,8 +52,9 @@ def items(root: nn.Module, family: Family, prompt: Prompt, total: int, *, video:
     """
     yield _gridded(root, prompt, video=video)
     yield _encoded(family, prompt, video=video)
-    if not video and prompt.pixel_sizes is not None:
-        yield _packed(root, prompt) if hasattr(root, _PACK) else _lined(root, family, prompt)
+    sizes = None if video else prompt.pixel_sizes
+    if sizes is not None:
+        yield _packed(root, prompt, sizes) if hasattr(root, _PACK) else _lined(root, family, sizes)
     yield _counted(family, prompt, total, video=video)
 
 
@@ -63,7 +65,10 @@ def _gridded(root: nn.Module, prompt: Prompt, *, video: bool) -> list[Item]:
         return []
     if grids.shape[1] == 4:  # a coarse view of the whole image, then a fine one, with lines broken in both
         return [Item(h * w + height * width) for h, w, height, width in grids.tolist()]
-    merge = 1 if counted else merge_of(root)
+    merge = 1
+    if not counted:
+        vision = look_up(root, "config.vision_config", role="config of the vision encoder")
+        merge = int(getattr(vision, "spatial_merge_size", 1) or 1)
     found = [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
     return [Item(t * h * w, t, (h, w)) for t, h, w in found]
 
@@ -71,42 +76,39 @@ def _gridded(root: nn.Module, prompt: Prompt, *, video: bool) -> list[Item]:
 def _encoded(family: Family, prompt: Prompt, *, video: bool) -> list[Item]:
     """Of features that were encoded before."""
     features = prompt.encoded(video=video)
-    if isinstance(features, Tensor):
-        if features.ndim != 3 or not (video or family.rows_are_images):
-            return []  # a row for each tile of an image
-        frames = None if video and family.frame_tokens is not None else 1
-        sizes = [features.shape[1]] * features.shape[0]
-    else:
-        frames = None if video else 1
-        sizes = [math.prod(image.shape[:-1]) for image in features or ()]
+    stacked = isinstance(features, Tensor)
+    if stacked and (features.ndim != 3 or not (video or family.rows_are_images)):
+        return []  # a row for each tile of an image
+    frames = 1 if not video or (stacked and family.frame_tokens is None) else None
+    sizes = [math.prod(image.shape[:-1]) for image in (() if features is None else features)]
     whole = len(sizes) > 1 or not prompt.is_cut(video=video)
     return [Item(size, frames, whole=whole) for size in sizes]
 
 
-def _lined(root: nn.Module, family: Family, prompt: Prompt) -> list[Item]:
+def _lined(root: nn.Module, family: Family, sizes: list[tuple[int, int]]) -> list[Item]:
     """Of the images' sizes in pixels, where each stretch of so many pixels is a token."""
-    sizes = prompt.pixel_sizes
-    if sizes is None or not breaks_lines(root, family):
+    if not breaks_lines(root, family):
         return []
-    unit = pixels_per_token(root)
+    patch = look_up(root, "config.vision_config.patch_size", role="size of patches")
+    unit = int(patch) * int(getattr(root.config, "spatial_merge_size", 1) or 1)
     return [Item((h // unit) * (w // unit)) for h, w in sizes]
 
 
 _PACK, _TILES = "pack_image_features", "image_size_to_num_patches"
 
 
-def _packed(root: Any, prompt: Prompt) -> list[Item]:
+def _packed(root: Any, prompt: Prompt, sizes: list[tuple[int, int]]) -> list[Item]:
     """Of the images' sizes in pixels, where a model cuts each into as many tiles as fit and packs their features: it is
     asked to pack empty ones."""
-    sizes, config = prompt.pixel_sizes, root.config
-    count = _function_beside(root, _TILES)
-    if sizes is None or count is None:
+    modules = (sys.modules.get(cls.__module__) for cls in type(root).__mro__)
+    count = next((found for module in modules if (found := getattr(module, _TILES, None)) is not None), None)
+    if count is None:
         return []
+    config = root.config
     side = config.vision_config.image_size
-    whole = prompt.uncut_images
     tiles = [
         1 if uncut else count(list(size), config.image_grid_pinpoints, side)
-        for size, uncut in zip(sizes, whole or [False] * len(sizes), strict=True)
+        for size, uncut in zip(sizes, prompt.uncut_images or [False] * len(sizes), strict=True)
     ]
     n_tokens = (side // config.vision_config.patch_size) ** 2
     given = {
@@ -119,12 +121,6 @@ def _packed(root: Any, prompt: Prompt) -> list[Item]:
     taken = inspect.signature(getattr(root, _PACK)).parameters
     packed, _ = getattr(root, _PACK)(**{name: value for name, value in given.items() if name in taken})
     return [Item(len(image)) for image in packed]
-
-
-def _function_beside(root: nn.Module, name: str) -> Any:
-    """The function of that name in the module that defines a class of `root`, None where there is none."""
-    modules = (sys.modules.get(cls.__module__) for cls in type(root).__mro__)
-    return next((found for module in modules if (found := getattr(module, name, None)) is not None), None)
 
 
 def _counted(family: Family, prompt: Prompt, total: int, *, video: bool) -> list[Item]:
@@ -163,59 +159,40 @@ def grouped(root: nn.Module, mode: str, prompt: Prompt, row: int, runs: list[Ten
         row: row of the batch.
         runs: positions of each run, ascending.
     """
-    labels = prompt.labels(row)
-    ends = _opened(root, prompt, row, runs) if mode == "opened" else _closed(mode, labels or [], runs)
-    if not ends:
-        return None
+    labels = prompt.labels(row) or []
+    stops = [int(run[-1]) + 1 for run in runs]
+    gaps = [labels[stop : int(run[0])] for stop, run in zip([0, *stops], runs, strict=False)]
+    mark = _opener(root, prompt, row, labels) if mode == "opened" else next(iter(labels[stops[-1] :]), None)
+    ends = [] if mark is None else _ends(mode, gaps, mark)
     places = [-1, *(place for place, ends_here in enumerate(ends) if ends_here)]
-    found = list(pairwise(places))
-    even = all(len({len(run) for run in runs[before + 1 : after + 1]}) == 1 for before, after in found)
-    return [after - before for before, after in found] if even else None
+    images = [runs[before + 1 : after + 1] for before, after in pairwise(places)]
+    even = all(len({len(run) for run in image}) == 1 for image in images)
+    return [len(image) for image in images] if images and even else None
 
 
-def _opened(root: nn.Module, prompt: Prompt, row: int, runs: list[Tensor]) -> list[bool]:
-    """Whether each run is the last of its image, where a token opens every image; empty where none does."""
-    starts = _starts(root, prompt, row)
-    if not any(start < int(runs[0][0]) for start in starts):
-        return []
-    return [*(any(int(run[-1]) < start < int(later[0]) for start in starts) for run, later in pairwise(runs)), True]
+def _ends(mode: str, gaps: list[list[int]], mark: int) -> list[bool]:
+    """Whether each run is the last of its image, as the last run of the row is; empty where that cannot be told.
 
-
-def _closed(mode: str, labels: list[int], runs: list[Tensor]) -> list[bool]:
-    """Whether each run is the last of its image, as the last run of the row is; empty where it is not told."""
-    last = int(runs[-1][-1]) + 1
-    if last >= len(labels):
-        return []
+    Args:
+        mode: how it is told.
+        gaps: labels of the tokens that stand before each run, back to the run before it.
+        mark: label of the token that opens an image where one does, and else of the one behind the last run.
+    """
+    if mode == "opened":
+        return [*(mark in gap for gap in gaps[1:]), True] if mark in gaps[0] else []
     if mode == "lined":
-        between = [labels[int(run[-1]) + 1 : int(later[0])] for run, later in pairwise(runs)]
-        return [*(len(gap) > 1 or gap != between[0] for gap in between), True]
+        return [*(len(gap) > 1 or gap != gaps[1] for gap in gaps[1:]), True]
     if mode == "closed":
-        return [labels[int(run[-1]) + 1] == labels[last] for run in runs]
-    tags = _tags(labels, runs, mark=labels[last])
-    return [tag == tags[-1] for tag in tags]
+        return [*(gap[0] == mark for gap in gaps[1:]), True]
+    # The tag of a tile is what stands between it and the last mark before it.
+    tags = [gap[len(gap) - gap[::-1].index(mark) :] if mark in gap else [] for gap in gaps]
+    return [tag == tags[-1] for tag in tags] if all(tags) else []
 
 
-def _tags(labels: list[int], runs: list[Tensor], *, mark: int) -> list[tuple[int, ...]]:
-    """What stands between each run and the last `mark` before it; empty where there is no mark or nothing."""
-    found = []
-    begin = 0
-    for run in runs:
-        before = labels[begin : int(run[0])]
-        if mark not in before:
-            return []
-        found.append(tuple(before[len(before) - before[::-1].index(mark) :]))
-        begin = int(run[-1]) + 1
-    return found if all(found) else []
-
-
-def _starts(root: nn.Module, prompt: Prompt, row: int) -> list[int]:
-    """Where the tokens stand that open an image, in a row."""
+def _opener(root: nn.Module, prompt: Prompt, row: int, labels: list[int]) -> int | None:
+    """The label of the token that opens an image, None where there is none in a row."""
     ids: Any = getattr(getattr(root, "config", None), "visual_indicator_token_ids", None)
-    if not ids:
-        return []
-    if prompt.ids is not None:
-        places = prompt.ids[row] == ids[0]
-    else:
-        assert prompt.embeds is not None
-        places = torch.eq(prompt.embeds[row], embedding_of(root, ids[0], like=prompt.embeds)).all(-1)
-    return [int(place) for place in places.nonzero()[:, 0].tolist()]
+    if not ids or prompt.embeds is None:
+        return int(ids[0]) if ids else None
+    places = torch.eq(prompt.embeds[row], embedding_of(root, ids[0], like=prompt.embeds)).all(-1).tolist()
+    return next((label for label, opens in zip(labels, places, strict=True) if opens), None)

@@ -15,21 +15,20 @@ class Slotted(Protocol):
     @property
     def layered(self) -> bool:
         """Whether its layers hold different tokens."""
-        ...
 
     @property
     def differ(self) -> bool:
         """Whether its slots are not simply the tokens."""
-        ...
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
 
     def dropped_at(self, layer: int) -> int:
         """How many more tokens than slots there are in a layer."""
-        ...
 
     def crop(self, n_gone: int, physical: Any) -> Callable[[], None]:
         """What forgets the last tokens; `physical` gives the length of a layer in slots."""
-        ...
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep some rows of the batch."""
-        ...

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.upstream.check import need
-from tokenprune.upstream.tower import Attending, Keys, Logits, Tower, averaged, child, look_up
+from tokenprune.upstream import check
+from tokenprune.upstream.tower import CONVOLUTIONS, RELATIVE, STAGES, WINDOWS, Attending, Keys, Logits, Tower, child
 
-_found = partial(look_up, library="timm")
+_found = partial(check.look_up, library="timm")
 _ROLES = {
     "num_heads": "number of heads",
     "scale": "factor of the attention logits",
@@ -17,35 +17,12 @@ _ROLES = {
 }
 
 
-def _keys(block: Any) -> Keys | None:
-    """Keys behind their norm, which is called also where it does nothing; before any rotation."""
-    if (norm := child(block, "attn.k_norm")) is not None:  # [B, H, N, K]
-        return Keys(norm, "post", lambda keys: averaged(keys, 1))
-    if (norm := child(block, "k_norm")) is not None and child(block, "sub_norm") is None:  # parallel: [B, N, H, K]
-        return Keys(norm, "post", lambda keys: averaged(keys, 2))
-    return None
-
-
 def _role(attention: Any, name: str) -> Any:
     return _found(attention, name, role=_ROLES[name])
 
 
-def _beit_keys(block: Any) -> Keys | None:
-    """Keys from the attention's input: BEiT multiplies with the weights of its projection, not through the module."""
-    attention: Any = child(block, "attn")
-    if attention is None:
-        return None
-
-    def read(x: Tensor) -> Tensor:
-        weight = _role(attention, "qkv").weight
-        weight = weight.view(3, _role(attention, "num_heads"), -1, weight.shape[1])[1].mean(0)  # its keys have no bias
-        return nn.functional.linear(x, weight).float()
-
-    return Keys(attention, "pre", read)
-
-
 def _logits(block: Any) -> Logits | None:
-    """Queries and keys behind their norms, rotated as timm does."""
+    """Queries and keys behind their norms, which are called also where they do nothing, rotated as timm does."""
     if child(block, "attn.q_norm") is not None and child(block, "attn.k_norm") is not None:  # [B, H, N, K]
         attention = block.attn
         query, key = (Keys(norm, "post", lambda x: x) for norm in (attention.q_norm, attention.k_norm))
@@ -57,24 +34,32 @@ def _logits(block: Any) -> Logits | None:
 
 
 def _rotate(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
-    rotate = need("timm.layers", "apply_rot_embed_cat", role="rotation of queries and keys")
+    rotate = check.need("timm.layers", "apply_rot_embed_cat", role="rotation of queries and keys")
     n_prefix = _prefix(attention)
     rotated = rotate(x[:, :, n_prefix:], rope, half=getattr(attention, "rotate_half", False))
     return torch.cat([x[:, :, :n_prefix], rotated], 2)
 
 
-def _beit_logits(block: Any) -> Logits:
-    attention = block.attn
+def _beit_logits(block: Any) -> Logits | None:
+    """Queries and keys from the attention's input: BEiT multiplies with the weights of its projection, not through the
+    module. Its keys have no bias."""
+    attention: Any = child(block, "attn")
+    if attention is None:
+        return None
 
-    def part(number: int) -> Keys:
-        def read(x: Tensor) -> Tensor:
-            bias = None if number else _found(attention, "q_bias", role="bias of the queries")  # its keys have none
-            projected = nn.functional.linear(x, _role(attention, "qkv").weight.chunk(3)[number], bias)
-            return projected.view(*x.shape[:2], _role(attention, "num_heads"), -1).transpose(1, 2)
+    def split(x: Tensor, part: int, bias: Tensor | None) -> Tensor:
+        projected = nn.functional.linear(x, _role(attention, "qkv").weight.chunk(3)[part], bias)
+        return projected.view(*x.shape[:2], _role(attention, "num_heads"), -1).transpose(1, 2)
 
-        return Keys(attention, "pre", read)
+    def query(x: Tensor) -> Tensor:
+        return split(x, 0, _found(attention, "q_bias", role="bias of the queries"))
 
-    return Logits(part(0), part(1), float(_role(attention, "scale")))
+    def mean_key(x: Tensor) -> Tensor:
+        heads = _role(attention, "qkv").weight.chunk(3)[1].unflatten(0, (_role(attention, "num_heads"), -1))
+        return nn.functional.linear(x, heads.mean(0)).float()
+
+    key = Keys(attention, "pre", lambda x: split(x, 1, None), mean_key)
+    return Logits(Keys(attention, "pre", query), key, float(_role(attention, "scale")))
 
 
 def _attending(attention: Any) -> Attending | str:
@@ -109,10 +94,6 @@ def _patches(host: Any) -> int:
     return int(getattr(embed, "num_patches", 0) or 0)
 
 
-def _width(host: Any) -> int:
-    return int(_found(host, "embed_dim", role="width"))
-
-
 def _prefix(host: Any) -> int:
     return int(_found(host, "num_prefix_tokens", role="number of tokens before the patches"))
 
@@ -129,101 +110,53 @@ def _sample_rope(host: Any, x: Tensor) -> Tensor | None:
     return torch.linspace(-1, 1, len(x) * width, dtype=x.dtype, device=x.device).view(len(x), -1)
 
 
-def _refuse_checkpointing(host: Any) -> str:
-    if _found(host, "grad_checkpointing", role="flag of gradient checkpointing"):
-        return "gradient checkpointing would run its blocks a second time without their place in the forward; turn " \
-            "it off with model.set_grad_checkpointing(False)"  # fmt: skip
-    return ""
-
-
-def _refuse_beit(host: Any) -> str:
+def _relative(host: Any) -> str:
     role = "table of relative positions"
     attentions = [_found(block, "attn", role="attention") for block in _found(host, "blocks", role="list of blocks")]
     tables = [_found(attention, "relative_position_bias_table", role=role) for attention in attentions]
-    if any(table is not None for table in (_found(host, "rel_pos_bias", role=role), *tables)):
-        return (
-            "its attention adds a table of relative positions of the whole grid, which cannot follow tokens that are "
-            "merged"
-        )
-    return _refuse_checkpointing(host)
+    return "" if all(table is None for table in (_found(host, "rel_pos_bias", role=role), *tables)) else RELATIVE
 
 
-_PARTS = ("norm1", "attn", "norm2", "mlp")
-
-TOWERS: tuple[Tower, ...] = (
-    Tower(
-        "timm_vit",
-        "timm",
-        ("VisionTransformer",),
-        ("blocks",),
-        _PARTS,
-        "attn_mask",
-        _keys,
-        _logits,
-        _attending,
-        _width,
-        _prefix,
-        _patches,
-        pooled=_pooled,
-        refusal=_refuse_checkpointing,
-    ),
-    Tower(
-        "timm_eva",
-        "timm",
-        ("Eva",),
-        ("blocks",),
-        _PARTS,
-        "attn_mask",
-        _keys,
-        _logits,
-        _attending,
-        _width,
-        _prefix,
-        _patches,
-        rope="rope",
-        sample_rope=_sample_rope,
-        pooled=_pooled,
-        refusal=_refuse_checkpointing,
-    ),
-    Tower(
-        "timm_beit",
-        "timm",
-        ("Beit",),
-        ("blocks",),
-        _PARTS,
-        "shared_rel_pos_bias",
-        _beit_keys,
-        _beit_logits,
-        _attending,
-        _width,
-        _prefix,
-        _patches,
-        pooled=_pooled,
-        refusal=_refuse_beit,
-    ),
+_tower = partial(
+    Tower,
+    paths=("blocks",),
+    parts=("norm1", "attn", "norm2", "mlp"),
+    prefix=_prefix,
+    library="timm",
+    mask="attn_mask",
+    logits=_logits,
+    attending=_attending,
+    size="embed_dim",
+    flag="grad_checkpointing",
+    turn_off="set_grad_checkpointing(False)",
+    patches=_patches,
+    pooled=_pooled,
 )
 
-_WINDOWS = "its attention looks at windows of the grid, which merged tokens no longer make"
-_STAGES = "its stages pool the grid, which merged tokens no longer make"
-_RELATIVE = "its attention adds a table of relative positions of the whole grid, which cannot follow tokens merged"
+TOWERS: tuple[Tower, ...] = (
+    _tower("timm_vit", ("VisionTransformer",)),
+    _tower("timm_eva", ("Eva",), rope="rope", sample_rope=_sample_rope),
+    _tower("timm_beit", ("Beit",), mask="shared_rel_pos_bias", logits=_beit_logits, obstacle=_relative),
+)
 
 REFUSED: dict[str, str] = {
-    "SwinTransformer": _WINDOWS,
-    "SwinTransformerV2": _WINDOWS,
-    "SwinTransformerV2Cr": _WINDOWS,
-    "MaxxVit": _WINDOWS,
-    "GlobalContextVit": _WINDOWS,
-    "VisionTransformerSAM": _WINDOWS,
-    "Twins": _WINDOWS,
-    "DaVit": _WINDOWS,
-    "Hiera": _STAGES,
-    "HieraDet": _STAGES,
-    "MultiScaleVit": _STAGES,
-    "PyramidVisionTransformerV2": _STAGES,
-    "PoolingVisionTransformer": _STAGES,
-    "Levit": _STAGES,
-    "Nest": _STAGES,
-    "ConvNeXt": "it is a convolutional network: it has a grid in stages and no tokens",
-    "VisionTransformerRelPos": _RELATIVE,
+    "SwinTransformer": WINDOWS,
+    "SwinTransformerV2": WINDOWS,
+    "SwinTransformerV2Cr": WINDOWS,
+    "MaxxVit": WINDOWS,
+    "GlobalContextVit": WINDOWS,
+    "VisionTransformerSAM": WINDOWS,
+    "Twins": WINDOWS,
+    "DaVit": WINDOWS,
+    "Hiera": STAGES,
+    "HieraDet": STAGES,
+    "MultiScaleVit": STAGES,
+    "PyramidVisionTransformerV2": STAGES,
+    "PoolingVisionTransformer": STAGES,
+    "Levit": STAGES,
+    "Nest": STAGES,
+    "ConvNeXt": CONVOLUTIONS,
+    "VisionTransformerRelPos": RELATIVE,
     "NaFlexVit": "its images are packed with padding to sequences of different grids (NaFlex)",
 }
+"""Why encoders of a class of that name are refused."""

@@ -7,7 +7,6 @@ says what is there.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,8 +14,14 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.reduction import gather
-from tokenprune.upstream.check import missing
+from tokenprune.upstream.check import child as child
+from tokenprune.upstream.check import look_up, missing, seen_in
 
+WINDOWS = "its attention looks at windows of the grid, which merged tokens no longer make"
+STAGES = "its stages pool the grid, which merged tokens no longer make"
+CONVOLUTIONS = "it is a convolutional network: it has a grid in stages and no tokens"
+RELATIVE = "its attention adds a table of relative positions of the whole grid, which cannot follow tokens merged"
+"""Why encoders of several kinds are refused."""
 _TRIED = 6  # patches that a block is tried on
 
 
@@ -29,11 +34,13 @@ class Keys:
         kind: `"pre"` or `"post"`.
         read: from the module's input (`"pre"`) or output to the keys averaged over the heads, `[B, N, K]`; to those of
             every head, `[B, H, N, K]`, in a :class:`Logits`.
+        mean: in a :class:`Logits`, to the keys averaged over the heads where there is a cheaper way.
     """
 
     module: nn.Module
     kind: str
     read: Callable[[Tensor], Tensor]
+    mean: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,40 +97,42 @@ class Tower:
 
     Attributes:
         name: name of the family.
-        library: the package that its classes come from.
         hosts: names of the classes that hold the blocks.
         paths: where the list of blocks stands in a host; the first one that exists counts.
         parts: names of a block's norm before attention, attention, norm before the MLP, and MLP.
+        prefix: tokens before the patches (class, distillation, registers).
+        library: the package that its classes come from.
         mask: argument of a block that is added to the attention logits.
-        keys: finds a block's keys; None where it has none.
         logits: finds what a block's attention logits are made of; None where that is not known.
         attending: finds what the attention among `parts` is made of, or why it cannot do with fewer heads.
-        width: width D of the hidden states.
-        prefix: tokens before the patches (class, distillation, registers).
+        size: where the width D of the hidden states stands in a host.
+        flag: attribute of a host or of a module in it that says whether gradient checkpointing is on.
+        turn_off: the call of a model that turns it off.
         patches: patches of an image, 0 where that is open.
         rope: argument of a block that holds rotary embeddings of the patches; "" where there is none.
         sample_rope: rotary embeddings for patches `[N, D]`, to try a block on; None where the host has none.
         pooled: whether a host's own forward returns what comes of its prefix alone.
-        refusal: why the host cannot be reduced, "" where it can.
+        obstacle: why a host cannot be reduced, beside gradient checkpointing; "" where it can.
         implementation: name of the host's attention implementation.
     """
 
     name: str
-    library: str
     hosts: tuple[str, ...]
     paths: tuple[str, ...]
     parts: tuple[str, str, str, str]
+    prefix: Callable[[Any], int]
+    library: str
     mask: str
-    keys: Callable[[nn.Module], Keys | None]
     logits: Callable[[nn.Module], Logits | None]
     attending: Callable[[nn.Module], Attending | str]
-    width: Callable[[Any], int]
-    prefix: Callable[[Any], int]
+    size: str
+    flag: str
+    turn_off: str
     patches: Callable[[Any], int]
     rope: str = ""
     sample_rope: Callable[[Any, Tensor], Any] = lambda host, x: None
     pooled: Callable[[Any], bool] = lambda host: False
-    refusal: Callable[[Any], str] = lambda host: ""
+    obstacle: Callable[[Any], str] = lambda host: ""
     implementation: Callable[[Any], str] = lambda host: "sdpa"
 
     def blocks(self, host: nn.Module) -> list[nn.Module]:
@@ -137,20 +146,46 @@ class Tower:
             raise self.lacking("list of blocks", host, self.paths)
         return found
 
+    def width(self, host: nn.Module) -> int:
+        """Width D of the hidden states of a host."""
+        return int(look_up(host, self.size, role="width", library=self.library))
+
+    def refusal(self, host: nn.Module) -> str:
+        """Why a host cannot be reduced, "" where it can.
+
+        Raises:
+            UnsupportedModelError: it does not say whether gradient checkpointing is on.
+        """
+        flags = [getattr(module, self.flag) for module in host.modules() if hasattr(module, self.flag)]
+        if not flags:
+            seen = sorted({name for module in host.modules() for name in seen_in(module)})
+            raise missing("flag of gradient checkpointing", of=type(host).__name__, wanted=[self.flag], seen=seen,
+                          library=self.library)  # fmt: skip
+        if any(flags):
+            return (
+                "gradient checkpointing would run its blocks a second time without their place in the forward; turn it "
+                f"off with model.{self.turn_off}"
+            )
+        return self.obstacle(host)
+
+    def keys(self, block: nn.Module) -> Keys | None:
+        """Where a block's keys `[B, N, K]` are read, averaged over the heads; None where it has none."""
+        logits = self.logits(block)
+        if logits is None:
+            return None
+        key = logits.key
+        return Keys(key.module, key.kind, key.mean or (lambda x: averaged(key.read(x), 1)))
+
     def second_half(self, block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """A block's norm before the MLP and its MLP, None where it is made of other parts altogether.
 
         Raises:
             UnsupportedModelError: it has some of the parts, but not those.
         """
-        found = [child(block, path) for path in self.parts]
-        if all(part is None for part in found):
+        if all(child(block, path) is None for path in self.parts):
             return None
-        norm, mlp = found[2:]
-        if norm is None or mlp is None:
-            role, path = ("norm before the MLP", self.parts[2]) if norm is None else ("MLP", self.parts[3])
-            raise self.lacking(role, block, [path])
-        return norm, mlp
+        norm = look_up(block, self.parts[2], role="norm before the MLP", library=self.library)
+        return norm, look_up(block, self.parts[3], role="MLP", library=self.library)
 
     def check_arguments(self, host: nn.Module, block: nn.Module, *, counts: bool) -> None:
         """Check that a block's forward takes what reducing its tokens needs.
@@ -163,14 +198,11 @@ class Tower:
         Raises:
             UnsupportedModelError: an argument is missing.
         """
-        wanted = [("argument for an attention mask, which sizes of tokens take (proportional=False works)", self.mask)]
-        wanted = wanted if counts else []
-        if self.rope and self._rope(host, torch.zeros(1, 1, dtype=torch.float32, device="cpu")) is not None:
-            wanted.append(("argument for rotary embeddings", self.rope))
-        seen = inspect.signature(block.forward).parameters
-        for role, name in wanted:
-            if name not in seen:
-                of = f"the forward of {type(block).__name__}"
+        turns = self.sample_rope(host, torch.zeros(1, 1, dtype=torch.float32, device="cpu")) is not None
+        mask = "argument for an attention mask, which sizes of tokens take (proportional=False works)"
+        seen, of = inspect.signature(block.forward).parameters, f"the forward of {type(block).__name__}"
+        for role, name, needed in ((mask, self.mask, counts), ("argument for rotary embeddings", self.rope, turns)):
+            if needed and name not in seen:
                 raise missing(role, of=of, wanted=[name], seen=seen, library=self.library)
 
     def sample(self, host: nn.Module, block: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
@@ -183,7 +215,7 @@ class Tower:
         generator = torch.Generator(device="cpu").manual_seed(number)
         shape = (2, n_tokens, self.width(host))
         x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, weight.dtype)
-        rope = self._rope(host, x[0, -_TRIED:])
+        rope = self.sample_rope(host, x[0, -_TRIED:])
         kwargs = {self.mask: None} if self.mask in inspect.signature(block.forward).parameters else {}
         return x, kwargs if rope is None else {**kwargs, self.rope: rope}
 
@@ -191,45 +223,10 @@ class Tower:
         """The error for a part of a module that is not there under any name known."""
         return missing(role, of=type(module).__name__, wanted=wanted, seen=seen_in(module), library=self.library)
 
-    def _rope(self, host: nn.Module, x: Tensor) -> Any:
-        return self.sample_rope(host, x) if self.rope else None
-
-
-def child(module: Any, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None where there is none."""
-    try:
-        found = attrgetter(path)(module)
-    except AttributeError:
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def look_up(thing: Any, *names: str, role: str, library: str = "transformers") -> Any:
-    """The first of the attributes `names` that `thing` has.
-
-    Raises:
-        UnsupportedModelError: it has none of them.
-    """
-    for name in names:
-        if hasattr(thing, name):
-            return getattr(thing, name)
-    raise missing(role, of=type(thing).__name__, wanted=names, seen=seen_in(thing), library=library)
-
-
-def seen_in(thing: Any) -> list[str]:
-    """Names of what a module holds (submodules, parameters, attributes), or of the fields of a config."""
-    names = [*vars(thing), *getattr(thing, "_modules", ()), *getattr(thing, "_parameters", ())]
-    return [name for name in names if not name.startswith("_")]
-
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a module's forward is not that of its class, such as where accelerate brings its weights in."""
     return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
-
-
-def heads_averaged(n_heads: int) -> Callable[[Tensor], Tensor]:
-    """Reader of the output of a key projection: `[B, N, H * K]` to `[B, N, K]`."""
-    return lambda keys: averaged(keys.view(*keys.shape[:2], n_heads, -1), 2)
 
 
 def averaged(keys: Tensor, heads: int) -> Tensor:
@@ -246,9 +243,5 @@ def shorten_rope(rope: Any, index: Tensor) -> Any:
     """
     if isinstance(rope, tuple):
         return tuple(shorten_rope(part, index) for part in rope)
-    index = index.to(rope.device)
-    if rope.ndim == 2:
-        return rope[index][:, None]
-    if rope.ndim == 3:
-        return rope[:, index].transpose(0, 1)
+    rope = rope[(None,) * (4 - rope.ndim)]
     return gather(rope.transpose(1, 2), index).transpose(1, 2)
