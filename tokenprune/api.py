@@ -1,4 +1,4 @@
-"""``patch`` and ``unpatch``: find the method and the adapter, check everything, then install."""
+"""``patch`` and ``unpatch``: build the methods, find the adapter, check everything, then install."""
 
 import dataclasses
 import difflib
@@ -10,22 +10,94 @@ import torch
 from torch import nn
 
 from tokenprune.decoder.adapter import DecoderAdapter
-from tokenprune.encoder.adapter import EncoderAdapter
-from tokenprune.encoder.find import find_encoder
-from tokenprune.encoder.reducers import SITE as INSIDE_ENCODER
+from tokenprune.encoder.adapter import EncoderAdapter, find_encoder
+from tokenprune.encoder.run_state import SITE as INSIDE_ENCODER
 from tokenprune.encoder.tower import MultimodalAdapter
-from tokenprune.engine import Adapter
 from tokenprune.errors import OptionError, TokenPruneError, UnknownMethodError, UnsupportedModelError
+from tokenprune.hooks import forget_idle_hooks, sessions_on
 from tokenprune.methods import METHODS, Method
 from tokenprune.methods.base import options_of
-from tokenprune.session import Session, forget_copied_hooks, session_of
+from tokenprune.methods.options import one_of
+from tokenprune.session import Session
 from tokenprune.upstream.attention import tensor_parallel
 from tokenprune.upstream.calls import text_decoder
 from tokenprune.upstream.check import needs_proof, note_proof, tested, version_of
 from tokenprune.upstream.encoders import TOWERS, encoder_refusal
 from tokenprune.upstream.families import FAMILIES, family_of, is_encoder_decoder, refusal, takes_images, untabled
 
-_POSITIONS = ("original", "packed")
+Adapter = DecoderAdapter | EncoderAdapter | MultimodalAdapter
+"""Knows where the sites of a family of models are: `preflight` refuses what they cannot honour, `hooks` says what has
+to be installed for a session. Neither touches the model."""
+_POSITIONS = one_of("original", "packed")
+
+
+def patch(
+    model: nn.Module,
+    method: str | Method | Sequence[str | Method] = "divprune",
+    *,
+    positions: str = "original",
+    self_check: bool = True,
+    **options: Any,
+) -> Session:
+    """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
+
+    Copies of a patched model are unpatched (``copy.deepcopy``, pickles, ``torch.ao.quantization.quantize_dynamic``) and
+    warn when they run: patch the copy, or quantize first. What records the forward into a graph (``torch.jit``,
+    ``torch.fx``, ``torch.export`` and the exports that stand on them) is refused; ``torch.compile`` after ``patch`` is
+    not.
+
+    Args:
+        model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
+            :func:`list_families`; also inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline. Its
+            class and parameters stay as they are. Hooks are added; probed attention modules get a proxy config, and
+            those that prune heads sliced projections, until :func:`unpatch`.
+        method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
+        positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
+            dropped tokens had never been there.
+        self_check: on a transformers newer than the newest tested minor, run the decoder on a few random tokens, dense
+            and pruned, before anything is installed; once for each class of decoder in a process. It takes three short
+            forwards.
+        **options: options of the method, when it is given by name; `keep` is the one that matters.
+
+    Returns:
+        The session: traces, report, pause; as a context manager it unpatches at the end of the block.
+
+    Raises:
+        UnknownMethodError: no method has this name.
+        OptionError: an option is unknown, out of range, or cannot be honoured by this model.
+        UnsupportedModelError: the model is of a kind that cannot be pruned. In all three cases nothing was touched.
+    """
+    methods = _methods_of(method, options)
+    _POSITIONS("positions", positions)
+    model = unwrapped(model)
+    with ExitStack() as stack:
+        for earlier in sessions_on(model):
+            stack.enter_context(earlier.suspended())  # what replaces it sees the model as it was
+        adapter: Adapter = find_adapter(model)
+        if isinstance(adapter, EncoderAdapter):
+            methods = tuple(one.in_encoder() for one in methods)
+        sites = _sites_of(methods)
+        if self_check and isinstance(adapter, DecoderAdapter):
+            _prove_newer(adapter)
+        if INSIDE_ENCODER in sites and isinstance(adapter, DecoderAdapter):
+            adapter = MultimodalAdapter(adapter)
+        _refuse_split(model, sites)
+        adapter.preflight(sites=sites, positions=positions)
+        session = Session(model, methods, adapter.family, positions=positions)
+        hooks = adapter.hooks(session)
+    unpatch(model)
+    session.install(hooks)
+    return session
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not
+    patched."""
+    model = unwrapped(model)
+    for session in sessions_on(model):
+        session.remove()
+    for module in model.modules():
+        forget_idle_hooks(module)
 
 
 def list_methods() -> tuple[str, ...]:
@@ -39,7 +111,23 @@ def list_families() -> tuple[str, ...]:
     return tuple(sorted([family.name for family in FAMILIES] + [tower.name for tower in TOWERS]))
 
 
-def build_method(method: str | Method, **options: Any) -> Method:
+def _methods_of(method: object, options: dict[str, Any]) -> tuple[Method, ...]:
+    """What :func:`patch` was given, as methods.
+
+    Raises:
+        OptionError: that is no method and no list of some, or an option is unknown or out of range.
+        UnknownMethodError: no method has a name that was given.
+    """
+    if isinstance(method, str | Method | type):
+        return (build_method(method, **options),)
+    if not isinstance(method, Sequence) or not method:
+        raise OptionError(
+            f"give a method or a list of at least one, got {method!r}; known methods are {', '.join(list_methods())}"
+        )
+    return tuple(build_method(one, **options) for one in method)
+
+
+def build_method(method: object, **options: Any) -> Method:
     """Make a method out of its name and options.
 
     Raises:
@@ -84,103 +172,43 @@ def _meant(name: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def patch(
-    model: nn.Module,
-    method: str | Method | Sequence[str | Method] = "divprune",
-    *,
-    positions: str = "original",
-    self_check: bool = True,
-    **options: Any,
-) -> Session:
-    """Prune the visual tokens of `model` from now on, in place. Patching again replaces the first patch.
-
-    Copies of a patched model are unpatched (``copy.deepcopy``, pickles, ``torch.ao.quantization.quantize_dynamic``) and
-    warn when they run: patch the copy, or quantize first. What records the forward into a graph (``torch.jit``,
-    ``torch.fx``, ``torch.export`` and the exports that stand on them) is refused; ``torch.compile`` after ``patch`` is
-    not.
-
-    Args:
-        model: a vision-language model of transformers, or a vision encoder of timm or transformers, see
-            :func:`list_families`; also inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline. Its
-            class and parameters stay as they are. Hooks are added; probed attention modules get a proxy config, and
-            those that prune heads sliced projections, until :func:`unpatch`.
-        method: a name (see :func:`list_methods`), a method, or a list of them, applied one after the other.
-        positions: `"original"`: kept tokens keep their positions. `"packed"`: positions are renumbered as if the
-            dropped tokens had never been there.
-        self_check: on a transformers newer than the newest tested minor, run the decoder on a few random tokens, dense
-            and pruned, before anything is installed; once for each class of decoder in a process. It takes three short
-            forwards.
-        **options: options of the method, when it is given by name; `keep` is the one that matters.
-
-    Returns:
-        The session: traces, report, pause; as a context manager it unpatches at the end of the block.
+def _sites_of(methods: tuple[Method, ...]) -> tuple[str, ...]:
+    """The sites at which `methods` take part.
 
     Raises:
-        UnknownMethodError: no method has this name.
-        OptionError: an option is unknown, out of range, or cannot be honoured by this model.
-        UnsupportedModelError: the model is of a kind that cannot be pruned. In all three cases nothing was touched.
+        OptionError: one takes part nowhere.
     """
-    if isinstance(method, str | Method | type):
-        methods: tuple[Method, ...] = (build_method(method, **options),)
-    elif isinstance(method, Sequence) and method:
-        methods = tuple(build_method(one, **options) for one in method)
-    else:
-        raise OptionError(
-            f"give a method or a list of at least one, got {method!r}; known methods are {', '.join(list_methods())}"
-        )
-    if positions not in _POSITIONS:
-        raise OptionError(f"positions must be one of {', '.join(map(repr, _POSITIONS))}, got {positions!r}")
-    model = unwrapped(model)
-    adapter = find_adapter(model)
-    if isinstance(adapter, EncoderAdapter):
-        methods = tuple(one.in_encoder() for one in methods)
-    sites = tuple(dict.fromkeys(site for one in methods for site in one.sites()))
-    if idle := [type(one).__name__ for one in methods if not one.sites()]:
-        raise OptionError(
-            f"method {idle[0]} takes part at no site; a method defines a function named after one, such as before_llm"
-        )
-    earlier = {one for module in model.modules() if (one := session_of(module)) is not None}
-    if self_check and isinstance(adapter, DecoderAdapter):
-        _prove_newer(adapter, earlier)
-    if INSIDE_ENCODER in sites and isinstance(adapter, DecoderAdapter):
-        adapter = MultimodalAdapter(adapter)
-    _refuse_split(model, sites)
-    adapter.preflight(sites=sites, positions=positions)
-    session = Session(model, methods, adapter, positions=positions)
-    with ExitStack() as stack:
-        for one in earlier:
-            stack.enter_context(one.lifted())  # else the plan would hold on to what takes their place
-        session.plan()
-    unpatch(model)
-    session.install()
-    return session
+    for one in methods:
+        if not one.sites():
+            raise OptionError(
+                f"method {type(one).__name__} takes part at no site; a method defines a function named after one, such "
+                "as before_llm"
+            )
+    return tuple(dict.fromkeys(site for one in methods for site in one.sites()))
 
 
-def unpatch(model: nn.Module) -> None:
-    """Take every hook of :func:`patch` out of `model`; the model is as it was. Does nothing on a model that is not
-    patched."""
-    for module in unwrapped(model).modules():
-        if (session := session_of(module)) is not None:
-            session.remove()
-        forget_copied_hooks(module)
+def unwrapped(model: Any) -> nn.Module:
+    """The model inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline; any other one as it is.
 
-
-def unwrapped(model: Any) -> Any:
-    """The model inside of ``DistributedDataParallel``, ``DataParallel`` or a pipeline; anything else as it is."""
+    Raises:
+        UnsupportedModelError: it is no model.
+    """
+    inner = model
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return model.module
-    inner = getattr(model, "model", None)
-    return inner if not isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
+        inner = model.module
+    elif not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
+    return inner
 
 
-def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter for `model`; touches nothing.
+def find_adapter(model: nn.Module) -> DecoderAdapter | EncoderAdapter:
+    """The adapter for `model`, which knows where its sites are and makes the hooks; touches nothing.
 
     Raises:
         UnsupportedModelError: there is none; says what was found and what is supported.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
     name = type(model).__name__
     _refuse_compiled(model)
     supported = f"supported families are {', '.join(list_families())}"
@@ -199,63 +227,30 @@ def find_adapter(model: nn.Module) -> Adapter:
             f"{name} has no text decoder apart from itself (get_decoder), so there is no place before which to prune "
             f"(transformers {version_of()}); {supported}"
         )
-    family = family_of(model) or family_of(root)  # a wrapper has other ancestors than what it wraps
-    if family is None:
-        return _untabled(model, root, decoder, supported)
-    return DecoderAdapter(root, decoder, family, model)
-
-
-def _untabled(model: nn.Module, root: nn.Module, decoder: nn.Module, supported: str) -> Adapter:
-    """An adapter with defaults for a family that has no row, if it passes the self-check."""
-    name = type(model).__name__
-    family = untabled(root, model)
+    known = family_of(model) or family_of(root)  # a wrapper has other ancestors than what it wraps
+    family = known or untabled(root, model)
     if family is None:
         raise UnsupportedModelError(
             f"{name} has no placeholder token for images (image_token_id in its config), so its visual tokens cannot "
             f"be found; {supported}"
         )
     adapter = DecoderAdapter(root, decoder, family, model)
-    if family.ids:
+    if known is None and family.ids:
         _prove(adapter, f"{name} is not in the table of families and", supported)
     return adapter
 
 
-def _prove_newer(adapter: DecoderAdapter, earlier: set[Session]) -> None:
-    """Run the self-check where transformers is newer than the tested ones, once for each class of decoder.
-
-    Raises:
-        UnsupportedModelError: it fails.
-    """
-    if adapter.row.ids and needs_proof(adapter.decoder):
-        called = type(adapter.decoder).__name__
-        with ExitStack() as stack:
-            for one in earlier:
-                stack.enter_context(one.suspended())
-            _prove(
-                adapter,
-                f"transformers {version_of()} is newer than the tested ones, and {called}",
-                f"install {tested()}, or give self_check=False at your own risk",
-            )
-        note_proof(adapter.decoder)
-
-
-def _prove(adapter: DecoderAdapter, subject: str, supported: str) -> None:
-    """Run the self-check on the decoder of `adapter`.
-
-    Raises:
-        UnsupportedModelError: it fails.
-    """
-    from tokenprune.testing import self_check
-
-    try:
-        self_check(adapter)
-    except TokenPruneError as error:
-        raise UnsupportedModelError(f"{subject} failed the self-check: {error}; {supported}") from error
-    except Exception as error:
+def _refuse_compiled(model: nn.Module) -> None:
+    if any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    ):
         raise UnsupportedModelError(
-            f"{subject} its decoder cannot be called as one that is known ({type(error).__name__}: {error}); "
-            f"{supported}"
-        ) from error
+            f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then "
+            "compile: tokenprune.patch(model, ...); model = torch.compile(model)"
+        )
 
 
 def _parent(model: nn.Module, child: nn.Module) -> nn.Module | None:
@@ -274,15 +269,30 @@ def _refuse_split(model: nn.Module, sites: Sequence[str]) -> None:
         )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    compiled = any(
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
-    if compiled:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is compiled, and hooks added after torch.compile are ignored; patch first, then "
-            "compile: tokenprune.patch(model, ...); model = torch.compile(model)"
-        )
+def _prove_newer(adapter: DecoderAdapter) -> None:
+    """Run the self-check where transformers is newer than the tested ones, once for each class of decoder.
+
+    Raises:
+        UnsupportedModelError: it fails.
+    """
+    if adapter.row.ids and needs_proof(adapter.decoder):
+        subject = f"transformers {version_of()} is newer than the tested ones, and {type(adapter.decoder).__name__}"
+        _prove(adapter, subject, f"install {tested()}, or give self_check=False at your own risk")
+        note_proof(adapter.decoder)
+
+
+def _prove(adapter: DecoderAdapter, subject: str, advice: str) -> None:
+    """Run the self-check on the decoder of `adapter`.
+
+    Raises:
+        UnsupportedModelError: it fails.
+    """
+    from tokenprune.testing import self_check
+
+    try:
+        self_check(adapter)
+    except TokenPruneError as error:
+        raise UnsupportedModelError(f"{subject} failed the self-check: {error}; {advice}") from error
+    except Exception as error:
+        found = f"its decoder cannot be called as one that is known ({type(error).__name__}: {error})"
+        raise UnsupportedModelError(f"{subject} {found}; {advice}") from error

@@ -6,8 +6,8 @@ graph is made. Asking torch whether it compiles, in code that is compiled, would
 
 import itertools
 import warnings
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,35 @@ _tracing, _exporting = torch._C._get_tracing_state, torch.compiler.is_exporting
 _modes = torch._C._len_torch_function_stack
 _NUMBERS = itertools.count()
 _TOLD: set[str] = set()  # names of the copies that have said that they are copies
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook to be installed: `kind` is `"pre"` (before the module's forward), `"post"` (after it, also when it
+    raised) or `"first"` (likewise, before the hooks that are there already)."""
+
+    module: nn.Module
+    kind: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """An attribute of a module to be replaced by `value` as long as the model is patched."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Where the value is now: where it was put, or inside of what was wrapped around it since (LoRA); nowhere when
+        somebody has replaced it."""
+        return [
+            (module, name)
+            for module in self.module.modules()
+            for name, held in (vars(module) | module._modules).items()
+            if held is self.value
+        ]
 
 
 class UnscriptableError(UnsupportedModelError, AttributeError):
@@ -62,37 +91,16 @@ def refuse_graph(called: str) -> None:
     raise UnsupportedModelError(_refused(way, called))
 
 
-def refuse_proxies(args: tuple[Any, ...], kwargs: dict[str, Any], called: str) -> None:
-    """Raise where a module is called with what stands for a value in a trace of ``torch.fx``.
-
-    Args:
-        args: what the module is called with.
-        kwargs: and by name.
-        called: the class of the patched model.
+def _refuse_proxies(args: tuple[Any, ...], kwargs: dict[str, Any], called: str) -> None:
+    """Raise where a module is called with placeholders of values, in a trace of ``torch.fx``.
 
     Raises:
         UnsupportedModelError: it is.
     """
-    if nn.Module.__call__ is _MODULE_CALL and not (args and isinstance(args[0], Proxy)):
-        return  # a tracer wraps the call of every module as long as it runs
-    for values in (args, kwargs.values()):
-        for value in values:
-            if isinstance(value, Proxy):
-                raise UnsupportedModelError(_refused("torch.fx.symbolic_trace", called))
-
-
-def moved(module: nn.Module, called: str) -> UnsupportedModelError:
-    """The error to raise where a hook was called without what it was registered to get.
-
-    Args:
-        module: the module that it stands on now.
-        called: the class of the patched model.
-    """
-    return UnsupportedModelError(
-        f"since {called} was patched, another {type(module).__name__} was put in the place of one of its modules and "
-        "took over the hooks, but not how they are called (torch.ao.quantization does so with inplace=True); call "
-        "tokenprune.unpatch(model), quantize, and then patch"
-    )
+    traced = nn.Module.__call__ is not _MODULE_CALL  # a tracer wraps the call of every module as long as it runs
+    values = (*args, *kwargs.values()) if traced else args[:1]
+    if any(isinstance(value, Proxy) for value in values):
+        raise UnsupportedModelError(_refused("torch.fx.symbolic_trace", called))
 
 
 def _tell(name: str, called: str) -> None:
@@ -137,34 +145,54 @@ class CopiedHook:
         return CopiedHook, (self.called,)
 
 
-def _in_copy(handle: RemovableHandle | None, copied: CopiedHook) -> CopiedHook:
+def _in_copy(handle: RemovableHandle, copied: CopiedHook) -> CopiedHook:
     """Loading the handle makes torch number later hooks after it, also in a process that counts from 0 again."""
     return copied
 
 
 class InstalledHook:
-    """A hook that knows its session and does not travel: copies and pickles of a patched model are unpatched.
+    """A hook in its place. It runs outside of compiled graphs and does not travel: copies and pickles of a patched
+    model are unpatched.
+
+    A graph is refused before a module runs: what hooks behind it raise, torch only warns of where another error is
+    under way.
 
     Args:
-        session: the session, which is not kept alive.
-        function: what the hook does.
+        session: the session that installs it.
+        hook: what to install.
         copied: what it becomes in a pickle.
-        entering: whether it is called before a module runs, which is when a graph is refused: what hooks behind it
-            raise, torch only warns of where another error is under way.
     """
 
-    def __init__(self, session: "Session", function: Callable[..., Any], copied: CopiedHook, *, entering: bool) -> None:
-        self.session = weakref.ref(session)
-        self.function = function
+    def __init__(self, session: "Session", hook: Hook, copied: CopiedHook) -> None:
+        self.session = session
         self.copied = copied
         self.called = copied.called
-        self.entering = entering
-        self.handle: RemovableHandle | None = None
+        self.entering = hook.kind == "pre"
+        self._function = hook.function
+        self._guarded = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+        if self.entering:
+            self.handle = hook.module.register_forward_pre_hook(self, with_kwargs=True)
+        else:
+            first = hook.kind == "first"
+            self.handle = hook.module.register_forward_hook(self, with_kwargs=True, always_call=True, prepend=first)
 
     def __call__(self, *args: Any) -> Any:
         if self.entering:
             refuse_graph(self.called)
-        return self.function(*args)
+        return self._guarded(*args)
+
+    def _run(self, *args: Any) -> Any:
+        if self.session.idle:  # a graph compiled before calls hooks that are out
+            return None
+        if len(args) != (3 if self.entering else 4):
+            raise UnsupportedModelError(
+                f"since {self.called} was patched, another {type(args[0]).__name__} was put in the place of one of its "
+                "modules and took over the hooks, but not how they are called (torch.ao.quantization does so with "
+                "inplace=True); call tokenprune.unpatch(model), quantize, and then patch"
+            )
+        if self.entering:
+            _refuse_proxies(args[1], args[2], self.called)
+        return self._function(*args)
 
     @property
     def __name__(self) -> str:
@@ -174,5 +202,25 @@ class InstalledHook:
         copied: CopiedHook = memo.setdefault(id(self.copied), CopiedHook(self.called))
         return copied
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[RemovableHandle | None, CopiedHook]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[RemovableHandle, CopiedHook]]:
         return _in_copy, (self.handle, self.copied)
+
+
+def sessions_on(model: nn.Module) -> list["Session"]:
+    """The sessions with hooks on modules of `model`."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return list(dict.fromkeys(hook.session for hook in hooks if isinstance(hook, InstalledHook)))
+
+
+def forget_idle_hooks(module: nn.Module) -> None:
+    """Take out what hooks became when a patched model was copied, and those that other code has moved to `module`."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    flags = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    for key in [key for hooks in (before, after) for key, hook in hooks.items() if _is_idle(hook)]:
+        for registry in (before, after, *flags, module._forward_hooks_always_called):
+            registry.pop(key, None)
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether `hook` is one of ours that does nothing any more."""
+    return isinstance(hook, CopiedHook) or (isinstance(hook, InstalledHook) and not hook.session.installed)

@@ -1,10 +1,11 @@
-"""A reduction says which tokens go on; it is data, and the one place that gathers tokens.
+"""A reduction says which tokens are kept or merged; it is data, and the one place that gathers tokens.
 
 The same object shortens hidden states, positions, masks and every other per-token tensor of a forward, so that nothing
 falls out of step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +31,9 @@ def gather(x: Tensor, index: Tensor, *, dim: int = 1) -> Tensor:
         if index.shape[0] > 1 and x.shape[0] > 1:
             flat = index + torch.arange(index.shape[0], dtype=torch.int64, device=x.device)[:, None] * x.shape[1]
         return x.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
-    shape = list(x.shape)
-    shape[dim - 1] = index.shape[0]
-    x = x.expand(shape)
     view = [1] * x.ndim
     view[dim - 1], view[dim] = index.shape
-    shape[dim] = index.shape[1]
-    return x.gather(dim, index.view(view).expand(shape))
+    return torch.take_along_dim(x, index.view(view), dim)
 
 
 def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
@@ -52,8 +49,8 @@ class Keep:
 
     Attributes:
         index: `[B, M]` int64, positions of the kept tokens, ascending in each row.
-        valid: `[B, M]` bool where rows keep different numbers of tokens: False marks a slot that only fills a short row
-            up. None where all slots count.
+        valid: `[B, M]` bool where rows keep different numbers of tokens: False marks a padding slot of a short row.
+            None where all slots count.
         radius: `[B]` fp32, largest cosine distance from a dropped token of the row to its nearest kept one, where the
             method knows it.
     """
@@ -65,6 +62,10 @@ class Keep:
     def apply(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """Shorten `x` of `[..., B, N, ...]` along `dim` to the M kept tokens."""
         return gather(x, self.index, dim=dim)
+
+    def to(self, device: torch.device) -> "Keep":
+        """The same with `index` and `valid` on `device`."""
+        return replace(self, index=self.index.to(device), valid=None if self.valid is None else self.valid.to(device))
 
     def restore(self, y: Tensor, *, length: int) -> Tensor:
         """Give `y` of `[B, M, ...]` its unpruned length back: `[B, length, ...]`.
@@ -78,7 +79,7 @@ class Keep:
         """For each of `length` unpruned positions the slot that it is restored from, `[B, length]` int64."""
         slots = torch.arange(self.index.shape[1], dtype=torch.int64, device=self.index.device).expand_as(self.index)
         first = torch.zeros_like(slots[:, :1])
-        if self.valid is not None:  # a slot that only fills up is no source
+        if self.valid is not None:  # a padding slot is no source
             first = self.valid.to(torch.uint8).argmax(dim=1, keepdim=True)
             slots = torch.where(self.valid, slots, first)
         source = first.repeat(1, length).scatter_(1, self.index, slots)
@@ -117,15 +118,10 @@ class Merge:
     weight: Tensor | None = None
     biased: bool = False
 
-    @property
-    def valid(self) -> None:
-        """None: all rows have the same number of groups."""
-        return None
-
-    @property
-    def radius(self) -> None:
-        """None: nothing is dropped."""
-        return None
+    valid: ClassVar[None] = None
+    """All rows have the same number of groups."""
+    radius: ClassVar[None] = None
+    """Nothing is dropped."""
 
     def apply(self, x: Tensor) -> Tensor:
         """Weighted means `[B, M, ...]` of `x` `[B, N, ...]` over the groups, summed in fp32, in the dtype of `x`.
@@ -152,9 +148,9 @@ class Merge:
 
     def sizes(self) -> Tensor:
         """What the tokens of each group count together, `[B, M]` fp32: their number where there are no weights."""
-        weight = torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight
+        weight = self._weights()
         none = torch.zeros(self.index.shape, dtype=torch.float32, device=weight.device)
-        return none.scatter_add_(1, self.assign, weight.float())
+        return none.scatter_add_(1, self.assign, weight)
 
     def then(self, other: "Merge") -> "Merge":
         """The reduction that does this one first and `other` (over its groups) after it.
@@ -170,10 +166,13 @@ class Merge:
         biased = self.biased or other.biased
         return Merge(gather(self.index, other.index), gather(other.assign, self.assign), weight, biased)
 
+    def _weights(self) -> Tensor:
+        """What each token counts, `[B, N]` fp32."""
+        return torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight.float()
+
     def _shares(self) -> Tensor:
         """Weight of each token over the weight of its group, `[B, N]` fp32."""
-        weight = torch.ones_like(self.assign, dtype=torch.float32) if self.weight is None else self.weight.float()
-        return weight / gather(self.sizes(), self.assign)
+        return self._weights() / gather(self.sizes(), self.assign)
 
 
 Reduction = Keep | Merge
@@ -186,31 +185,28 @@ def _check_rows(first: Tensor, second: Tensor) -> None:
         )
 
 
-def pack(kept: list[Tensor], *, length: int, left: bool = False) -> Keep:
+def pack(kept: Tensor, *, left: bool = False) -> Keep:
     """Pack rows that keep different positions into one `Keep` whose width is that of the longest row.
 
-    A short row is filled up with positions that it dropped, marked invalid and left at their place, so that the order
-    of the sequence stands. Where all rows keep all positions, the result is the identity.
+    The padding slots of a short row hold positions that it dropped, marked invalid and at their place, so that the
+    order of the sequence stands. Where all rows keep all positions, the result is the identity.
 
     Args:
-        kept: for each row `[m]` int64 positions, ascending, all on one device.
-        length: unpruned length L of the rows.
-        left: whether what fills a row up comes first, as recurrent layers need it, and not at its place.
+        kept: `[B, L]` bool, whether a position is kept.
+        left: whether padding slots come first, as recurrent layers need it, and not at their place.
 
     Returns:
-        `Keep` with `index` `[B, M]` and `valid` `[B, M]`, M the largest m (at least 1).
+        `Keep` with `index` `[B, M]`, M the largest number of kept positions (at least 1), and `valid` `[B, M]`, None
+        where all slots count.
     """
-    width = max(1, *(len(row) for row in kept))
-    if all(len(row) == width for row in kept):
-        index = torch.stack(kept)
-        return Keep(index, torch.ones_like(index, dtype=torch.bool))
-    mask = torch.zeros(len(kept), length, dtype=torch.bool, device=kept[0].device)
-    for mask_row, row in zip(mask, kept, strict=True):
-        mask_row[row] = True
+    length, counts = kept.shape[1], kept.sum(dim=1)
+    width = max(1, int(counts.max()))
+    if bool((counts == width).all()):
+        return Keep(kept.nonzero()[:, 1].view(-1, width))
     # Kept positions first, then dropped ones from the right; the first `width` of that order, back in ascending order.
-    order = mask.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    order = kept.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     index = (length - 1 - order).sort(dim=1).values
-    valid = mask.gather(1, index)
+    valid = kept.gather(1, index)
     if left:
         order = valid.to(torch.uint8).argsort(dim=1, stable=True)
         index, valid = index.gather(1, order), valid.gather(1, order)

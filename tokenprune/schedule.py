@@ -1,8 +1,19 @@
 """From `keep` to counts: the one place that rounds."""
 
 import math
+from typing import Any, TypeGuard
 
 from tokenprune.errors import OptionError
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether `value` is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is an int or a float and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_keep(keep: object, *, name: str = "keep") -> None:
@@ -11,28 +22,27 @@ def check_keep(keep: object, *, name: str = "keep") -> None:
     Raises:
         OptionError: it is not.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if not is_number(keep):
         raise OptionError(
             f"{name} must be a float in (0, 1] (a fraction) or an int of at least 1 (tokens per image), got {keep!r}"
         )
-    if isinstance(keep, int):
-        if keep < 1:
-            raise OptionError(f"{name} as an int counts tokens per image and must be at least 1, got {keep}")
-    elif not 0.0 < keep <= 1.0:
+    if isinstance(keep, int) and keep < 1:
+        raise OptionError(f"{name} as an int counts tokens per image and must be at least 1, got {keep}")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
         raise OptionError(
             f"{name} as a float is a fraction and must lie in (0, 1], got {keep}; use an int to count tokens"
         )
 
 
 def share(keep: float, n_tokens: int, *, round_down: bool = False) -> int:
-    """How many of `n_tokens` tokens a share of them stands for: a fraction in [0, 1] or a count, at most all, rounded
-    as in :func:`count` (or down), but 0 where it says so."""
+    """How many of `n_tokens` tokens `keep` means: a fraction in [0, 1] of them or a count, at most all, rounded as in
+    :func:`count` (or down); unlike there, it may be 0."""
     wanted = keep if isinstance(keep, int) else math.floor(keep * n_tokens + (1e-6 if round_down else 0.5))
     return max(0, min(int(wanted), n_tokens))
 
 
 def count(keep: float, n_tokens: int) -> int:
-    """How many of `n_tokens` tokens of an image `keep` stands for: at least 1, at most all.
+    """How many of `n_tokens` tokens of an image `keep` means: at least 1, at most all.
 
     A fraction is rounded half up (0.098 of 576 is 56), so that the count is monotonic in both arguments.
     """
@@ -49,18 +59,16 @@ def check_removal(r: object) -> None:
     Raises:
         OptionError: it is not.
     """
-    wanted = (
-        "r must be an int of at least 0 (tokens removed per block), a pair (int, inflection in [-1, 1]) or a list of "
-        f"ints, one per block, got {r!r}"
-    )
-    counts = r if isinstance(r, list) else [r]
-    if isinstance(r, tuple):
-        inflection = r[1] if len(r) == 2 else None
-        if isinstance(inflection, bool) or not isinstance(inflection, int | float) or not -1 <= inflection <= 1:
-            raise OptionError(wanted)
-        counts = [r[0]]
-    if not counts or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in counts):
-        raise OptionError(wanted)
+    counts: list[object] = r if isinstance(r, list) else [r]
+    inflection: Any = 0.0
+    if isinstance(r, tuple) and len(r) == 2:
+        counts, inflection = [r[0]], r[1]
+    in_range = is_number(inflection) and -1 <= inflection <= 1
+    if not in_range or not counts or not all(is_int(one) and one >= 0 for one in counts):
+        raise OptionError(
+            "r must be an int of at least 0 (tokens removed per block), a pair (int, inflection in [-1, 1]) or a list "
+            f"of ints, one per block, got {r!r}"
+        )
 
 
 def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
@@ -76,11 +84,9 @@ def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
         if len(r) > n_layers:
             raise OptionError(f"r names {len(r)} blocks, but the encoder has {n_layers}")
         wanted = r + [0] * (n_layers - len(r))
-    elif isinstance(r, tuple):
-        steps = [0.0] if n_layers == 1 else [2 * layer / (n_layers - 1) - 1 for layer in range(n_layers)]
-        wanted = [math.floor(r[0] * (1 + r[1] * step) + 1e-9) for step in steps]
     else:
-        wanted = [r] * n_layers
+        mean, inflection = r if isinstance(r, tuple) else (r, 0.0)
+        wanted = [math.floor(mean * (1 + inflection * step) + 1e-9) for step in _line(n_layers)]
     if sum(wanted) >= n_tokens:
         raise OptionError(
             f"r={r!r} over {n_layers} blocks would remove {sum(wanted)} of {n_tokens} patches, and at least one has to "
@@ -142,5 +148,9 @@ def ramp(average: float, *, n_layers: int, free: float) -> tuple[float, ...]:
             f"everything: more than {n_free / n_layers:.3g} is needed"
         )
     spread = min(pruned / 2, 0.98 - pruned) if pruned < 0.98 else 0.0
-    steps = [0.0] if n_ramp == 1 else [2 * i / (n_ramp - 1) - 1 for i in range(n_ramp)]
-    return (1.0,) * n_free + tuple(1.0 - (pruned + spread * step) for step in steps)
+    return (1.0,) * n_free + tuple(1.0 - (pruned + spread * step) for step in _line(n_ramp))
+
+
+def _line(n: int) -> list[float]:
+    """`n` numbers on a line from -1 to 1."""
+    return [0.0] if n == 1 else [2 * i / (n - 1) - 1 for i in range(n)]

@@ -1,4 +1,4 @@
-"""What a site hands to a method, what a method may keep, and what is left behind as a trace.
+"""What a site hands to a method, what a method has to keep, and the trace of what was done.
 
 These records stand between :mod:`tokenprune.methods` and what patches models, which never import each other.
 """
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenprune.schedule import share
+
 SITES = ("encoder_block", "before_llm", "llm_layer")
 """Names of the places where a method can take part; a method does so by defining a function of that name."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What a method may look at. Images (or frames) of one size are handed over together, as one batch.
+    """What a method sees before the decoder. Images (or frames) of one size are handed over together, as one batch.
 
     Attributes:
         features: visual tokens as they enter the decoder, `[B, N, D]`, in the model's dtype.
@@ -46,12 +48,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Stage:
-    """After which decoder layer a method drops tokens, and how many it leaves.
+    """After which decoder layer a method drops tokens, and how many it keeps.
 
     Attributes:
         layer: index of the layer, from 0; later layers see what is left.
-        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may go, int >= 0 = tokens
-            of a row.
+        keep: float in [0, 1] = fraction of the tokens of a row that entered the decoder and may be dropped, int >= 0 =
+            tokens of a row.
         round_down: whether a fraction of a token counts as none (else half a token counts as one).
     """
 
@@ -59,10 +61,14 @@ class Stage:
     keep: float | int
     round_down: bool = False
 
+    def count(self, n_tokens: int) -> int:
+        """How many are kept of a row's `n_tokens` tokens that entered the decoder and may be dropped."""
+        return share(self.keep, n_tokens, round_down=self.round_down)
+
 
 @dataclass(frozen=True)
 class TextGuard:
-    """Which tokens of a row stay when a method prunes text too.
+    """Which tokens of a row are kept in any case when a method prunes text too.
 
     Attributes:
         first: tokens at the beginning of the row, padding not counted.
@@ -75,13 +81,13 @@ class TextGuard:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What leaves the KV cache while tokens are generated: in each layer, the least important of what may go.
+    """What is dropped from the KV cache while tokens are generated: in each layer, the least important prunable tokens.
 
     Attributes:
-        keep: for each layer the fraction that stays of the tokens that may go.
-        guard: which tokens stay in any case.
-        interval: a row is looked at whenever its length reaches or passes a multiple of this.
-        persistent: whether entries leave for good; else they are only passed over, in each step anew.
+        keep: for each layer the fraction of the prunable tokens that it keeps.
+        guard: which tokens are kept in any case, and so not prunable.
+        interval: a row is pruned whenever its length reaches or passes a multiple of this.
+        persistent: whether entries are dropped for good; else they are only masked, in each step anew.
         probe: by what tokens are ranked.
     """
 
@@ -94,7 +100,8 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What a method leaves out of every attention of a decoder or, of heads alone, of a vision encoder.
+    """Which heads, values and bits a method omits from every attention of a decoder; inside a vision encoder, heads
+    alone.
 
     Attributes:
         heads: for each layer the fraction of the query heads that it keeps.
@@ -117,11 +124,11 @@ class Traffic:
 
     Attributes:
         dense: by the unpruned model.
-        tokens: without the tokens that have left.
-        heads: without the heads that have left, too.
-        values: without the values that are not looked at, too; estimated where some heads of a group read the low bits
-            and others do not.
-        read: with the bits that are not looked at, too: what was read.
+        tokens: without the dropped tokens.
+        heads: without the dropped heads, too.
+        values: without the values that are not read, too; estimated where some heads of a group read the low bits and
+            others do not.
+        read: without the bits that are not read, too: what was read.
         steps: attentions of one row that were counted.
         recomputed: share of the kept heads that read the low bits because their distribution was flat, on average over
             these attentions.
@@ -138,7 +145,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class LayerSignals:
-    """What a method may look at after a decoder layer. Rows with equally many visual tokens are handed over together.
+    """What a method sees after a decoder layer. Rows with equally many visual tokens are handed over together.
 
     Attributes:
         layer: index of the layer.
@@ -152,16 +159,18 @@ class LayerSignals:
 
 @dataclass(frozen=True)
 class BlockSignals:
-    """What a method may look at inside a block of a vision encoder, between attention and MLP.
+    """What a method sees inside a block of a vision encoder, between attention and MLP.
 
     Attributes:
         layer: index of the block.
         keys: keys of the block's attention averaged over its heads, before any rotation, `[B, N, K]` fp32.
-        sizes: how many tokens each one stands for, `[B, N]` fp32; None where nothing was merged yet.
-        protected: tokens that go on by themselves whatever happens (class, distillation, registers), `[N]` bool on the
-            CPU; they come first.
+        sizes: how many tokens each one represents, `[B, N]` fp32; None where nothing was merged yet.
+        protected: tokens that are kept, unmerged, in any case (class, distillation, registers), `[N]` bool on the CPU;
+            they come first.
         importance: attention that each one has gathered, summed over heads, queries and the blocks so far, this one
             included, `[B, N]` fp32; None unless the method is `scored`.
+        order: the tokens as ToMe's concatenation orders them, `[B, N]` int64: each merging leaves those at even places
+            of it before those at odd ones, behind the protected; None before the first one.
     """
 
     layer: int
@@ -169,6 +178,7 @@ class BlockSignals:
     sizes: Tensor | None
     protected: Tensor
     importance: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -189,9 +199,9 @@ class Trace:
             layers.
         method: name of the method.
         n_in: visual tokens that reached the site, per row.
-        n_out: visual tokens that went on, per row.
-        kept_indices: positions of the visual tokens that went on, in the unpruned sequence of this call, `[n_out]`
-            int64 on the CPU, per row.
+        n_out: visual tokens that were kept, per row.
+        kept_indices: positions of the kept visual tokens in the unpruned sequence of this call, `[n_out]` int64 on the
+            CPU, per row.
         visual_indices: positions of the visual tokens that reached the site, likewise.
         images: visual tokens that reached the site for each image (with all of its tiles) or frame of the row.
         grids: rows and columns of the token grid of each of these images, None where the tokens are not one grid.
@@ -200,8 +210,8 @@ class Trace:
         status: "applied" or "skipped".
         reason: why the site was skipped, else "".
         note: what else should be known: that it could not be told where one image ends and the next begins; else "".
-        assignment: inside an encoder: which of the `n_out` tokens that went on stands for each source patch,
-            `[B, patches]` int64 on the model's device.
+        assignment: inside an encoder: which of the `n_out` kept tokens represents each source patch, `[B, patches]`
+            int64 on the model's device.
         place: inside an encoder: where in the block tokens were reduced.
         overhead_ms: wall time spent at the site: selection, gathering and masks. On a GPU it includes the wait for the
             selection.

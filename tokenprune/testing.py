@@ -5,87 +5,47 @@ The dense side of every comparison runs the decoder without a cache on the full 
 hides the dropped tokens from all others; nothing of the pruning code takes part in it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.decoder.adapter import DecoderAdapter
 from tokenprune.encoder.block_split import evaluating
-from tokenprune.engine import Hook
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.methods.base import Method
-from tokenprune.reduction import Keep, Merge
-from tokenprune.schedule import share
-from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals, Trace, Traffic
+from tokenprune.reduction import Keep
+from tokenprune.session import Session
+from tokenprune.signals import SITES, BlockSignals, Budget, LayerSignals, Signals
 from tokenprune.upstream.caches import new_cache
 from tokenprune.upstream.decoder_call import call_decoder
 from tokenprune.upstream.families import placeholder_id
 from tokenprune.upstream.prompts import Prompt
+from tokenprune.validate import ask
 
 
 class CheckError(TokenPruneError, AssertionError):
     """A check failed: what was compared and how far apart it was."""
 
 
-@dataclass(frozen=True)
-class _EveryNth:
-    """A placeholder for a method: keeps the first of every `step` tokens."""
+@dataclass(frozen=True, kw_only=True)
+class _EveryNth(Method):
+    """Keeps the first of every `step` tokens."""
 
     step: int
-    name: str = "every nth"
-    biased: bool = False
 
-    def __call__(self, signals: Signals) -> Keep:
+    def budget(self, n_tokens: int) -> Budget:
+        """All or fewer."""
+        return Budget(1, n_tokens)
+
+    def before_llm(self, signals: Signals, budget: Budget) -> Keep:
+        """The same of each image."""
         n_rows, n_tokens = signals.features.shape[:2]
         index = torch.arange(0, n_tokens, self.step, device=signals.features.device, dtype=torch.int64)
         return Keep(index.expand(n_rows, -1))
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """A placeholder for a session with one method before the decoder."""
-
-    reducer: _EveryNth
-    active: bool = True
-    forced: bool = True
-    positions: str = "original"
-
-    def reducers(self, site: str) -> tuple[_EveryNth, ...]:
-        return (self.reducer,)
-
-    def layer_reducers(self) -> tuple[()]:
-        return ()
-
-    def remark(self, sentence: str) -> None:
-        return None
-
-    def add(self, hooks: list[Hook]) -> None:
-        return None
-
-    def publish_traffic(self, traffic: Callable[[], Traffic]) -> None:
-        return None
-
-    def publish(self, traces: tuple[Trace, ...]) -> None:
-        return None
-
-    def publish_later(self, traces: tuple[Trace, ...]) -> None:
-        return None
-
-
-def hidden_mask(seen: Tensor, *, additive: bool, dtype: torch.dtype) -> Tensor:
-    """A 4-D attention mask out of `seen` `[B, L, L]` bool, as fused attention (bool) or eager attention (additive)
-    takes it."""
-    seen = seen[:, None]
-    return (
-        torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        if additive
-        else seen
-    )
 
 
 def self_check(adapter: DecoderAdapter) -> None:
@@ -125,23 +85,29 @@ def _self_check(adapter: DecoderAdapter) -> None:
             cache=cache,
         )
 
-    def two_calls(probe: _Probe | None) -> tuple[Tensor, Tensor]:
-        cache = new_cache(facts.config)
-        with nullcontext() if probe is None else adapter.probing(probe, Prompt.of(ids, features=embeds)):
-            prefill = call(0, length, cache)
-        with nullcontext() if probe is None else adapter.probing(probe, Prompt.of(ids[:, :1] * 0)):
-            return prefill, call(length, length + 1, cache)
+    def two_calls(step: int | None) -> tuple[Tensor, Tensor]:
+        """A prefill and a decoding step in which every `step`-th visual token is kept; None: in the dense decoder."""
+        cache, calls = new_cache(facts.config), ((0, length), (length, length + 1))
+        if step is None:
+            return call(*calls[0], cache), call(*calls[1], cache)
+        session = Session(adapter.root, (_EveryNth(step=step),), adapter.family)
+        session.forced = True
+        with adapter.probing(session, Prompt.of(ids, features=embeds)):
+            prefill = call(*calls[0], cache)
+        with adapter.probing(session, Prompt.of(ids[:, :1] * 0)):
+            return prefill, call(*calls[1], cache)
 
-    for what, found, wanted in zip(("prefill", "step"), two_calls(_Probe(_EveryNth(1))), two_calls(None), strict=True):
+    for what, found, wanted in zip(("prefill", "step"), two_calls(1), two_calls(None), strict=True):
         compare(f"{what} with all tokens kept", found[0], wanted[0])  # what padding gives is nobody's business
         compare(f"{what} of the padded row with all tokens kept", found[1, -1], wanted[1, -1])
-    prefill, step = two_calls(_Probe(_EveryNth(2)))
+    prefill, step = two_calls(2)
 
     kept = torch.ones(length + 1, dtype=torch.bool, device=weight.device)
     kept[6:11:2] = False
     seen = torch.ones(length + 1, length + 1, dtype=torch.bool, device=weight.device).tril()
-    seen = seen & kept & padding[:, None, :].bool()
-    mask = hidden_mask(seen, additive=facts.eager, dtype=weight.dtype)
+    mask = (seen & kept & padding[:, None, :].bool())[:, None]
+    if facts.eager:  # it adds its mask to the logits
+        mask = torch.zeros_like(mask, dtype=weight.dtype).masked_fill(~mask, torch.finfo(weight.dtype).min)
     dense = call_decoder(decoder, embeds=embeds, mask=mask, positions=positions)
     compare("prefill", prefill[0, kept[:-1]], dense[0, :-1][kept[:-1]])
     compare("prefill of the padded row", prefill[1, pad:][kept[pad:-1]], dense[1, pad:-1][kept[pad:-1]])
@@ -185,41 +151,35 @@ def check_method(method: Method, *, features: Tensor | None = None) -> None:
         raise InputError(f"{type(method).__name__} has no function named after a site ({', '.join(SITES)}) to check")
     if features is None:
         features = _random(3, 24, 16)
-    for site, budget, call in _calls(method, features):
-        _check_site(site, budget, call, n_rows=len(features), n_tokens=features.shape[1])
+    for site, budget, signals in _sites_of(method, features):
+        _check_site(method, site, budget, signals, shape=features.shape)
 
 
-def _calls(method: Any, features: Tensor) -> Iterator[tuple[str, Budget, Callable[[list[int]], Keep | Merge]]]:
-    """Each site at which a method takes part, what is due there, and the call that has it answer for some rows."""
+def _sites_of(method: Method, features: Tensor) -> Iterator[tuple[str, Budget, Callable[[list[int]], Any]]]:
+    """Each site at which a method takes part, what is due there, and what makes the signals for some rows."""
     n_tokens, sites = features.shape[1], method.sites()
     scores, protected = features[..., 0].float(), torch.zeros(n_tokens, dtype=torch.bool, device="cpu")
 
-    def before(due: Budget, rows: list[int]) -> Keep | Merge:
-        return cast(Keep | Merge, method.before_llm(Signals(features[rows], None, tuple(rows)), due))
-
-    def after(layer: int, due: Budget, rows: list[int]) -> Keep | Merge:
-        return cast(Keep | Merge, method.llm_layer(LayerSignals(layer, scores[rows]), due))
-
-    def inside(due: Budget, rows: list[int]) -> Keep | Merge:
-        signals = BlockSignals(0, features[rows].float(), None, protected, scores[rows])
-        return cast(Keep | Merge, method.encoder_block(signals, due))
+    def after(layer: int, rows: list[int]) -> LayerSignals:
+        return LayerSignals(layer, scores[rows])
 
     if "before_llm" in sites:
-        due = method.budget(n_tokens)
-        yield "before_llm", due, partial(before, due)
+        yield "before_llm", method.budget(n_tokens), lambda rows: Signals(features[rows], None, tuple(rows))
     for stage in method.schedule(8) if "llm_layer" in sites else ():
-        n_keep = share(stage.keep, n_tokens, round_down=stage.round_down)
+        n_keep = stage.count(n_tokens)
         if 0 < n_keep < n_tokens:
-            due = Budget(n_keep, n_keep)
-            yield f"llm_layer after layer {stage.layer}", due, partial(after, stage.layer, due)
+            yield "llm_layer", Budget(n_keep, n_keep), partial(after, stage.layer)
     if "encoder_block" in sites:
         n_left = n_tokens - max(method.removals(n_layers=4, n_tokens=n_tokens))
-        due = Budget(n_left, n_left)
-        yield "encoder_block", due, partial(inside, due)
+        yield (
+            "encoder_block",
+            Budget(n_left, n_left),
+            lambda rows: BlockSignals(0, features[rows].float(), None, protected, scores[rows]),
+        )
 
 
 def _check_site(
-    site: str, budget: Budget, call: Callable[[list[int]], Keep | Merge], *, n_rows: int, n_tokens: int
+    method: Method, site: str, budget: Budget, signals: Callable[[list[int]], Any], *, shape: Sequence[int]
 ) -> None:
     """Check the answers at one site.
 
@@ -228,18 +188,16 @@ def _check_site(
     """
 
     def kept(rows: list[int]) -> list[list[int]]:
-        keep = call(rows)
+        try:
+            keep = ask(method, site, signals(rows), budget, shape=(len(rows), shape[1]))
+        except InputError as error:
+            raise CheckError(str(error)) from error
         valid = torch.ones_like(keep.index, dtype=torch.bool) if keep.valid is None else keep.valid
         return [index[ok].tolist() for index, ok in zip(keep.index, valid, strict=True)]
 
-    together = kept(list(range(n_rows)))
-    for row, index in enumerate(together):
-        if not budget.low <= len(index) <= budget.high or sorted(set(index)) != index or index[-1] >= n_tokens:
-            raise CheckError(
-                f"{site}, row {row}: {budget.low} to {budget.high} distinct ascending positions below {n_tokens} were "
-                f"due, found {index}"
-            )
-    if together != kept(list(range(n_rows))):
+    rows = list(range(shape[0]))
+    together = kept(rows)
+    if together != kept(rows):
         raise CheckError(f"{site}: the same rows gave another choice the second time")
-    if together != [kept([row])[0] for row in range(n_rows)]:
+    if together != [kept([row])[0] for row in rows]:
         raise CheckError(f"{site}: a row alone gave another choice than in a batch")

@@ -1,113 +1,105 @@
-"""Methods as adapters see them: with shares turned into counts, and with their answers checked."""
+"""Asking a method at a site: the one place that checks what methods answer.
 
-from dataclasses import dataclass
+Adapters and :func:`tokenprune.testing.check_method` ask through these functions, so a wrong answer gets the same error
+everywhere.
+"""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenprune.errors import InputError
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep, Merge, Reduction
-from tokenprune.schedule import share
-from tokenprune.signals import AttentionPlan, Budget, CachePlan, LayerSignals, Probe, Signals, Stage, TextGuard
+from tokenprune.signals import Budget, Signals
 
 
-@dataclass(frozen=True)
-class CheckedReducer:
-    """A method at one site, with its `keep` turned into counts and its answer checked."""
+def ask_before_llm(method: Method, signals: Signals) -> Reduction:
+    """What `method` makes of images of one size, see :func:`ask`. A fraction also counts the tokens that the attention
+    mask hides.
 
-    method: Method
-    site: str
+    Raises:
+        InputError: the answer does not fit.
+    """
+    n_tokens = signals.features.shape[1]
+    budget = method.budget(n_tokens + signals.n_hidden)
+    budget = Budget(min(budget.low, n_tokens), min(budget.high, n_tokens))
+    return ask(method, "before_llm", signals, budget, shape=signals.features.shape)
 
-    @property
-    def name(self) -> str:
-        return self.method.name or type(self.method).__name__
 
-    @property
-    def biased(self) -> bool:
-        return self.method.biased
+def ask(
+    method: Method, site: str, signals: Any, budget: Budget, *, shape: Sequence[int], n_prefix: int = 0
+) -> Reduction:
+    """What `method` answers at `site`, checked. A `Keep` is handed over on the CPU, except inside an encoder.
 
-    def __call__(self, signals: Signals) -> Reduction:
-        """What the method keeps, on the CPU, or how it merges.
+    Inside an encoder nothing but shapes is checked on a GPU: each block would wait for the device.
 
-        Raises:
-            InputError: the method did not answer with distinct ascending positions within its budget.
-        """
-        n_rows, n_tokens = signals.features.shape[:2]
-        budget = self.method.budget(n_tokens + signals.n_hidden)
-        budget = Budget(min(budget.low, n_tokens), min(budget.high, n_tokens))
-        answer = getattr(self.method, self.site)(signals, budget)
-        due = f"{n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
-        who = f"method {self.name!r} at site {self.site!r} returned"
-        if not isinstance(answer, Keep | Merge):
-            raise InputError(f"{who} {type(answer).__name__}; a Keep or a Merge with {due}")
-        index, valid = answer.index.cpu(), None if answer.valid is None else answer.valid.cpu()
-        fits = index.ndim == 2 and index.shape[0] == n_rows and budget.low <= index.shape[1] <= budget.high
-        if not fits or (valid is not None and valid.shape != index.shape):
-            raise InputError(f"{who} an index of shape {tuple(index.shape)}; {due}, and valid of that shape or None")
-        if index.dtype != torch.int64:
-            raise InputError(f"{who} an index of {index.dtype}; int64 positions were due")
-        for row, kept in enumerate(index):
-            kept = kept if valid is None else kept[valid[row]]
-            inside = len(kept) >= budget.low and int(kept[0]) >= 0 and int(kept[-1]) < n_tokens
-            if not inside or not bool((kept.diff() > 0).all()):
-                raise InputError(
-                    f"{who} {kept.tolist()} for image {row}; {budget.low} to {budget.high} distinct ascending "
-                    f"positions below {n_tokens} were due"
-                )
-        if isinstance(answer, Keep):
-            return Keep(index, valid, answer.radius)
-        if answer.assign.shape != (n_rows, n_tokens) or not torch.equal(
-            answer.assign.cpu().gather(1, index), torch.ones_like(index).cumsum(1) - 1
-        ):
-            raise InputError(f"{who} a Merge whose groups do not stand at tokens of their own; {due}")
+    Args:
+        method: the method.
+        site: the site, at which the method takes part.
+        signals: what the method is given.
+        budget: how many tokens of each row it has to keep.
+        shape: rows and tokens that are reduced, B and N.
+        n_prefix: how many tokens at the beginning of each row have to be kept as they are (class, registers).
+
+    Raises:
+        InputError: the answer is no reduction of B rows of N tokens within the budget.
+    """
+    answer = getattr(method, site)(signals, budget)
+    n_rows, n_tokens = shape[:2]
+    layer = getattr(signals, "layer", None)
+    who = f"method {method.name!r} at site {site!r}{'' if layer is None else f' (layer {layer})'} returned"
+    kind = "a Keep" if site == "llm_layer" else "a Keep or a Merge"
+    due = f"{kind} of {n_rows} rows of {budget.low} to {budget.high} of {n_tokens} tokens were due"
+    inside = site == "encoder_block"
+    if not isinstance(answer, Keep if site == "llm_layer" else Keep | Merge):
+        raise InputError(f"{who} {type(answer).__name__}; {due}")
+    index, valid = answer.index, answer.valid
+    if valid is not None and inside:
+        raise InputError(f"{who} {type(answer).__name__} with gaps; {due}, in rows of one length")
+    fits = index.ndim == 2 and len(index) == n_rows and budget.low <= index.shape[1] <= budget.high
+    if not fits or index.dtype != torch.int64 or (valid is not None and valid.shape != index.shape):
+        found = f"an index of {index.dtype} and shape {list(index.shape)}"
+        raise InputError(f"{who} {found}; {due}, in int64, and valid of that shape or None")
+    if isinstance(answer, Merge) and (answer.assign.shape != (n_rows, n_tokens) or answer.assign.dtype != torch.int64):
+        raise InputError(f"{who} groups {answer.assign.dtype} {list(answer.assign.shape)}; {due}")
+    if inside and index.device.type != "cpu":
         return answer
+    index, valid = index.cpu(), None if valid is None else valid.cpu()
+    _check_positions(index, valid, who=who, budget=budget, n_tokens=n_tokens, n_prefix=n_prefix)
+    if isinstance(answer, Keep):
+        return Keep(index, valid, answer.radius)
+    groups, slots = answer.assign.cpu().numpy(), np.arange(index.shape[1])
+    own = (np.take_along_axis(groups, index.numpy(), 1) == slots).all()
+    patches = groups[:, n_prefix:]
+    if not own or (patches < n_prefix).any() or (patches >= len(slots)).any():
+        raise InputError(f"{who} groups that do not stand at tokens of their own, or merge a class token; {due}")
+    return answer
 
 
-@dataclass(frozen=True)
-class CheckedLayerReducer:
-    """A method after decoder layers, with its answer checked."""
+def _check_positions(
+    index: Tensor, valid: Tensor | None, *, who: str, budget: Budget, n_tokens: int, n_prefix: int
+) -> None:
+    """Check `index` `[B, M]`, of which the slots in `valid` `[B, M]` count, both on the CPU.
 
-    method: Method
-
-    @property
-    def name(self) -> str:
-        return self.method.name or type(self.method).__name__
-
-    @property
-    def probe(self) -> Probe | None:
-        return self.method.probe
-
-    @property
-    def text(self) -> TextGuard | None:
-        return self.method.text
-
-    def schedule(self, n_layers: int) -> tuple[Stage, ...]:
-        return self.method.schedule(n_layers)
-
-    def attention_plan(self, n_layers: int) -> AttentionPlan | None:
-        return self.method.attention_plan(n_layers)
-
-    def cache_plan(self, n_layers: int) -> CachePlan | None:
-        return self.method.cache_plan(n_layers)
-
-    def count(self, stage: Stage, n_tokens: int) -> int:
-        return share(stage.keep, n_tokens, round_down=stage.round_down)
-
-    def __call__(self, signals: LayerSignals, *, n_keep: int) -> Tensor:
-        """Positions that go on, `[R, n_keep]` int64.
-
-        Raises:
-            InputError: the method did not answer with as many distinct ascending positions.
-        """
-        n_rows, n_tokens = signals.importance.shape
-        keep = self.method.llm_layer(signals, Budget(n_keep, n_keep))  # type: ignore[attr-defined]
-        due = f"{n_rows} rows of {n_keep} distinct ascending positions below {n_tokens} were due"
-        who = f"method {self.name!r} returned after layer {signals.layer}"
-        if not isinstance(keep, Keep) or keep.index.shape != (n_rows, n_keep) or keep.index.dtype != torch.int64:
-            raise InputError(f"{who} something other than a Keep of shape {(n_rows, n_keep)}; {due}")
-        index = keep.index.cpu()
-        inside = bool(((index >= 0) & (index < n_tokens)).all())
-        if not inside or not bool((index.diff(dim=1) > 0).all()):
-            raise InputError(f"{who} {index.tolist()}; {due}")
-        return index
+    Raises:
+        InputError: the positions of a row are not within the budget, not ascending or not those of tokens.
+    """
+    places = index.numpy()  # several times faster than torch on so few numbers
+    counts = np.ones_like(places, dtype=bool) if valid is None else valid.numpy()
+    so_far = np.maximum.accumulate(np.where(counts, places, -1), axis=1)
+    rising = np.diff(so_far, axis=1, prepend=-1) > 0
+    fits = ((rising & (places < n_tokens)) | ~counts).all(1) & (counts.sum(1) >= budget.low)
+    if n_prefix:
+        fits &= places[:, n_prefix - 1] == n_prefix - 1  # ascending from 0, so none is missing before it
+    if fits.all():
+        return
+    row = int(fits.argmin())
+    prefix = f", the first {n_prefix} (class, distillation, registers) among them," if n_prefix else ""
+    raise InputError(
+        f"{who} {places[row][counts[row]].tolist()} for row {row}; {budget.low} to {budget.high} distinct ascending "
+        f"positions below {n_tokens}{prefix} were due"
+    )

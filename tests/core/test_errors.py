@@ -141,7 +141,7 @@ def test_a_method_that_takes_part_nowhere_is_refused(llava):
 
 @pytest.mark.parametrize("positions", ["Packed", "", None, 1])
 def test_an_unknown_word_for_positions_is_answered_with_the_known_ones(llava, positions):
-    refused(llava, OptionError, "positions", "'original', 'packed'", f"got {positions!r}", positions=positions)
+    refused(llava, OptionError, "positions", "'original' or 'packed'", f"got {positions!r}", positions=positions)
 
 
 @pytest.mark.parametrize("family", MROPE)

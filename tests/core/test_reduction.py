@@ -30,8 +30,15 @@ def keep_of(rows: list[list[int]]) -> Keep:
     return Keep(torch.tensor(rows))
 
 
-def tensors(rows: list[list[int]]) -> list[Tensor]:
-    return [torch.tensor(row, dtype=torch.int64) for row in rows]
+def packed(rows: list[list[int]], length: int) -> Keep:
+    """Rows that keep different positions, with `valid` in any case."""
+    kept = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, positions in zip(kept, rows, strict=True):
+        row[positions] = True
+    keep = pack(kept)
+    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
+    assert (keep.valid is None) == full
+    return Keep(keep.index, torch.ones_like(keep.index, dtype=torch.bool)) if full else keep
 
 
 def taken(x: Tensor, rows: list[list[int]]) -> Tensor:
@@ -107,7 +114,7 @@ def test_gather_with_an_index_that_is_an_expanded_view():
 @given(kept_rows(at_least=1))
 def test_restore_carries_the_nearest_earlier_kept_token(case):
     length, rows = case
-    keep = pack(tensors(rows), length=length)
+    keep = packed(rows, length)
     y = numbered(*keep.index.shape, 2) + 1
     out = keep.restore(y, length=length)
     assert out.shape == (len(rows), length, 2)
@@ -122,7 +129,7 @@ def test_restore_carries_the_nearest_earlier_kept_token(case):
 @given(kept_rows(at_least=1))
 def test_restoring_gives_every_kept_token_itself_back(case):
     length, rows = case
-    keep = pack(tensors(rows), length=length)
+    keep = packed(rows, length)
     x = numbered(len(rows), length, 2)
     out = keep.restore(keep.apply(x), length=length)
     for i, row in enumerate(rows):
@@ -137,7 +144,7 @@ def test_what_is_restored_in_a_row_does_not_depend_on_the_rows_beside_it(case, e
     x = numbered(1, length, 2)
 
     def restored(all_rows):
-        keep = pack(tensors(all_rows), length=length)
+        keep = packed(all_rows, length)
         return keep.restore(keep.apply(x), length=length)[0]
 
     assert torch.equal(restored([rows[0]]), restored([rows[0], fuller]))
@@ -162,10 +169,10 @@ def test_one_reduction_after_another_equals_the_two_in_one(case, data):
 @given(kept_rows(at_least=1), st.data())
 def test_a_slot_of_a_chain_counts_where_it_counts_in_both_links(case, data):
     length, rows = case
-    first = pack(tensors(rows), length=length)
+    first = packed(rows, length)
     width = first.index.shape[1]
     again = [sorted(data.draw(st.sets(st.integers(0, width - 1)))) for _ in rows]
-    second = pack(tensors(again), length=width)
+    second = packed(again, width)
     both = first.then(second)
     for i, row in enumerate(rows):
         kept = [int(first.index[i, slot]) for slot in again[i] if first.valid[i, slot]]
@@ -193,7 +200,7 @@ def test_links_of_different_batches_do_not_chain():
 @given(kept_rows())
 def test_pack_keeps_exactly_what_it_is_told(case):
     length, rows = case
-    keep = pack(tensors(rows), length=length)
+    keep = packed(rows, length)
     assert keep.index.shape == keep.valid.shape == (len(rows), max(1, *map(len, rows)))
     assert keep.index.dtype == torch.int64
     for index, valid, row in zip(keep.index.tolist(), keep.valid, rows, strict=True):
@@ -205,7 +212,7 @@ def test_pack_keeps_exactly_what_it_is_told(case):
 @quick
 @given(st.integers(1, 4), st.integers(1, 12))
 def test_keeping_everything_is_the_identity(n_rows, length):
-    keep = pack([torch.arange(length)] * n_rows, length=length)
+    keep = packed([list(range(length))] * n_rows, length)
     x = numbered(n_rows, length, 3)
     assert torch.equal(keep.index, torch.arange(length).expand(n_rows, -1))
     assert keep.valid.all()
@@ -216,7 +223,7 @@ def test_keeping_everything_is_the_identity(n_rows, length):
 
 
 def test_a_batch_in_which_no_row_keeps_anything_has_one_slot_that_does_not_count():
-    keep = pack(tensors([[], []]), length=5)
+    keep = packed([[], []], 5)
     assert keep.index.shape == (2, 1)
     assert not keep.valid.any()
 

@@ -329,7 +329,7 @@ def llava():
     ({"prune": (True, 3)}, ("a pair of ints (layers) or of floats",)),
     ({"prune": (1, 4)}, ("layers 1 to 4", "decoder of 4 layers", "end <= 3")),
     ({"prune": (20, 28)}, ("layers 20 to 28", "decoder of 4 layers", "end <= 3")),
-    ({"importance": "best"}, ("'pagerank', 'column_sum', 'last_query'", "got 'best'")),
+    ({"importance": "best"}, ("'pagerank', 'column_sum' or 'last_query'", "got 'best'")),
     ({"temperature": 0}, ("temperature", "above 0", "got 0")),
     ({"temperature": float("nan")}, ("temperature", "above 0", "got nan")),
     ({"temperature": True}, ("temperature", "got True")),

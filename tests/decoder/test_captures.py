@@ -24,7 +24,6 @@ from vits import answer
 
 import tokenprune
 from tokenprune import running
-from tokenprune.encoder import run_state
 
 COPIED = "is a copy of a patched one"
 QUANTIZES = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # torch.ao, in each forward
@@ -93,7 +92,7 @@ def check_refused(model: nn.Module, whole: nn.Module, x: Tensor, way: str, sessi
         assert "tokenprune.unpatch(model) before tracing" in str(caught.value)
         assert session.traces is traces
         assert running.current(object) is None
-        assert run_state._CURRENT.get() is None
+        assert running.innermost() is None
         assert torch.equal(whole(x), wanted)
     assert session.traces is not traces
     assert any(trace.n_out < trace.n_in for trace in session.traces)
@@ -323,7 +322,7 @@ def test_hooks_that_moved_to_other_modules_are_refused_and_unpatching_finds_them
     quantized(model, inplace=True)
     with pytest.raises(tokenprune.UnsupportedModelError, match=r"took over the hooks.*quantize, and then patch"):
         vits.run(model, given)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
     tokenprune.unpatch(model)
     assert not session.installed
     assert hook_counts(model) == {}

@@ -307,9 +307,9 @@ def test_a_recurrent_layer_is_ranked_by_the_attention_before_it():
         tokenprune.patch(model, FastV(layer=1))
 
 
-def test_what_fills_a_row_up_can_come_first():
-    rows = [torch.tensor([0, 2, 5]), torch.tensor([1])]
-    keep = pack(rows, length=6, left=True)
+def test_padding_slots_can_come_first():
+    kept = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    keep = pack(kept, left=True)
     assert keep.index.tolist() == [[0, 2, 5], [4, 5, 1]]
     assert keep.valid.tolist() == [[True] * 3, [False, False, True]]
     y = torch.tensor([[[0.0], [2.0], [5.0]], [[-1.0], [-1.0], [1.0]]])

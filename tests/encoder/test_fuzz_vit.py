@@ -17,11 +17,11 @@ import torch
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from test_state import hook_counts, snapshot
-from test_vit import Watch, merged_at_end, removed
+from test_vit import Watch, removed
 from test_vit_heads import cascade
 from test_vit_spatten import filled, pruned
 from torch import Tensor, nn
-from vits import AT_END, DEPTH, HEADS, NAMES, PATCHES, PREFIX, Row, answer, inputs, merged, run, tiny
+from vits import AT_END, DEPTH, HEADS, NAMES, PATCHES, PREFIX, answer, inputs, merged, run, tiny
 
 import tokenprune
 from tokenprune.decode.heads import count_heads
@@ -163,14 +163,10 @@ def check_merging(
     """Groups and tokens of all blocks against the paper written out."""
     options, prefix = dict(case.methods[0][1]), PREFIX.get(name, 1)
     removals = [trace.n_in[0] - trace.n_out[0] for trace in session.traces]
-    rows: list[list[Row]]
-    if name in AT_END:
-        rows = merged_at_end(name, dense, watch.got[0], removals, options["proportional"])
-    else:
-        rows = merged(name, dense, images, watch.got[0], removals, options["proportional"])
+    rows = merged(name, dense, images, watch.got[0], removals, options["proportional"])
     for number, trace in enumerate(session.traces):
         for at, row in enumerate(rows):
-            here = row[number]
+            here = row[number].in_place()
             if trace.assignment is not None:
                 found = trace.assignment[at].tolist()
                 groups = [{i for i, one in enumerate(found) if one == group} for group in range(trace.n_out[at])]

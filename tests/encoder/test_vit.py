@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from vits import (
     AT_END,
     DEPTH,
-    HEADS,
     NAMES,
     PREFIX,
-    WIDTH,
-    Row,
     answer,
     attend,
     blocks_of,
     inputs,
-    merge,
     merged,
     plain_blocks,
     run,
@@ -35,10 +31,10 @@ from vits import (
 )
 
 import tokenprune
-from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError
+from tokenprune import DivPrune, InputError, Method, OptionError, ToMe, UnsupportedModelError, running
 from tokenprune.encoder import run_state
+from tokenprune.encoder.adapter import find_encoder
 from tokenprune.encoder.block_check import block_of
-from tokenprune.encoder.find import find_encoder
 from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import count, removals, removals_for
 
@@ -88,7 +84,7 @@ def test_tome_is_the_paper_written_out(name, n_patches):
         assert trace.n_out == tuple(len(row[layer].x) - prefix for row in rows)
         for found, row in zip(trace.assignment, rows, strict=True):
             groups = [{i for i in range(n_patches) if found[i] == group} for group in range(trace.n_out[0])]
-            assert groups == [{i - prefix for i in group} for group in row[layer].groups[prefix:]]
+            assert groups == [{i - prefix for i in group} for group in row[layer].in_place().groups[prefix:]]
 
 
 @pytest.mark.parametrize("method", [tokenprune.ToMe(r=3), tokenprune.SpAtten(tokens=0.6)], ids=["tome", "spatten"])
@@ -116,30 +112,6 @@ def test_without_proportional_attention_sizes_only_weigh_the_means(name):
         assert (found - row[-1].spread()).abs().max() <= 1e-5 * max(1, float(found.abs().max()))
 
 
-@torch.no_grad()
-def merged_at_end(
-    name: str, model: nn.Module, x: Tensor, removals: list[int], proportional: bool = True
-) -> list[list[Row]]:
-    """As `merged`, for blocks of the unpatched `model` that do not fall into halves."""
-    after = []
-    for tokens in x:
-        sizes, places = [1.0] * len(tokens), list(range(len(tokens)))
-        groups = [{i} for i in places]
-        rows = []
-        for block, r in zip(blocks_of(model), removals, strict=True):
-            keys = block.in_proj(block.in_norm(tokens))[:, -2 * WIDTH : -WIDTH] if "parallel" in name else (
-                block.attn.qkv(tokens)[:, WIDTH : 2 * WIDTH]
-            )  # fmt: skip
-            counted = torch.tensor(sizes if proportional else [1.0] * len(sizes))
-            mask = counted.log().expand(1, 1, len(sizes), -1)
-            tokens = block(tokens[None], attn_mask=mask)[0]
-            keys = (block.k_norm if "parallel" in name else nn.Identity())(keys.view(len(keys), HEADS, -1)).mean(1)
-            tokens, sizes, places, groups = merge(tokens, keys, sizes, places, groups, r, 1)
-            rows.append(Row(tokens, sizes, places, groups))
-        after.append(rows)
-    return after
-
-
 @pytest.mark.parametrize("name", AT_END)
 def test_blocks_without_halves_merge_at_their_end(name):
     model, given = tiny(name), inputs(name)
@@ -148,7 +120,7 @@ def test_blocks_without_halves_merge_at_their_end(name):
     run(model, given)
     assert {trace.place for trace in session.traces} == {"at the end of the block"}
     assert session.traces[-1].n_out == (4, 4)
-    for at, rows in enumerate(merged_at_end(name, tiny(name), watch.got[0], [3] * DEPTH)):
+    for at, rows in enumerate(merged(name, tiny(name), given, watch.got[0], [3] * DEPTH)):
         for number, row in enumerate(rows):
             wanted = row.spread()
             assert (watch.gave[number][at] - wanted).abs().max() <= 1e-4 * max(1, float(wanted.abs().max()))
@@ -353,7 +325,7 @@ def test_gradients_reach_every_weight_as_in_the_dense_model():
 
 def untouched() -> bool:
     """Whether no forward has left anything in this context."""
-    return run_state._CURRENT.get() is None
+    return running.innermost() is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -415,8 +387,8 @@ def test_an_exception_leaves_nothing_behind(where, direct):
         }[where]()
         with pytest.raises(Broken):
             call(x)
-        state = run_state._CURRENT.get()
-        assert state is None or (state.direct and held(state.run) <= 2)
+        state = running.innermost()
+        assert state is None or (state.direct and held(state) <= 2)
         hook.remove()
         assert torch.equal(call(x), wanted)
     assert untouched()
@@ -424,7 +396,8 @@ def test_an_exception_leaves_nothing_behind(where, direct):
 
 def held(run: run_state.RunState) -> int:
     """Most axes of a tensor that a pass holds: hidden states, keys and queries have three or four."""
-    return max((value.ndim for value in vars(run).values() if isinstance(value, torch.Tensor)), default=0)
+    values = [*vars(run).values(), *run.seen.values()]
+    return max((value.ndim for value in values if isinstance(value, torch.Tensor)), default=0)
 
 
 def test_stopping_early_holds_no_states_and_ends_where_another_block_is_called():
@@ -434,7 +407,7 @@ def test_stopping_early_holds_no_states_and_ends_where_another_block_is_called()
         (found,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
         del found
         gc.collect()
-        assert held(run_state._CURRENT.get().run) <= 2
+        assert held(running.innermost()) <= 2
         assert model.blocks[3](x.new_ones(1, 17, 24)).shape == (1, 17, 24)
         assert untouched()
         model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)

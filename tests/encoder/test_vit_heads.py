@@ -20,8 +20,7 @@ from torch.nn import functional
 from vits import AT_END, DEPTH, HEADS, NAMES, PATCH, PREFIX, WIDTH, answer, blocks_of, inputs, plain_blocks, run, tiny
 
 import tokenprune
-from tokenprune import InputError, OptionError, SpAtten, ToMe, UnsupportedModelError
-from tokenprune.encoder import run_state
+from tokenprune import InputError, OptionError, SpAtten, ToMe, UnsupportedModelError, running
 
 TAKING = tuple(name for name in NAMES if name != "timm parallel")
 FRACTIONS, COUNTS = (1.0, 1.0, 0.67, 0.34), (3, 3, 2, 1)
@@ -306,7 +305,7 @@ def test_an_exception_leaves_nothing_behind():
     model.blocks[1].attn = tiny("timm vit").blocks[1].attn
     with pytest.raises(InputError, match="attention of block 1 was not called"):
         run(model, given)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
 
 
 class WholeLinear(nn.Linear):
@@ -519,6 +518,6 @@ def test_fractions_that_do_not_fit_are_refused(options, parts):
 def test_only_one_method_can_leave_heads_out():
     model = tiny("timm vit")
     before = snapshot(model)
-    with pytest.raises(OptionError, match=r"both leave heads out of every attention.*heads=1\.0"):
+    with pytest.raises(OptionError, match=r"both prune heads.*heads=1\.0"):
         tokenprune.patch(model, [SpAtten(heads=0.8), SpAtten(heads=0.7)])
     assert snapshot(model) == before

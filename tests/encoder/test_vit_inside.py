@@ -16,8 +16,7 @@ from upstream import encoder_output, with_features
 from vits import DEPTH, HEADS, WIDTH, Row, merged
 
 import tokenprune
-from tokenprune import AIM, DivPrune, InputError, OptionError, ToMe, UnsupportedModelError
-from tokenprune.encoder import run_state
+from tokenprune import AIM, DivPrune, InputError, OptionError, ToMe, UnsupportedModelError, running
 from tokenprune.ops.equal import equal_tokens
 
 VISION = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": DEPTH}
@@ -119,7 +118,7 @@ def test_features_computed_beforehand_and_beams_see_the_same_tokens():
     assert torch.equal(found, wanted)
     model.generate(**prompt.inputs, max_new_tokens=2, num_beams=2, do_sample=False)
     assert session.traces[-1].n_out == (7,) * 6
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
 
 
 def test_where_layers_are_joined_the_finest_groups_count():

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from vits import HEADS, NAMES, PREFIX, WIDTH, answer, blocks_of, inputs, run, tiny
 
 import tokenprune
-from tokenprune import InputError, UnsupportedModelError
-from tokenprune.encoder import run_state
-from tokenprune.encoder.find import find_encoder
+from tokenprune import InputError, UnsupportedModelError, running
+from tokenprune.encoder.adapter import find_encoder
 from tokenprune.upstream.check import version_of
 from tokenprune.upstream.tower import Tower
 
@@ -183,7 +182,7 @@ def test_a_tensor_that_is_not_known_is_refused_and_a_flag_is_handed_on():
     for other in (torch.ones(5, 5), {"masks": [torch.ones(17)]}, (torch.ones(2, 16),)):
         with pytest.raises(UnsupportedModelError, match=rf"'other'.*known are 'attn_mask'.*timm {version_of('timm')}"):
             go(other)
-        assert run_state._CURRENT.get() is None or not run_state._CURRENT.get().direct
+        assert running.innermost() is None or not running.innermost().direct
 
 
 def test_a_tensor_with_a_row_for_every_token_is_shortened():
@@ -236,7 +235,7 @@ def test_blocks_that_a_forward_leaves_out_are_noticed(n_called, told):
         one.forward_features = lambda x, one=one, **kwargs: one.blocks[:n_called](one._pos_embed(one.patch_embed(x)))
     with pytest.raises(InputError, match=told):
         run(model, given)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
     session.remove()
     assert torch.equal(run(model, given), run(dense, given))
 
@@ -256,7 +255,7 @@ def test_hidden_states_that_leave_the_encoder_short_are_noticed(name):
         run(model, given)
     handle.remove()
     assert torch.equal(answer(run(model, given)), wanted)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
 
 
 def test_a_block_that_returns_another_number_of_tokens_is_noticed():
@@ -269,4 +268,4 @@ def test_a_block_that_returns_another_number_of_tokens_is_noticed():
     run(model, given)
     with pytest.raises(InputError, match=r"block 0 of the encoder returned a tensor \[2, 13, 24\], but 14 tokens"):
         model(**given)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from vits import AT_END, DEPTH, HEADS, NAMES, PREFIX, WIDTH, answer, blocks_of, inputs, plain_blocks, run, tiny
 
 import tokenprune
-from tokenprune import OptionError, SpAtten, ToMe, UnsupportedModelError
-from tokenprune.encoder import run_state
+from tokenprune import OptionError, SpAtten, ToMe, UnsupportedModelError, running
 from tokenprune.schedule import ramp
 from tokenprune.signals import BlockSignals, Budget
 
@@ -143,7 +142,7 @@ def test_nothing_pruned_is_bit_identical_also_through_the_gathering_code(name):
     tokenprune.unpatch(model)
     assert (snapshot(model), hook_counts(model)) == (before, hooks)
     assert torch.equal(answer(run(model, given)), wanted)
-    assert run_state._CURRENT.get() is None
+    assert running.innermost() is None
 
 
 @pytest.mark.parametrize("name", ["timm vit", "timm rope", "timm parallel", "hf siglip2", "hf dinov3"])
@@ -249,7 +248,7 @@ def check_exceptions(model: nn.Module, given: dict[str, Any], modules: tuple[nn.
         with pytest.raises(Broken):
             run(model, given)
         handle.remove()
-        assert run_state._CURRENT.get() is None
+        assert running.innermost() is None
         assert torch.equal(run(model, given), wanted)
 
 

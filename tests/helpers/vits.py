@@ -1,7 +1,7 @@
 """Tiny random vision encoders of every family, and ToMe written out plainly for each of them.
 
-What :func:`merged` does is the paper (arXiv 2210.09461) row by row with loops and whole attention matrices; it shares
-nothing with the library but the weights.
+What :func:`merged` does is the paper (arXiv 2210.09461) row by row with loops and whole attention matrices, the tokens
+in the order that the paper leaves them in; it shares nothing with the library but the weights.
 """
 
 import copy
@@ -250,14 +250,25 @@ def attend(block: Plain, x: Tensor, sizes: list[float], places: list[int], prefi
         where = torch.tensor(places[prefix:]) - prefix
         q = torch.cat([q[:, :prefix], block.rotate(q[:, prefix:], where)], 1)
         k = torch.cat([k[:, :prefix], block.rotate(k[:, prefix:], where)], 1)
-    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.tensor(sizes).log()
+    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + x.new_tensor(sizes).log()
     return block.out((logits.softmax(-1) @ v).transpose(0, 1).flatten(1)), metric
 
 
 def merge(
-    x: Tensor, metric: Tensor, sizes: list[float], places: list[int], groups: list[set[int]], r: int, prefix: int
+    x: Tensor,
+    metric: Tensor,
+    sizes: list[float],
+    places: list[int],
+    groups: list[set[int]],
+    r: int,
+    prefix: int,
+    order: str = "paper",
 ) -> tuple[Tensor, list[float], list[int], list[set[int]]]:
-    """Merge the `r` most alike pairs of one row; each group stands at the place of its destination."""
+    """Merge the `r` most alike pairs of one row; each group stands at the place of its destination.
+
+    In the paper's order the sources that are left come first and the destinations behind them, after the tokens before
+    the patches.
+    """
     unit = metric / metric.norm(dim=1, keepdim=True)
     sources = [i for i in range(prefix, len(x)) if i % 2 == 0]
     targets = [i for i in range(prefix, len(x)) if i % 2 == 1]
@@ -274,6 +285,9 @@ def merge(
         held[j] |= held[i]
         gone.add(i)
     left = [i for i in range(len(x)) if i not in gone]
+    if order == "paper" and gone:
+        patches = left[prefix:]
+        left = left[:prefix] + [i for i in patches if i in sources] + [i for i in patches if i in targets]
     return torch.stack([rows[i] for i in left]), [weights[i] for i in left], [places[i] for i in left], [
         held[i] for i in left
     ]  # fmt: skip
@@ -281,16 +295,22 @@ def merge(
 
 @dataclass(frozen=True)
 class Row:
-    """One row after some blocks: tokens `[M, D]`, their sizes, places and the tokens that each stands for."""
+    """One row after some blocks: tokens `[M, D]`, their sizes, places and the tokens that each represents."""
 
     x: Tensor
     sizes: list[float]
     places: list[int]
     groups: list[set[int]]
 
+    def in_place(self) -> "Row":
+        """The same tokens in the order of their places."""
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        sizes, places, groups = ([some[i] for i in order] for some in (self.sizes, self.places, self.groups))
+        return Row(self.x[order], sizes, places, groups)
+
     def spread(self) -> Tensor:
         """All tokens `[N, D]`, each with the value of its group."""
-        out = torch.empty(sum(map(len, self.groups)), self.x.shape[1])
+        out = self.x.new_empty(sum(map(len, self.groups)), self.x.shape[1])
         for value, group in zip(self.x, self.groups, strict=True):
             out[list(group)] = value
         return out
@@ -298,20 +318,43 @@ class Row:
 
 @torch.no_grad()
 def merged(
-    name: str, model: nn.Module, given: dict[str, Any], x: Tensor, removed: list[int], proportional: bool = True
+    name: str,
+    model: nn.Module,
+    given: dict[str, Any],
+    x: Tensor,
+    removed: list[int],
+    proportional: bool = True,
+    order: str = "paper",
 ) -> list[list[Row]]:
-    """Run all rows of `x` `[B, N, D]` through the blocks, merging `removed[l]` tokens in block l; after each block."""
+    """Run all rows of `x` `[B, N, D]` through the blocks of the unpatched `model`, merging `removed[l]` tokens in block
+    l: between its halves or, where it has none, at its end. Returns what each row is after each block."""
     prefix, after = PREFIX.get(name, 1), []
+    plains = [None] * DEPTH if name in AT_END else plain_blocks(name, model, given)
     for tokens in x:
         sizes, places = [1.0] * len(tokens), list(range(len(tokens)))
         groups: list[set[int]] = [{i} for i in places]
         rows = []
-        for block, r in zip(plain_blocks(name, model, given), removed, strict=True):
+        for block, plain, r in zip(blocks_of(model), plains, removed, strict=True):
             counted = sizes if proportional else [1.0] * len(sizes)
-            added, metric = attend(block, tokens, counted, places, prefix)
-            tokens = tokens + added
-            tokens, sizes, places, groups = merge(tokens, metric, sizes, places, groups, r, prefix)
-            tokens = tokens + block.mlp(block.norm2(tokens))
+            if plain is None:
+                tokens, metric = whole(name, block, tokens, counted)
+            else:
+                added, metric = attend(plain, tokens, counted, places, prefix)
+                tokens = tokens + added
+            tokens, sizes, places, groups = merge(tokens, metric, sizes, places, groups, r, prefix, order)
+            if plain is not None:
+                tokens = tokens + plain.mlp(plain.norm2(tokens))
             rows.append(Row(tokens, sizes, places, groups))
         after.append(rows)
     return after
+
+
+def whole(name: str, block: Any, x: Tensor, sizes: list[float]) -> tuple[Tensor, Tensor]:
+    """A block of timm without halves on one row, with sizes on its logits, and its keys averaged over heads."""
+    if "parallel" in name:
+        keys = block.in_proj(block.in_norm(x))[:, -2 * WIDTH : -WIDTH]
+        keys = block.k_norm(keys.view(len(keys), HEADS, -1))
+    else:
+        keys = block.attn.qkv(x)[:, WIDTH : 2 * WIDTH].view(len(x), HEADS, -1)
+    mask = x.new_tensor(sizes).log().expand(1, 1, len(sizes), -1)
+    return block(x[None], attn_mask=mask)[0], keys.mean(1)

@@ -20,9 +20,10 @@ import tokenprune
 from tokenprune import DivPrune, InputError, Method, OptionError, Random, Uniform
 from tokenprune.api import build_method
 from tokenprune.methods.base import options_of
-from tokenprune.reduction import Keep
+from tokenprune.methods.options import at_least, one_of, option
+from tokenprune.reduction import Keep, Merge
 from tokenprune.schedule import count
-from tokenprune.signals import Budget, Signals
+from tokenprune.signals import Budget, Signals, Stage
 
 quick = settings(deadline=None, max_examples=60, database=None)
 METHODS = (DivPrune, Random, Uniform)
@@ -339,6 +340,34 @@ def test_a_method_without_a_name_goes_by_that_of_its_class():
     assert session.traces[0].n_out == (4, 2, 4)
 
 
+def test_a_method_without_a_name_does_not_take_the_one_that_its_parent_got():
+    class Front(Method):
+        pass
+
+    class Back(Front):
+        pass
+
+    class Named(DivPrune):
+        pass
+
+    assert [Front.name, Back.name, Named.name] == ["Front", "Back", "divprune"]
+
+
+def test_an_option_of_ones_own_is_checked_as_it_declares():
+    @dataclass(frozen=True, kw_only=True)
+    class Every(Method):
+        step: int = option(2, at_least(1))
+        order: str = option("up", one_of("up", "down", None))
+
+    assert options_of(Every) == {"keep": 0.25, "step": 2, "order": "up"}
+    assert Every(step=3, order=None).step == 3
+    for wrong, told in {"step": "an int of at least 1, got True", "order": "'up', 'down' or None, got True"}.items():
+        with pytest.raises(OptionError, match=f"^{wrong} must be {told}$"):
+            Every(**{wrong: True})
+    with pytest.raises(OptionError, match="keep as an int counts"):
+        Every(keep=0)
+
+
 def first(x: Tensor, k: int) -> Tensor:
     """The first `k` positions of each of the images `x`, `[B, k]`."""
     return torch.arange(k).expand(len(x), -1)
@@ -357,6 +386,10 @@ ANSWERS = {
     "valid of another shape": lambda x, k: Keep(first(x, k), torch.ones(len(x), k - 1, dtype=torch.bool)),
     "a bare tensor": first,
     "nothing": lambda x, k: None,
+    "groups that stand nowhere": lambda x, k: Merge(first(x, k), torch.zeros(x.shape[:2], dtype=torch.int64)),
+    "a group too many": lambda x, k: Merge(first(x, k), torch.arange(x.shape[1]).expand(len(x), -1)),
+    "groups of other tokens": lambda x, k: Merge(first(x, k), first(x, k)),
+    "groups in a float": lambda x, k: Merge(first(x, k), torch.zeros(x.shape[:2])),
 }
 
 
@@ -380,11 +413,29 @@ def test_a_wrong_answer_of_a_method_is_refused_by_name(answer, monkeypatch):
     assert session.traces == ()
 
 
+@pytest.mark.parametrize("answer", [answer for answer in ANSWERS if "group" not in answer] + ["a merge"])
+def test_a_wrong_answer_after_a_layer_is_refused_by_name(answer):
+    class WrongLater(Method):
+        def schedule(self, n_layers):
+            return (Stage(1, 3),)
+
+        def llm_layer(self, signals, budget):
+            if answer == "a merge":
+                return Merge(first(signals.importance, 3), (torch.arange(12) // 4).expand(2, -1))
+            return ANSWERS[answer](signals.importance, budget.high)
+
+    model = tiny("llava")
+    session = tokenprune.patch(model, WrongLater())
+    with pytest.raises(InputError, match=r"'WrongLater'.*'llm_layer'.*layer 1"), torch.no_grad():
+        model(**batch("llava", EVEN).inputs)
+    assert session.traces == ()
+
+
 def test_the_message_about_a_wrong_shape_says_what_was_due(monkeypatch):
     monkeypatch.setattr(Wrong, "answer", "too few tokens")
     model = tiny("llava")
     tokenprune.patch(model, Wrong(keep=3))
-    with pytest.raises(InputError, match=r"shape \(2, 2\).*2 rows of 3 to 3 of 12 tokens were due"), torch.no_grad():
+    with pytest.raises(InputError, match=r"shape \[2, 2\].*2 rows of 3 to 3 of 12 tokens were due"), torch.no_grad():
         model(**batch("llava", EVEN).inputs)
 
 

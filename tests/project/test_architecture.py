@@ -18,30 +18,32 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Who may import whom at any place, inside functions too. A package stands for all of its modules; a module of a package
 # without a line of its own has the package's. "*" is everything.
-ROOMS = ("engine", "running", "upstream", "decoder", "decode", "encoder")
+# What adapters know of a session and of the methods that take part: no particular method.
+PATCHED = ("engine", "session", "hooks", "running", "validate", "methods.base")
+ROOMS = (*PATCHED, "upstream", "decoder", "decode", "encoder")
 ARROWS = {
     "errors": (),
-    "signals": ("errors",),
+    "signals": ("errors", "schedule"),
     "reduction": ("errors",),
     "schedule": ("errors",),
     "ops": ("errors", "reduction", "schedule", "ops", "kernels"),
     "methods": ("errors", "signals", "reduction", "schedule", "ops", "methods"),
     "upstream": ("errors", "reduction", "ops", "upstream"),
-    "engine": ("signals", "reduction"),
-    "running": ("engine",),
-    "decoder": ("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "decoder", "decode"),
+    "engine": ("hooks", "session", "methods.base"),
+    "running": ("engine", "session"),
+    "decoder": ("errors", "signals", "reduction", "ops", *PATCHED, "upstream", "decoder", "decode"),
     "decode": (
-        *("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "decode", "decoder.state"),
+        *("errors", "signals", "reduction", "ops", *PATCHED, "upstream", "decode", "decoder.state"),
         *("decoder.call", "decoder.masks", "decoder.pruned_cache"),
     ),
     "encoder": (
-        *("errors", "signals", "reduction", "ops", "engine", "running", "upstream", "encoder", "decoder.adapter"),
+        *("errors", "signals", "reduction", "ops", *PATCHED, "upstream", "encoder", "decoder.adapter"),
         "decode.heads",
     ),
-    "validate": ("errors", "signals", "reduction", "schedule", "methods.base"),
+    "validate": ("errors", "signals", "reduction", "methods.base"),
     "hooks": ("errors",),
-    "session": ("errors", "signals", "validate", "engine", "hooks", "methods.base"),
-    "testing": ("errors", "signals", "reduction", "schedule", "ops", "methods", "session", *ROOMS),
+    "session": ("errors", "signals", "hooks", "methods.base"),
+    "testing": ("errors", "signals", "reduction", "schedule", "ops", "methods", *ROOMS),
     "api": ("*",),
     "parsing": ("errors", "methods", "api"),
     "report": ("errors", "signals", "schedule", "upstream", "report"),

@@ -385,7 +385,7 @@ def test_drafts_that_are_verified_leave_the_prompts_traces_in_the_report(method)
     assert session.traces[-1].status == "applied"
     assert session.later_traces
     said = " ".join(str(session.report()).split())
-    assert f"{len(session.later_traces)} later calls of several tokens went on from this prompt" in said
+    assert f"{len(session.later_traces)} later calls of several tokens continued this prompt" in said
     with torch.no_grad():
         model(input_ids=inputs["input_ids"][:, :3])
     assert {trace.status for trace in session.traces} == {"skipped"}

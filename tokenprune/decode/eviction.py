@@ -126,7 +126,7 @@ def _shrink(
     scores = gather(ledger.scores[plan.probe].to(device), tokens)
     stay = _with_largest(~may, scores, counts, may)
     stay &= columns >= 0
-    keep = pack([row.nonzero()[:, 0] for row in stay], length=columns.shape[1])
+    keep = pack(stay)
     keep_slots(layer, keep.index, columns.shape[1])
     index = gather(columns.masked_fill(~stay, -1), keep.index)
     bias = slots.biases(n_slots=columns.shape[1])

@@ -153,19 +153,14 @@ class DecoderAdapter:
     def probing(self, engine: Engine, prompt: Prompt) -> Iterator[None]:
         """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
         `prompt`."""
-        shorten, lengthen = (hook.function for hook in self._decoder_hooks(engine))
         state = Forward(engine, running.innermost(), prompt)
+        engine.install(self._decoder_hooks(engine))
         running.enter(state)
-        handles = [
-            self.decoder.register_forward_pre_hook(shorten, with_kwargs=True),
-            self.decoder.register_forward_hook(lengthen, with_kwargs=True, always_call=True),
-        ]
         try:
             yield
         finally:
             running.leave(state)
-            for handle in handles:
-                handle.remove()
+            engine.remove()
 
     def _shorten(self, engine: Engine, state: Forward | None, given: DecoderCall) -> bool:
         """Change what the decoder is given; False where it may stay as it is."""

@@ -14,15 +14,16 @@ from torch.nn.functional import pad
 
 from tokenprune.decode.eviction import pass_over
 from tokenprune.decoder.call import Call
-from tokenprune.decoder.select import dropped_tokens, keep_where
+from tokenprune.decoder.select import dropped_tokens
 from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
-from tokenprune.reduction import Keep, gather
+from tokenprune.reduction import Keep, gather, pack
 from tokenprune.running import current
-from tokenprune.signals import LayerSignals, Stage, Trace
+from tokenprune.signals import Budget, LayerSignals, Stage, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
 from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, is_unmasked
+from tokenprune.validate import ask
 
 SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -123,7 +124,7 @@ def _cut(
             real &= old.keep.valid.cpu()
         if call.padding is not None and bool(dropped.any()):
             real &= gather(call.padding, index)
-        local = keep_where(real, hidden.device, left=call.facts.recurrent)
+        local = pack(real, left=call.facts.recurrent).to(hidden.device)
         _insert(state, call, layer, local)
     spent = (time.perf_counter() - started) * 1e3 + state.probe_ms
     state.probe_ms = 0.0
@@ -146,7 +147,7 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
     before, kept = state.visual, list(state.visual)
     groups: dict[tuple[int, int], list[int]] = {}
     for row, visual in enumerate(before):
-        n_keep = min(reducer.count(stage, state.entered[row]), len(visual))
+        n_keep = min(stage.count(state.entered[row]), len(visual))
         groups.setdefault((len(visual), n_keep), []).append(row)
     for (n_tokens, n_keep), rows in groups.items():
         if n_keep == n_tokens:
@@ -162,7 +163,8 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
             scores = found[at, call.past + visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
-        chosen = reducer(LayerSignals(stage.layer, scores), n_keep=n_keep)
+        signals, budget = LayerSignals(stage.layer, scores), Budget(n_keep, n_keep)
+        chosen = ask(reducer, SITE, signals, budget, shape=scores.shape).index
         for row, tokens, places in zip(rows, visual, chosen, strict=True):
             kept[row] = tokens[places]
     trace = Trace(

@@ -17,7 +17,6 @@ from tokenprune.decoder.select import (
     SITE,
     Merged,
     dropped_tokens,
-    keep_where,
     reduce_images,
     sizes_of,
     skipped,
@@ -27,6 +26,7 @@ from tokenprune.decoder.select import (
 from tokenprune.decoder.state import Forward
 from tokenprune.engine import Engine, Reducer
 from tokenprune.errors import InputError
+from tokenprune.reduction import pack
 from tokenprune.upstream.caches import check_cache, layers_of, past_length, window_of
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
@@ -165,7 +165,7 @@ def _shorten(
     real = ~dropped
     if call.padding is not None and bool(dropped.any()):  # padding that nothing needs is dropped with them
         real &= call.padding
-    keep = keep_where(real, device, left=call.facts.recurrent)
+    keep = pack(real, left=call.facts.recurrent).to(device)
     sizes = sizes_of(merged, (call.n_rows, call.length), device)
     for segment in state.segments:
         segment.keep = keep

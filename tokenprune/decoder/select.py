@@ -10,8 +10,9 @@ from torch import Tensor
 from tokenprune.decoder.boundaries import Image
 from tokenprune.engine import Reducer
 from tokenprune.errors import InputError
-from tokenprune.reduction import Keep, Merge, pack
+from tokenprune.reduction import Merge
 from tokenprune.signals import Signals, Trace
+from tokenprune.validate import ask_before_llm
 
 SITE = "before_llm"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -96,7 +97,7 @@ def reduce_images(
             raise InputError(
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
-        keep = reducer(Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
+        keep = ask_before_llm(reducer, Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
         if isinstance(keep, Merge):
             embeds = embeds if len(merged) > n_before else embeds.clone()
             merged.append(Merged(rows, tokens, keep))
@@ -162,18 +163,3 @@ def dropped_tokens(before: tuple[Tensor, ...], after: tuple[Tensor, ...], *, len
         row[old] = True
         row[new] = False
     return dropped
-
-
-def keep_where(real: Tensor, device: torch.device, *, left: bool) -> Keep:
-    """The reduction to the tokens `real` `[B, L]` bool, on `device`; `valid` is None where all rows keep equally many.
-
-    Args:
-        real: which tokens are kept, on the CPU.
-        device: where the result is needed.
-        left: whether padding slots come first in a row, as recurrent layers need it.
-    """
-    rows = [row.nonzero()[:, 0] for row in real]
-    keep = pack(rows, length=real.shape[1], left=left)
-    full = len(set(map(len, rows))) == 1 and len(rows[0]) > 0
-    valid = None if full or keep.valid is None else keep.valid.to(device)
-    return Keep(keep.index.to(device), valid)

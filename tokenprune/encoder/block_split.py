@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine import Hook
+from tokenprune.hooks import Hook
 from tokenprune.upstream.tower import Keys
 
 
@@ -29,18 +29,13 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def reading(keys: Keys, wanted: Callable[[], bool], found: Callable[[Tensor], None]) -> Hook:
-    """A hook that hands a block's keys (or queries) to `found` where they are wanted."""
+def reading(keys: Keys, found: Callable[[Tensor], None]) -> Hook:
+    """A hook that hands a block's keys (or queries) to `found`."""
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if wanted():
-            found(keys.read(first_argument(args, kwargs)))
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        found(keys.read(output[0] if output else first_argument(args, kwargs)))
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if output is not None and wanted():
-            found(keys.read(output))
-
-    return Hook(keys.module, keys.kind, before if keys.kind == "pre" else after)
+    return Hook(keys.module, keys.kind, read)
 
 
 def replace_in_place(x: Tensor, other: Tensor) -> None:
@@ -65,32 +60,33 @@ def evaluating(block: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def hooked(hooks: list[Hook]) -> Iterator[None]:
-    """Within the block of code `hooks` are in place."""
+def attempt(block: nn.Module, x: Tensor, kwargs: dict[str, Any], *hooks: Hook) -> Any:
+    """What a block's own forward makes of `x` `[B, N, D]` while `hooks` are in place; nothing is left on it."""
     handles = []
     try:
         for hook in hooks:
-            if hook.kind == "pre":
-                handles.append(hook.module.register_forward_pre_hook(hook.function, with_kwargs=True))
-            else:
-                first = hook.kind == "first"
-                handles.append(hook.module.register_forward_hook(hook.function, with_kwargs=True, prepend=first))
-        yield
+            before = hook.kind == "pre"
+            register: Any = hook.module.register_forward_pre_hook if before else hook.module.register_forward_hook
+            handles.append(register(hook.function, with_kwargs=True))
+        with evaluating(block):
+            return block.forward(x, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a block gives the same for the other tokens when the last one leaves between its attention and its MLP.
+def has_halves(
+    block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwargs: dict[str, Any], whole: Tensor
+) -> bool:
+    """Whether a block gives the same for the other tokens when the last one is dropped between attention and MLP.
 
     Args:
-        block: the block; nothing is left on it.
+        block: the block.
         norm: the norm that its MLP branch begins with.
         mlp: its MLP.
         x: hidden states to try it on, `[B, N, D]`.
         kwargs: what else its forward takes.
+        whole: what it makes of all of them, `[B, N, D]`.
     """
     n_left, entered = x.shape[1] - 1, list[int]()
 
@@ -102,14 +98,11 @@ def has_halves(block: nn.Module, norm: nn.Module, mlp: nn.Module, x: Tensor, kwa
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(first_argument(args, kwargs).shape[1])
 
-    with evaluating(block):
-        wanted = first_of(block.forward(x, **kwargs))[:, :n_left]
-        try:
-            with hooked([Hook(norm, "pre", shorten), Hook(mlp, "pre", count)]):
-                found = first_of(block.forward(x, **kwargs))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token less is not ours
-            return False
-    return entered == [n_left] and agree(found, wanted)
+    try:
+        found = first_of(attempt(block, x, kwargs, Hook(norm, "pre", shorten), Hook(mlp, "pre", count)))
+    except (RuntimeError, ValueError, IndexError, TypeError):  # what it does with one token less is not ours
+        return False
+    return entered == [n_left] and agree(found, whole[:, :n_left])
 
 
 def agree(found: Tensor, wanted: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Heads that leave inside the blocks of a vision encoder: attention of the kept ones alone.
+"""Pruned heads inside the blocks of a vision encoder: attention of the kept ones alone.
 
 While a model is patched, a module of the attention's own class and with its whole state stands in every block in the
-place of the attention. Where heads are to leave it computes the attention out of the parts that the family's row names
+place of the attention. Where heads are pruned it computes the attention out of the parts that the family's row names
 (:class:`tokenprune.upstream.tower.Attending`), and else what the attention computes. Where all rows keep the same heads
 and the projections are plain linear layers, these are cut to the kept heads too.
 """
@@ -9,7 +9,7 @@ and the projections are plain linear layers, these are cut to the kept heads too
 import copy
 import inspect
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -19,10 +19,12 @@ from torch.nn import functional
 
 from tokenprune.decode.heads import Heads, count_heads, heads_of, note_magnitude
 from tokenprune.encoder import run_state
-from tokenprune.encoder.block_split import agree, evaluating, first_of, hooked
-from tokenprune.encoder.reducers import reducers_of
-from tokenprune.engine import Engine, Hook, Swap
+from tokenprune.encoder.block_check import Block
+from tokenprune.encoder.block_split import agree, attempt, first_of
+from tokenprune.encoder.run_state import SITE
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.hooks import Hook
+from tokenprune.session import Session
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import not_plain
 from tokenprune.upstream.encoders import BlockCall
@@ -32,128 +34,102 @@ _OTHER = "its attention is not made of the projections, norms and biases found i
 
 
 @dataclass(frozen=True)
-class _Attended:
-    """What an attention gave, and of the kept heads `[B, n, N, K]` the queries and keys as they are compared, the keys
-    before any rotation, and the magnitudes of what they gave, `[B, n]` fp32."""
-
-    output: Any
-    query: Tensor
-    key: Tensor
-    unturned: Tensor
-    magnitude: Tensor
-
-
-@dataclass(frozen=True)
 class FewerHeads:
-    """The attention of one block, without the heads that left.
+    """The attention of one block, without pruned heads.
 
     Attributes:
-        engine: the session.
-        number: index of the block.
+        session: the session.
         block: the block.
         module: its attention.
+        names: what the attention's arguments are called.
         tower: its kind.
         parts: what the attention is made of.
         logits: scale and rotation of its logits.
         plan: which share of the heads each block keeps.
     """
 
-    engine: Engine
-    number: int
-    block: nn.Module
+    session: Session
+    block: Block
     module: Any
+    names: tuple[str, ...]
     tower: Tower
     parts: Attending
     logits: Logits
     plan: AttentionPlan
 
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many heads each block keeps."""
-        return tuple(count_heads(fraction, self.parts.n_heads) for fraction in self.plan.heads)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """What the attention's arguments are called."""
-        return tuple(inspect.signature(self.module.forward).parameters)
-
-    def swap(self) -> Swap:
-        """What makes the block attend with the kept heads."""
-        return Swap(self.block, self.tower.parts[1], _standing_in(self.module, self))
-
     def attend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the attention gives without the heads that left; None where it is to run as it is."""
-        run = run_state.run_of(self.engine)
-        if run is None or run.attending != self.number:
+        """What the attention gives without pruned heads; None where it is to run as it is."""
+        run, number = run_state.reducing(self.session), self.block.number
+        if run is None or run.number != number or "attention" not in run.due:
             return None
-        heads = heads_of(run, self.plan, layer=self.number)
-        found = self.compute(args, kwargs, heads)
-        if any(later < self.counts[self.number] for later in self.counts[self.number :]):
-            note_magnitude(run, found.magnitude if heads is None else heads.widen(found.magnitude))
-        if run.wants_keys:
-            run.keys, run.wants_keys = averaged(found.unturned, 1), False
-        if run.scoring:
-            run.query, run.key = found.query, found.key
-        run.attending = None
-        return found.output
+        run.due.discard("attention")
+        heads = heads_of(run, self.plan, layer=number)
+        output, run.seen, magnitude = self.compute(args, kwargs, heads)
+        note_magnitude(run, magnitude if heads is None else heads.widen(magnitude))
+        return output
 
-    def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Heads | None) -> _Attended:
-        """The attention of `heads` (None: of all) for the arguments of its forward."""
+    def compute(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Heads | None
+    ) -> tuple[Any, dict[str, Tensor], Tensor]:
+        """The attention of `heads` (None: of all) for the arguments of its forward.
+
+        Returns:
+            What it gives; what it has read, as in :class:`RunState`, of these heads; the magnitudes of what they gave,
+            `[B, n]` fp32.
+        """
         call = BlockCall(self.tower, self.names, args, kwargs)
-        x = call.states
-        index = None
+        x, index = call.states, None
         if heads is not None and heads.common is not None and self.whole() is None:
             index = heads.index[0].to(x.device)
         query, key, value = self._projected(x, index)
         if heads is not None:
             query, key, value = map(heads.take, (query, key, value))
         if self.parts.norms:
-            query, key = (
-                attrgetter(name)(self.module)(one) for name, one in zip(self.parts.norms, (query, key), strict=True)
-            )
-        rope, unturned = _by_head(call.rope, heads, len(x)), key
+            query, key = (self._part(name)(one) for name, one in zip(self.parts.norms, (query, key), strict=True))
+        rope, keys = _by_head(call.rope, heads, len(x)), averaged(key, 1)
         query, key = self.logits.turned(query, rope), self.logits.turned(key, rope)
-        mask = _by_head(call.mask, heads, len(x))
-        states, weights = self._attended(query, key, value, mask)
-        magnitude = states.detach().float().abs().sum((2, 3))
+        states, weights = self._attended(query, key, value, _by_head(call.mask, heads, len(x)))
         output: Any = self._put_out(states, heads, index)
         if self.parts.paired:
             output = (output, weights if weights is None or heads is None else heads.widen(weights))
-        return _Attended(output, query, key, unturned, magnitude)
+        magnitude = states.detach().float().abs().sum((2, 3))
+        return output, {"keys": keys, "query": query, "key": key}, magnitude
 
     def whole(self) -> str | None:
         """Why the projections are not cut, None where they are."""
         for name in (*self.parts.inward, self.parts.outward):
-            if (reason := not_plain(attrgetter(name)(self.module))) is not None:
+            if (reason := not_plain(self._part(name))) is not None:
                 return f"{name} {reason}"
         return None
 
+    def _part(self, name: str) -> Any:
+        return attrgetter(name)(self.module)
+
     def _projected(self, x: Tensor, index: Tensor | None) -> list[Tensor]:
         """Queries, keys and values `[B, n, N, K]` of `x` `[B, N, D]`, of the heads at `index` `[n]` or of all."""
-        bias = torch.cat([attrgetter(name)(self.module) for name in self.parts.biases]) if self.parts.biases else None
+        bias = torch.cat([self._part(name) for name in self.parts.biases]) if self.parts.biases else None
         n_parts, found = 3 // len(self.parts.inward), list[Tensor]()
+
+        def cut(parameter: Any) -> Any:
+            by_head = (n_parts, self.parts.n_heads, -1)
+            return None if parameter is None else parameter.unflatten(0, by_head)[:, index].flatten(0, 2)
+
         for name in self.parts.inward:
-            linear = attrgetter(name)(self.module)
-            if index is None:
-                product = linear(x) if bias is None else linear(x) + bias
+            linear = self._part(name)
+            if index is not None:
+                product = functional.linear(x, cut(linear.weight), cut(linear.bias if bias is None else bias))
             else:
-                added = linear.bias if bias is None else bias
-                rows = (n_parts, self.parts.n_heads, -1)
-                weight = linear.weight.unflatten(0, rows).index_select(1, index).flatten(0, 2)
-                added = None if added is None else added.unflatten(0, rows).index_select(1, index).flatten()
-                product = functional.linear(x, weight, added)
+                product = linear(x) if bias is None else linear(x) + bias
             n_heads = self.parts.n_heads if index is None else len(index)
-            found += product.unflatten(2, (n_parts, n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            found += product.view(*x.shape[:2], n_parts, n_heads, -1).permute(2, 0, 3, 1, 4).unbind()
         return found
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the heads give, `[B, n, N, K]`, and where the attention is not fused their probabilities too."""
         dropout = self.parts.dropout(self.module) if self.module.training else 0.0
         if not self.parts.plain(self.module):
-            states = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=dropout, scale=self.logits.scale
-            )
-            return states, None
+            attend = functional.scaled_dot_product_attention
+            return attend(query, key, value, mask, dropout, scale=self.logits.scale), None
         logits = query @ key.transpose(2, 3) * self.logits.scale
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
@@ -162,16 +138,16 @@ class FewerHeads:
 
     def _put_out(self, states: Tensor, heads: Heads | None, index: Tensor | None) -> Tensor:
         """What the attention makes of its heads `[B, n, N, K]`."""
-        linear = attrgetter(self.parts.outward)(self.module)
-        if index is None:
-            states = states if heads is None else heads.widen(states)
-            output = linear(states.transpose(1, 2).flatten(2))
-        else:
-            weight = linear.weight.unflatten(1, (self.parts.n_heads, -1)).index_select(1, index).flatten(1)
-            output = functional.linear(states.transpose(1, 2).flatten(2), weight, linear.bias)
+        output = self._part(self.parts.outward)
+        if index is not None:
+            weight = output.weight.unflatten(1, (self.parts.n_heads, -1))[:, index].flatten(1)
+            output = partial(functional.linear, weight=weight, bias=output.bias)
+        elif heads is not None:
+            states = heads.widen(states)
+        x = output(states.transpose(1, 2).flatten(2))
         for name in self.parts.last:
-            output = attrgetter(name)(self.module)(output)
-        return cast(Tensor, output)
+            x = self._part(name)(x)
+        return cast(Tensor, x)
 
 
 def _by_head(x: Any, heads: Heads | None, n_rows: int) -> Any:
@@ -183,50 +159,54 @@ def _by_head(x: Any, heads: Heads | None, n_rows: int) -> Any:
     return heads.take(x.expand(n_rows, *x.shape[-3:]))
 
 
-def plan_heads(
-    engine: Engine, tower: Tower, host: nn.Module, blocks: list[tuple[nn.Module, Logits | None]]
-) -> dict[int, FewerHeads]:
-    """What stands in for the attention of each block, if heads are to leave. Every block is tried on random tokens.
+def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Block]) -> dict[int, FewerHeads]:
+    """What stands in for the attention of each block, if heads are pruned. Every block is tried on random tokens.
 
     Args:
-        engine: the session.
+        session: the session.
         tower: the kind of the encoder.
         host: the encoder.
-        blocks: its blocks, with what their logits are made of.
+        blocks: its blocks.
 
     Raises:
-        OptionError: two methods want heads to leave.
+        OptionError: two methods prune heads.
         UnsupportedModelError: an attention cannot do with fewer heads.
     """
-    methods = [(reducer.name, reducer.method) for reducer in reducers_of(engine)]
-    plans = [(name, plan) for name, method in methods if (plan := method.attention_plan(len(blocks))) is not None]
+    methods = session.reducers(SITE)
+    plans = [(method.name, plan) for method in methods if (plan := method.attention_plan(len(blocks))) is not None]
     if not plans:
         return {}
     if len(plans) > 1:
         raise OptionError(
-            f"methods {plans[0][0]!r} and {plans[1][0]!r} both leave heads out of every attention; only one can, so "
-            "give the other one heads=1.0"
+            f"methods {plans[0][0]!r} and {plans[1][0]!r} both prune heads; only one can, so give the other one "
+            "heads=1.0"
         )
+    (_, plan), *_ = plans
     found, whole = dict[int, FewerHeads](), dict[str, list[str]]()
-    for number, (block, logits) in enumerate(blocks):
-        what = f"block {number} ({type(block).__name__}) of {type(host).__name__} cannot leave heads out"
-        attention = child(block, tower.parts[1])
+    for block in blocks:
+        attention: Any = child(block.module, tower.parts[1])
+        cause = None
         parts = "it has no attention of its own" if attention is None else tower.attending(attention)
-        reason = parts if isinstance(parts, str) else ""
-        if isinstance(parts, Attending):
-            fewer = FewerHeads(engine, number, block, attention, tower, parts, cast(Logits, logits), plans[0][1])
+        if isinstance(parts, str):
+            reason = parts
+        else:
+            names, logits = tuple(inspect.signature(attention.forward).parameters), cast(Logits, block.logits)
+            fewer = FewerHeads(session, block, attention, names, tower, parts, logits, plan)
             try:
-                reason = _refusal(found.setdefault(number, fewer), host, total=found[0].parts.n_heads)
+                reason = _refusal(found.setdefault(block.number, fewer), host, total=found[0].parts.n_heads)
             except Exception as error:  # what others' code raises on parts that are not what they seem is open
-                raise UnsupportedModelError(f"{what}: {_OTHER} ({error!r}); heads=1.0 works") from error
+                reason, cause = f"{_OTHER} ({error!r})", error
         if reason:
-            raise UnsupportedModelError(f"{what}: {reason}; heads=1.0 works")
-        if fewer.counts[number] < fewer.parts.n_heads and (kept := fewer.whole()) is not None:
-            whole.setdefault(kept, []).append(str(number))
-    counts = ", ".join(map(str, found[0].counts))
-    engine.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {found[0].parts.n_heads} heads.")
+            what = f"block {block.number} ({type(block.module).__name__}) of {type(host).__name__}"
+            raise UnsupportedModelError(f"{what} cannot prune heads: {reason}; heads=1.0 works") from cause
+        pruned = count_heads(plan.heads[block.number], fewer.parts.n_heads) < fewer.parts.n_heads
+        if pruned and (kept := fewer.whole()) is not None:
+            whole.setdefault(kept, []).append(str(block.number))
+    n_heads = found[0].parts.n_heads
+    counts = ", ".join(str(count_heads(fraction, n_heads)) for fraction in plan.heads)
+    session.remark(f"Blocks 0 to {len(blocks) - 1} keep {counts} of {n_heads} heads.")
     for reason, numbers in whole.items():
-        engine.remark(
+        session.remark(
             f"Blocks {', '.join(numbers)} project all heads, because {reason}; pruned ones are zeroed, not skipped."
         )
     return found
@@ -238,21 +218,19 @@ def _refusal(fewer: FewerHeads, host: nn.Module, *, total: int) -> str:
         return "its attention has a forward of its own"
     if fewer.parts.n_heads != total:
         return f"it has {fewer.parts.n_heads} heads, and block 0 has {total}"
-    x, kwargs = fewer.tower.sample(host, fewer.block, fewer.number)
+    x, kwargs = fewer.tower.sample(host, fewer.block.module, fewer.block.number)
     if fewer.tower.mask in kwargs:
         kwargs[fewer.tower.mask] = x.new_ones(2, 1, 1, x.shape[1]).cumsum(3).log()
-    seen: list[Any] = []
-    watch = Hook(fewer.module, "post", lambda module, *call: seen.append(call))
-    with evaluating(fewer.block):
-        with hooked([watch]):
-            fewer.block.forward(x, **kwargs)
-        if len(seen) != 1:
-            return f"one call of its attention was looked for, and there were {len(seen)}"
-        args, kwargs, output = seen[0]
-        ours = first_of(fewer.compute(args, kwargs, None).output)
-    theirs = first_of(output)
-    same = isinstance(output, tuple) == fewer.parts.paired and agree(ours, theirs)
-    return "" if same else _OTHER
+    same: list[bool] = []
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ours = first_of(fewer.compute(args, kwargs, None)[0])
+        same.append(isinstance(output, tuple) == fewer.parts.paired and agree(ours, first_of(output)))
+
+    attempt(fewer.block.module, x, kwargs, Hook(fewer.module, "post", compare))
+    if len(same) != 1:
+        return f"one call of its attention was looked for, and there were {len(same)}"
+    return "" if same[0] else _OTHER
 
 
 @cache
@@ -266,7 +244,7 @@ def _kind(kind: type[nn.Module]) -> Any:
 
     def replicate(self: Any) -> Any:
         attention = self.standing_for._replicate_for_data_parallel()
-        return _standing_in(attention, replace(self.fewer, module=attention))
+        return standing_in(replace(self.fewer, module=attention))
 
     members = {
         "__slots__": ("ask", "fewer", "standing_for"),
@@ -281,8 +259,9 @@ def _kind(kind: type[nn.Module]) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def _standing_in(attention: nn.Module, fewer: FewerHeads) -> Any:
-    """A module with the whole state of `attention` (parameters, hooks, flags), which asks `fewer` first."""
+def standing_in(fewer: FewerHeads) -> Any:
+    """A module with the whole state of an attention (parameters, hooks, flags), which asks `fewer` first."""
+    attention = fewer.module
     found = object.__new__(_kind(cast(Any, type(attention))))
     disable: Any = torch.compiler.disable  # here, for it imports torch's compiler
     own = {"standing_for": attention, "fewer": fewer, "ask": disable(fewer.attend)}

@@ -13,35 +13,34 @@ from torch import Tensor, nn
 from tokenprune.decoder.adapter import DecoderAdapter
 from tokenprune.encoder.adapter import EncoderAdapter
 from tokenprune.encoder.block_split import first_argument
-from tokenprune.encoder.reducers import SITE, reducers_of, restores
-from tokenprune.engine import Engine, Hook, Swap
+from tokenprune.encoder.run_state import SITE
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.hooks import Hook, Swap
 from tokenprune.ops.equal import equal_tokens
 from tokenprune.reduction import gather
+from tokenprune.session import Session
 from tokenprune.signals import Trace
 from tokenprune.upstream.encoders import ONE_TO_ONE, n_used, projector_of, tower_of
 
 _PACKED = "its vision tower packs the patches of all images into one sequence, with windows or groups of patches in it"
-_SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none stands for one patch"
+_SHUFFLED = "its visual tokens are pooled, shuffled or broken into lines behind the tower: none represents one patch"
 PACKED = ("glm4v", "mistral3", "molmo2", "ovis2", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 
 
-class _End:
-    """The session as one end of the model sees it: traces of both ends are published together."""
+class _DecoderEnd:
+    """The session as the decoder sees it: its traces are published together with those of the tower."""
 
-    def __init__(self, engine: Engine, *, encoder: bool) -> None:
-        self._engine = engine
-        self._encoder = encoder
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._session, name)
 
     def publish(self, traces: tuple[Trace, ...]) -> None:
         """Make `traces` those of the last forward, behind what the tower left where the decoder saw images."""
-        if not self._encoder and any(trace.n_in for trace in traces):
-            earlier: tuple[Trace, ...] = getattr(self._engine, "traces", ())
-            traces = (*(trace for trace in earlier if trace.site == SITE), *traces)
-        self._engine.publish(traces)
+        if any(trace.n_in for trace in traces):
+            traces = (*(trace for trace in self._session.traces if trace.site == SITE), *traces)
+        self._session.publish(traces)
 
 
 class MultimodalAdapter:
@@ -56,6 +55,7 @@ class MultimodalAdapter:
 
     def __init__(self, decoder: DecoderAdapter) -> None:
         self.decoder = decoder
+        self.family = decoder.family
         root = decoder.root
         name, what = decoder.family, "tokens cannot be merged inside the vision tower of"
         if name not in ONE_TO_ONE:
@@ -69,16 +69,6 @@ class MultimodalAdapter:
         self.projector = projector_of(root)
         self.encoder = EncoderAdapter(host, tower, n_used=n_used(root, name, len(tower.blocks(host))))
 
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        return self.decoder.family
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Modules that get hooks."""
-        return (*self.decoder.modules, *self.encoder.modules, self.projector)
-
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Check that the model has `sites`.
 
@@ -87,26 +77,26 @@ class MultimodalAdapter:
         """
         self.decoder.preflight(sites=tuple(site for site in sites if site != SITE), positions=positions)
 
-    def hooks(self, engine: Engine) -> list[Hook | Swap]:
+    def hooks(self, session: Session) -> list[Hook | Swap]:
         """The hooks of both ends, and the one that keeps merged tokens equal behind the projector.
 
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not restores(reducers_of(engine)):
+        if not all(method.restore for method in session.reducers(SITE)):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"
             )
 
         def equalise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or not engine.active:
+            if not isinstance(output, Tensor) or not session.active:
                 return None
             x = first_argument(args, kwargs)
             return gather(output, equal_tokens(x).first) if x.shape[:2] == output.shape[:2] else None
 
         return [
-            *self.decoder.hooks(cast(Engine, _End(engine, encoder=False))),
-            *self.encoder.hooks(cast(Engine, _End(engine, encoder=True)), alone=False),
+            *self.decoder.hooks(cast(Session, _DecoderEnd(session))),
+            *self.encoder.hooks(session, alone=False),
             Hook(self.projector, "first", equalise),
         ]

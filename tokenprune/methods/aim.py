@@ -2,7 +2,7 @@
 2412.03248)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +10,34 @@ import torch
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import (
+    keep_check,
+    layers_or_depths,
+    must_be,
+    no_keep,
+    one_of,
+    option,
+    or_none,
+    true_or_false,
+)
 from tokenprune.reduction import Keep, Merge
-from tokenprune.schedule import check_keep, count
+from tokenprune.schedule import count, is_number
 from tokenprune.signals import Budget, LayerSignals, Probe, Signals, Stage
 
-IMPORTANCE = ("pagerank", "column_sum", "last_query")
+
+def _prune_check(name: str, prune: Any) -> None:
+    """The check of an ascending pair of layers or of depths."""
+    ends = layers_or_depths(prune)
+    if len(ends) != 2:
+        raise OptionError(
+            f"prune must be a pair of ints (layers) or of floats (relative to the depth), or None, got {prune!r}"
+        )
+    if not 0 <= ends[0] < ends[1] or (isinstance(ends[1], float) and ends[1] > 1.0):
+        raise OptionError(f"prune=(start, end) needs 0 <= start < end (and end <= 1.0 for floats), got {prune!r}")
+
+
+_IMPORTANCE = one_of("pagerank", "column_sum", "last_query")
+_ABOVE_0 = must_be("a number above 0", lambda value: is_number(value) and 0 < value < math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +46,23 @@ class AIM(Method):
 
     Before the decoder the tokens of each image (frame) are split by turns into sources and destinations; the most
     similar sources are averaged into their best destination, in rounds that halve the tokens, until `merge` of them are
-    left. A group stands at its destination's place. Inside the decoder fewer and fewer of the visual tokens of a row go
-    on, the most important ones: all of them up to layer `start`, none after layer `end`, linearly between.
+    left. A group stands at its destination's place. Inside the decoder fewer and fewer of the visual tokens of a row
+    are kept, the most important ones: all of them up to layer `start`, none after layer `end`, linearly between.
 
     The published settings are `AIM()` for images (`merge=0.125`, `prune=(13/32, 21/32)`) and :meth:`for_video`
     (`merge=0.25`, `prune=(14/28, 22/28)`), with depths relative to the decoder's, so that they fit any model.
 
     All tokens of the prompt take part in ranking; drafts that assisted decoding adds to its call do not.
 
+    Departures from the authors' release: merged tokens keep their spatial order, where the release puts the sources
+    that are left before the destinations, so that a round with an odd number of tokens leads to other groups in the
+    next one; `merge` is a fraction of all tokens, rounded half up, where the release halves and rounds in every round;
+    and tokens are really dropped, where the release masks them.
+
     Args:
         merge: fraction of the tokens of each image (frame) left after merging, in (0, 1], or a count; None: no merging.
-        prune: `(start, end)`: the first layer after which tokens leave and the first one after which none is left; as
-            floats in [0, 1] relative to the decoder's depth, as ints indices of layers; None: no pruning.
+        prune: `(start, end)`: the first layer after which tokens are dropped and the first one after which none is
+            left; as floats in [0, 1] relative to the decoder's depth, as ints indices of layers; None: no pruning.
         importance: `"pagerank"`: five steps of a random walk over the attention of the layer, as in the paper;
             `"column_sum"`: attention received; `"last_query"`: attention received from the last token, much the
             cheapest.
@@ -49,31 +77,20 @@ class AIM(Method):
 
     name: ClassVar[str] = "aim"
 
-    keep: float | int | str = field(default=1.0, repr=False)
-    merge: float | int | None = 0.125
-    prune: tuple[float, float] | None = (13 / 32, 21 / 32)
-    importance: str = "pagerank"
-    temperature: float = 0.1
-    size_weighted: bool = False
-    size_bias: bool = False
+    keep: float | int | str = no_keep(
+        "aim", "merge (what is left before the decoder) and prune (from which layer to which)"
+    )
+    merge: float | int | None = option(0.125, or_none(keep_check))
+    prune: tuple[float, float] | None = option((13 / 32, 21 / 32), or_none(_prune_check))
+    importance: str = option("pagerank", _IMPORTANCE)
+    temperature: float = option(0.1, _ABOVE_0)
+    size_weighted: bool = option(False, true_or_false)
+    size_bias: bool = option(False, true_or_false)
 
     def __post_init__(self) -> None:
-        if self.keep != 1.0:
-            raise OptionError(
-                f"method 'aim' has merge (what is left before the decoder) and prune (from which layer to which), no "
-                f"keep; got keep={self.keep!r}"
-            )
+        super().__post_init__()
         if self.merge is None and self.prune is None:
             raise OptionError("merge and prune are both None, so that nothing would be done; give one of them")
-        if self.merge is not None:
-            check_keep(self.merge, name="merge")
-        if self.prune is not None:
-            _check_prune(self.prune)
-        if self.importance not in IMPORTANCE:
-            raise OptionError(f"importance must be one of {', '.join(map(repr, IMPORTANCE))}, got {self.importance!r}")
-        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
-        if not number or not 0 < self.temperature < math.inf:
-            raise OptionError(f"temperature must be a number above 0, got {self.temperature!r}")
 
     @classmethod
     def for_video(cls, **options: object) -> "AIM":
@@ -123,33 +140,16 @@ class AIM(Method):
             start = min(start, end - 1)
         if not 0 <= start < end <= n_layers - 1:
             raise OptionError(
-                f"prune={self.prune!r} stands for layers {start} to {end}, and tokens can leave a decoder of "
-                f"{n_layers} layers after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
+                f"prune={self.prune!r} means layers {start} to {end}, and a decoder of {n_layers} layers can drop "
+                f"tokens after layers 0 to {n_layers - 2}: give 0 <= start < end <= {n_layers - 1}"
             )
         return tuple(Stage(layer, 1 - (layer - start + 1) / (end - start)) for layer in range(int(start), int(end)))
 
     @property
     def probe(self) -> Probe | None:
-        """The importance scores that `llm_layer` looks at."""
+        """The importance scores that `llm_layer` sees."""
         return Probe(self.importance, float(self.temperature)) if self.prune is not None else None
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
         """The most important of the tokens of `signals.importance` `[R, N]`."""
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
-
-
-def _check_prune(prune: Any) -> None:
-    """Check that `prune` is an ascending pair of layers or of depths.
-
-    Raises:
-        OptionError: it is not.
-    """
-    ends = list(prune) if isinstance(prune, tuple | list) else []
-    layers = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-    depths = all(isinstance(end, float) for end in ends)
-    if len(ends) != 2 or not (layers or depths):
-        raise OptionError(
-            f"prune must be a pair of ints (layers) or of floats (relative to the depth), or None, got {prune!r}"
-        )
-    if not 0 <= ends[0] < ends[1] or (depths and ends[1] > 1.0):
-        raise OptionError(f"prune=(start, end) needs 0 <= start < end (and end <= 1.0 for floats), got {prune!r}")

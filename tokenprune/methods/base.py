@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from tokenprune.errors import OptionError
-from tokenprune.schedule import check_keep, count, removals_for
+from tokenprune.methods.options import check_options
+from tokenprune.schedule import count, removals_for
 from tokenprune.signals import SITES, AttentionPlan, Budget, CachePlan, Probe, Stage, TextGuard
 
 
@@ -15,10 +16,13 @@ class Method:
     A site function is pure, and what it keeps of an image (a row) depends on that image (row) and the options alone:
 
     * `encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep | Merge`: sees all rows of a vision encoder's
-      batch, in each of the blocks in which :meth:`removals` takes tokens away;
+      batch, in each of the blocks in which :meth:`removals` drops or merges tokens;
     * `before_llm(self, signals: Signals, budget: Budget) -> Keep | Merge`: sees the images of one size as one batch;
     * `llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep`: sees the rows with equally many visual tokens as
       one batch, after each of the layers that :meth:`schedule` names.
+
+    An option may declare what it may be (:func:`tokenprune.methods.options.option`). A class without a `name` has its
+    own as one.
 
     Args:
         keep: float in (0, 1] = fraction of the visual tokens kept of each image (of each frame for video), int >= 1 =
@@ -27,17 +31,28 @@ class Method:
             where an image or a frame ends, the trace has a note.
 
     Raises:
-        OptionError: `keep` is out of range.
+        OptionError: an option is out of range.
     """
 
     name: ClassVar[str] = ""
     uses_attention_scores: ClassVar[bool] = False
-    """Whether `encoder_block` goes by the attention that tokens gather; one that does may drop more than half."""
+    """Whether `encoder_block` ranks tokens by the attention that they receive; it may then drop more than half."""
+    proportional = False
+    """Whether a vision encoder's attention is to see how many tokens each group has that `encoder_block` merges."""
+    restore = True
+    """Whether what leaves a vision encoder has all tokens again, each with the value of its group."""
+    backend = "auto"
+    """Backend of the ops that merge tokens, see :mod:`tokenprune.ops`."""
 
     keep: float | int | str = 0.25
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.name in ("", *(parent.__name__ for parent in cls.__mro__[1:])):  # nobody has chosen a name
+            cls.name = cls.__name__
+
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_options(self)
 
     def sites(self) -> tuple[str, ...]:
         """Names of the sites at which this method takes part."""
@@ -52,10 +67,15 @@ class Method:
         return self
 
     def budget(self, n_tokens: int) -> Budget:
-        """How many of the `n_tokens` tokens of an image may go on."""
+        """How many of the `n_tokens` tokens of an image are to be kept."""
         assert not isinstance(self.keep, str)  # a child that allows a word overrides this function
         n_keep = count(self.keep, n_tokens)
         return Budget(n_keep, n_keep)
+
+    @property
+    def method(self) -> "Method":
+        """The method itself, as some adapters ask for it."""
+        return self
 
     @property
     def biased(self) -> bool:
@@ -63,7 +83,7 @@ class Method:
         return False
 
     def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-        """How many of an image's `n_tokens` patches each of an encoder's `n_layers` blocks takes away.
+        """How many of an image's `n_tokens` patches each of an encoder's `n_layers` blocks drops or merges into others.
 
         Raises:
             OptionError: the options do not fit such an encoder.
@@ -87,23 +107,23 @@ class Method:
 
     @property
     def probe(self) -> Probe | None:
-        """The importance scores that `llm_layer` looks at: by default those of the last query, the cheapest ones."""
+        """The importance scores that `llm_layer` sees: by default the attention from the last token, the cheapest."""
         return Probe("last_query") if "llm_layer" in self.sites() else None
 
     @property
     def text(self) -> TextGuard | None:
-        """Which text stays where the method drops text too; None where it drops visual tokens only."""
+        """Which text is kept where the method prunes text too; None where it prunes visual tokens only."""
         return None
 
     def attention_plan(self, n_layers: int) -> AttentionPlan | None:
-        """What the method leaves out of every attention of the decoder or, where it is in one, of the encoder."""
+        """What the method omits from every attention of the decoder or, inside an encoder, of the encoder."""
         return None
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
-        """What the method takes out of the KV cache while tokens are generated."""
+        """What the method drops from the KV cache while tokens are generated."""
         return None
 
 
 def options_of(method: type[Method]) -> dict[str, Any]:
-    """The options of a method with their defaults; those that its fields hide (`repr=False`) are none of it."""
+    """The options of a method with their defaults, except those that its fields hide (`repr=False`)."""
     return {entry.name: entry.default for entry in fields(method) if entry.repr}

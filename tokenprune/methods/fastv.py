@@ -6,15 +6,16 @@ from typing import ClassVar
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import at_least, option
 from tokenprune.reduction import Keep
-from tokenprune.signals import Budget, LayerSignals, Probe, Stage
+from tokenprune.signals import Budget, LayerSignals, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastV(Method):
     """Drop visual tokens once, after the first `layer` decoder layers (section 4 of the paper).
 
-    Those go on that receive most attention from the last token of the prompt in the last of these layers, on average
+    Kept are those that receive most attention from the last token of the prompt in the last of these layers, on average
     over the heads. The visual tokens of a row are ranked together.
 
     Args:
@@ -28,12 +29,7 @@ class FastV(Method):
     name: ClassVar[str] = "fastv"
 
     keep: float | int | str = 0.5
-    layer: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise OptionError(f"layer must be an int of at least 1, got {self.layer!r}")
+    layer: int = option(2, at_least(1))
 
     def schedule(self, n_layers: int) -> tuple[Stage, ...]:
         """One stage.
@@ -43,16 +39,11 @@ class FastV(Method):
         """
         if self.layer >= n_layers:
             raise OptionError(
-                f"layer={self.layer} leaves no layer to gain from in a decoder of {n_layers} layers; give at most "
-                f"{n_layers - 1}"
+                f"layer={self.layer} leaves no layer that sees fewer tokens in a decoder of {n_layers} layers; give at "
+                f"most {n_layers - 1}"
             )
         assert not isinstance(self.keep, str)
         return (Stage(self.layer - 1, self.keep),)
-
-    @property
-    def probe(self) -> Probe | None:
-        """Attention from the last token."""
-        return Probe("last_query")
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
         """The most attended of the tokens of `signals.importance` `[R, N]`."""

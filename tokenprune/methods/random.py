@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import must_be, option
 from tokenprune.reduction import Keep
+from tokenprune.schedule import is_int
 from tokenprune.signals import Budget, Signals
 
 
@@ -28,12 +29,7 @@ class Random(Method):
 
     name: ClassVar[str] = "random"
 
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise OptionError(f"seed must be an int from 0 to 2^63 - 1, got {self.seed!r}")
+    seed: int = option(0, must_be("an int from 0 to 2^63 - 1", lambda seed: is_int(seed) and 0 <= seed < 2**63))
 
     def before_llm(self, signals: Signals, budget: Budget) -> Keep:
         """Draw `budget.high` of N tokens for each of the B images."""

@@ -1,18 +1,18 @@
-"""SpAtten: cascade pruning of tokens and heads by what they have gathered so far (Wang et al., HPCA 2021, arXiv
-2012.09852)."""
+"""SpAtten: cascade pruning of tokens and heads by their scores so far (Wang et al., HPCA 2021, arXiv 2012.09852)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tokenprune import ops
 from tokenprune.errors import OptionError
 from tokenprune.methods.base import Method
+from tokenprune.methods.options import at_least, must_be, no_keep, one_of, option, true_or_false
 from tokenprune.reduction import Keep
-from tokenprune.schedule import ramp, share
+from tokenprune.schedule import is_number, ramp, share
 from tokenprune.signals import AttentionPlan, BlockSignals, Budget, CachePlan, LayerSignals, Probe, Stage, TextGuard
 
 FREE_TOKENS = 0.15  # of the layers, the first ones, keep all tokens (section V-A of the paper)
@@ -20,21 +20,45 @@ FREE_HEADS = 0.30  # and all heads
 SCORE = Probe("column_sum", cumulative=True)
 
 
+def _are_fractions(value: Any) -> bool:
+    """Whether `value` is a fraction in (0, 1] or a sequence of fractions in [0, 1]."""
+    if isinstance(value, Sequence):
+        return len(value) > 0 and all(is_number(one) and 0 <= one <= 1 for one in value)
+    return is_number(value) and 0 < value <= 1
+
+
+_FRACTIONS = must_be("a fraction in (0, 1] or a sequence with a fraction for each layer", _are_fractions)
+
+
+def _falling_fractions(name: str, value: Any) -> None:
+    """The check of what falls with depth."""
+    _FRACTIONS(name, value)
+    if isinstance(value, Sequence) and (value[0] != 1.0 or sorted(value, reverse=True) != list(value)):
+        raise OptionError(
+            f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "
+            f"one layer drops no later layer sees; got {value!r}"
+        )
+
+
+_PROBABILITY = must_be("a probability from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpAtten(Method):
-    """Cascade token pruning (section III-A of the paper): a token that leaves is gone from all later layers.
+    """Cascade token pruning (section III-A of the paper): a token that one layer drops no later layer sees.
 
     A token's score is the attention it receives, summed over heads and queries and added up over layers and decoding
-    steps. After each layer the tokens with the highest scores go on, `floor(n * fraction)` of the n that may go. The
-    paper fine-tunes its models for this; here it runs without training, visual tokens only by default.
-    With `protect_text=False`, and for heads, drafts of an assistant count as they come, rejected ones too: what is
-    pruned while tokens are generated may differ from decoding without one.
+    steps. After each layer the tokens with the highest scores are kept, `floor(n * fraction)` of the n prunable ones
+    that entered the decoder. The paper fine-tunes its models for this; here it runs without training, on visual tokens
+    only by default. With `protect_text=False`, and for heads, drafts of an assistant count as they come, rejected ones
+    too: what is pruned while tokens are generated may differ from decoding without one.
 
-    A model that is a vision encoder loses patches between attention and MLP of its blocks. Class, distillation and
-    register tokens stay, and so does one patch at least. Behind its last block, and wherever others look at what a
-    block returns, a patch that left has the value of the nearest one before it that is left. Heads leave its blocks as
-    they leave a decoder's layers, here keys and values with them; tokens are then scored, and keys that another method
-    merges by are averaged, over the heads that are left. That needs an attention between projections alone.
+    A model that is a vision encoder drops patches between attention and MLP of its blocks. Class, distillation and
+    register tokens are kept, and so is one patch at least. Behind its last block, and wherever other code sees what a
+    block returns, a dropped patch has the value of the nearest kept one before it. Heads are dropped from its blocks as
+    from a decoder's layers, here with their keys and values; tokens are then scored, and keys that another method
+    merges by are averaged, over the kept heads. That needs an attention that is nothing but projections around a
+    softmax.
 
     Args:
         tokens: average fraction of the tokens kept over the layers, in (0, 1], falling with depth from everything in
@@ -42,11 +66,11 @@ class SpAtten(Method):
             than the one before.
         heads: average fraction of the heads kept over the layers, in (0, 1], falling with depth from all of them in the
             first 30 % of the layers; or a sequence as for `tokens`. A head's score is the sum of the absolute values of
-            its output, added up over layers and decoding steps; the output of a head that has left is zero. Prompts
-            compute the attention of kept heads alone. Where all rows of the batch keep the same heads, query and output
-            projections leave the others out too: in prompts and, once a layer's heads are those of the step before, in
-            decoding steps. That needs plain linear layers; the report says where there are others. Keys and values of
-            heads that left stay in the cache.
+            its output, added up over layers and decoding steps; the output of a dropped head is zero. Prompts compute
+            the attention of kept heads alone. Where all rows of the batch keep the same heads, query and output
+            projections are sliced too: in prompts and, once a layer's heads are those of the step before, in decoding
+            steps. That needs plain linear layers; the report says where there are others. Keys and values of dropped
+            heads stay in the cache.
         values: fraction of the values that each head reads in a decoding step, those with the largest probabilities
             (section III-B of the paper), in (0, 1]; or a sequence with a fraction for each layer. Prompts read all:
             there, arithmetic is the cost, not reading.
@@ -55,15 +79,15 @@ class SpAtten(Method):
             distribution is flat, reads the low one too. Needs a growing cache, as ``generate`` makes one. None: as they
             come.
         threshold: see `quantize`, in [0, 1].
-        protect_text: whether only visual tokens may go. False: text may too, in the prompt and, while tokens are
-            generated, from the KV cache; models without images can then be patched.
-        keep_first: with `protect_text=False`, tokens at the beginning of a row that stay.
-        keep_recent: with `protect_text=False`, tokens at its end that stay, at least 1.
-        kv: with `protect_text=False`, whether what leaves while tokens are generated leaves the KV cache for good
-            (`"persistent"`) or is only passed over, chosen in each step anew from all of it (`"per_step"`, as in the
-            paper's traces; nothing leaves in the prompt then).
-        interval: with `kv="persistent"`, a row's cache is looked through whenever the row's length reaches or passes a
-            multiple of this.
+        protect_text: whether only visual tokens are prunable. False: text is too, in the prompt and, while tokens are
+            generated, in the KV cache; models without images can then be patched.
+        keep_first: with `protect_text=False`, tokens at the beginning of a row that are always kept.
+        keep_recent: with `protect_text=False`, tokens at its end that are always kept, at least 1.
+        kv: with `protect_text=False`, whether what is pruned while tokens are generated is dropped from the KV cache
+            for good (`"persistent"`) or only masked, chosen in each step anew from all of it (`"per_step"`, as in the
+            paper's traces; the prompt is not pruned then).
+        interval: with `kv="persistent"`, a row's cache is pruned whenever the row's length reaches or passes a multiple
+            of this.
 
     Raises:
         OptionError: an option is out of range.
@@ -71,39 +95,20 @@ class SpAtten(Method):
 
     name: ClassVar[str] = "spatten"
 
-    keep: float | int | str = field(default=1.0, repr=False)
-    tokens: float | Sequence[float] = 0.8
-    heads: float | Sequence[float] = 1.0
-    values: float | Sequence[float] = 1.0
-    quantize: str | None = None
-    threshold: float = 0.1
-    protect_text: bool = True
-    keep_first: int = 4
-    keep_recent: int = 32
-    kv: str = "persistent"
-    interval: int = 16
+    keep: float | int | str = no_keep("spatten", "tokens (kept on average over the layers)")
+    tokens: float | Sequence[float] = option(0.8, _falling_fractions)
+    heads: float | Sequence[float] = option(1.0, _falling_fractions)
+    values: float | Sequence[float] = option(1.0, _FRACTIONS)
+    quantize: str | None = option(None, one_of("4+4", None))
+    threshold: float = option(0.1, _PROBABILITY)
+    protect_text: bool = option(True, true_or_false)
+    keep_first: int = option(4, at_least(0))
+    keep_recent: int = option(32, at_least(1))
+    kv: str = option("persistent", one_of("persistent", "per_step"))
+    interval: int = option(16, at_least(1))
 
     def __post_init__(self) -> None:
-        if self.keep != 1.0:
-            raise OptionError(
-                f"method 'spatten' has tokens (kept on average over the layers), no keep; got {self.keep!r}"
-            )
-        check_fractions("tokens", self.tokens)
-        check_fractions("heads", self.heads)
-        check_fractions("values", self.values, falls=False)
-        if self.quantize not in (None, "4+4"):
-            raise OptionError(f"quantize must be '4+4' or None, got {self.quantize!r}")
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not number or not 0 <= self.threshold <= 1:
-            raise OptionError(f"threshold must be a probability from 0 to 1, got {self.threshold!r}")
-        for name, least in (("keep_first", 0), ("keep_recent", 1), ("interval", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name} must be an int of at least {least}, got {value!r}")
-        if self.kv not in ("persistent", "per_step"):
-            raise OptionError(f"kv must be 'persistent' or 'per_step', got {self.kv!r}")
-        if not isinstance(self.protect_text, bool):
-            raise OptionError(f"protect_text must be True or False, got {self.protect_text!r}")
+        super().__post_init__()
         if self.protect_text and self.kv == "per_step":
             raise OptionError(
                 "kv='per_step' passes over KV entries of text while tokens are generated, and protect_text=True keeps "
@@ -114,12 +119,12 @@ class SpAtten(Method):
         """The cascade over patches.
 
         Raises:
-            OptionError: values, bits or text are to go, which an encoder has no site for.
+            OptionError: values, bits or text are to be pruned, which an encoder has no site for.
         """
         return EncoderSpAtten(**{one.name: getattr(self, one.name) for one in fields(self)})
 
     def fractions(self, n_layers: int) -> tuple[float, ...]:
-        """Fraction of the tokens that may go which each of `n_layers` layers keeps.
+        """Fraction of the prunable tokens that each of `n_layers` layers keeps.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -127,7 +132,7 @@ class SpAtten(Method):
         return _by_layer("tokens", self.tokens, n_layers, free=FREE_TOKENS)
 
     def attention_plan(self, n_layers: int) -> AttentionPlan | None:
-        """Which heads and values are left out, None where all are kept.
+        """Which heads, values and bits are omitted, None where all are kept.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -153,18 +158,18 @@ class SpAtten(Method):
 
     @property
     def text(self) -> TextGuard | None:
-        """Which text stays where text may go."""
+        """Which text is always kept where text is prunable."""
         return None if self.protect_text else TextGuard(self.keep_first, self.keep_recent)
 
     def cache_plan(self, n_layers: int) -> CachePlan | None:
-        """What leaves the KV cache while tokens are generated: text, if it may go."""
+        """What is dropped from the KV cache while tokens are generated: text, if it is prunable."""
         kept = self.fractions(n_layers)
         if self.text is None or min(kept) == 1.0:
             return None
         return CachePlan(kept, self.text, self.interval, self.kv == "persistent", SCORE)
 
     def llm_layer(self, signals: LayerSignals, budget: Budget) -> Keep:
-        """Those of the tokens of `signals.importance` `[R, N]` that have gathered most attention."""
+        """Those of the tokens of `signals.importance` `[R, N]` that have received most attention."""
         return Keep(ops.top_k_select(signals.importance, k=budget.high))
 
 
@@ -180,7 +185,8 @@ class EncoderSpAtten(SpAtten):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.values) < 1.0 if isinstance(self.values, Sequence) else self.values < 1.0:
+        values = self.values if isinstance(self.values, Sequence) else [self.values]
+        if min(values) < 1.0:
             raise OptionError(
                 f"values={self.values!r} was asked for, but vision encoders have no decoding steps that read values; "
                 "values=1.0 works here"
@@ -195,7 +201,7 @@ class EncoderSpAtten(SpAtten):
         return ("encoder_block",)
 
     def removals(self, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-        """What each block takes away so that the next one gets its fraction, at least one patch.
+        """What each block drops so that the next one gets its fraction, at least one patch.
 
         Raises:
             OptionError: a sequence was given that does not fit the depth.
@@ -205,7 +211,7 @@ class EncoderSpAtten(SpAtten):
         return tuple(before - after for before, after in pairwise(counts))
 
     def encoder_block(self, signals: BlockSignals, budget: Budget) -> Keep:
-        """The protected tokens, and those of the others that have gathered most of `signals.importance` `[B, N]`."""
+        """The protected tokens, and those of the others with the highest `signals.importance` `[B, N]`."""
         assert signals.importance is not None
         n_prefix = int(signals.protected.sum())
         best = ops.top_k_select(signals.importance[:, n_prefix:], k=budget.high - n_prefix) + n_prefix
@@ -220,27 +226,3 @@ def _by_layer(name: str, kept: float | Sequence[float], n_layers: int, *, free: 
     if len(kept) != n_layers:
         raise OptionError(f"{name} gives {len(kept)} layers a fraction, and there are {n_layers}")
     return tuple(map(float, kept))
-
-
-def check_fractions(name: str, value: object, *, falls: bool = True) -> None:
-    """Check that `value` is a fraction in (0, 1] or a sequence of such, which starts with 1.0 and never grows if it
-    `falls`.
-
-    Raises:
-        OptionError: it is not.
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
-        return
-    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1 for one in entries)
-    if not entries or not numbers:
-        raise OptionError(
-            f"{name} must be a fraction in (0, 1] or a sequence with a fraction for each layer, got {value!r}"
-        )
-    if not falls:
-        return
-    if entries[0] != 1.0 or sorted(entries, reverse=True) != entries:
-        raise OptionError(
-            f"{name} as a sequence starts with 1.0 (the first layer sees everything) and never grows, because what "
-            f"left is gone from all later layers; got {value!r}"
-        )
