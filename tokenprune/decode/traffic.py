@@ -1,5 +1,6 @@
 """Bytes of keys and values that decoding steps read: added up where they are counted, read when somebody asks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,18 +46,25 @@ class Reads:
             return self
         steps = [read.step for read in self.open]
         device = steps[0].output.device
-        tokens, keys, values = (
-            torch.cat([count.to(device) for count in counts], dim=1).double()
-            for counts in zip(*((step.dense_bytes, step.key_bytes, step.value_bytes) for step in steps), strict=True)
-        )
+
+        def joined(counts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([count.to(device) for count in counts], dim=1).double()
+
+        tokens, keys = joined(step.dense_bytes for step in steps), joined(step.key_bytes for step in steps)
         heads = tokens * (keys > 0)
         bits = keys / (heads / 2).clamp(min=1)  # share of the bits of a key, and of a value, that were read
-        found = [tokens, heads, heads / 2 + values / bits.where(bits > 0, torch.ones_like(bits)), keys + values]
+        values = joined(step.value_bytes for step in steps)
+        shares = [1 / read.n_heads for read in self.open for _ in range(read.step.recomputed.shape[1])]
+        counted = (
+            tokens,
+            heads,
+            heads / 2 + values / bits.where(bits > 0, torch.ones_like(bits)),
+            keys + values,
+            joined(step.recomputed for step in steps) * torch.tensor(shares, dtype=torch.float64, device=device),
+        )
         dense = sum(read.n_dense * _bytes_per_key(read.step) for read in self.open)
-        low = sum(read.step.recomputed.sum().to(device) / read.n_heads for read in self.open)
-        sums = torch.stack([x.sum() for x in found])
-        ends = [torch.as_tensor(x, dtype=torch.float64, device=device).view(1) for x in (dense, low)]
-        sums = torch.cat([ends[0], sums, ends[1]])
+        dense = torch.as_tensor(dense, dtype=torch.float64, device=device)
+        sums = torch.stack([dense, *(count.sum() for count in counted)])
         earlier = 0.0 if self.sums is None else self.sums.to(device)
         return Reads(earlier + sums, self.steps + sum(len(step.output) for step in steps))
 
