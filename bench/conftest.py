@@ -13,7 +13,7 @@ import torch
 
 Record = Callable[..., None]
 
-# Benchmarks share helpers among them, and with the tests `upstream`: the names of what transformers renames.
+# Benchmarks share helpers among them, and with the tests what transformers renames and instruments around a call.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 

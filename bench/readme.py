@@ -68,13 +68,13 @@ LINES: tuple[tuple[str, dict[str, Any], str, str, str], ...] = (
 
 
 def summary() -> str:
-    """What the main methods save of the time, one line each, beside what could be had."""
+    """What the main methods save of the time, one line each, beside the ideal."""
     cells = []
     for name, wanted, what, ratio, held in LINES:
         for row in rows_of(name, **wanted):
             value = row[ratio] if ratio.startswith("dense") else [1 / value for value in reversed(row[ratio])]
             cells.append([what.format(**row), times(value), held.format(**row)])
-    return table(["what", "dense / pruned", "of the ideal"], cells)
+    return table(["what", "dense / pruned", "against the ideal"], cells)
 
 
 def overall() -> str:
@@ -313,8 +313,8 @@ def aim() -> str:
     columns: list[Column] = [(head, plain(head)) for head in ("preset", "importance")]
     columns += [("visual tokens", plain("visual_tokens")), ("rows", plain("rows"))]
     columns += [("dense / pruned", plain("dense_over_pruned")), ("pruned / ideal", plain("pruned_over_ideal"))]
-    columns += [("FLOPs ratio", plain("flops_ratio")), ("of it", plain("of_flops_ratio"))]
-    columns += [("of the layers' ratio", plain("of_layer_flops_ratio")), ("target", target)]
+    columns += [("FLOPs ratio", plain("flops_ratio")), ("fraction of it", plain("of_flops_ratio"))]
+    columns += [("fraction of the layers' ratio", plain("of_layer_flops_ratio")), ("target", target)]
     return measured("aim", "", columns)
 
 

@@ -7,7 +7,7 @@ tokens to rank.
 
 All variants of one case run in turn with the unpatched model, in one process; a ratio is the median of the ratios
 within a round. `flops_ratio` counts everything that runs: layers, matching, merging, importance. `layer_flops_ratio`
-counts the decoder's layers alone, by formula: what would be had if choosing cost nothing. Both count the pairs of
+counts the decoder's layers alone, by formula: what would be saved if choosing cost nothing. Both count the pairs of
 queries and keys that causal attention looks at, since fused kernels leave the others out; `square_flops_ratio` counts
 all pairs, as is the custom, which makes the unpruned model's arithmetic a quarter more than it is at 3,000 tokens.
 
@@ -23,14 +23,14 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_flops import decoder_flops_g
+from measuring import Timing, alternate, flops_g, kv_mib
 from test_prefill import CUDA, DEVICE, DTYPE, IMAGE, SHAPE, TEXT, Prompt, forward, make_model, prefill, ratio, summary
 from test_prefill import twin as twin_of
 from torch import nn
 from upstream import cache_of
 
 import tokenprune
-from tokenprune.report.flops import decoder_flops_g
-from tokenprune.report.measure import Timing, alternate, flops_g, kv_mib
 from tokenprune.schedule import share
 
 N_LAYERS = SHAPE["num_hidden_layers"] if CUDA else 24

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import alternate, peak_mib
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenprune.ops import attention_importance
-from tokenprune.report.measure import MIB, alternate, peak_mib
+from tokenprune.report.measure import MIB
 
 HEADS = 32
 REDUCTIONS = ("last_query", "column_sum", "pagerank")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import alternate
 from test_aim import N_LAYERS
 from test_prefill import DEVICE, make_model, make_prompt, prefill, summary
 from upstream import cache_of, with_cache
@@ -15,7 +16,6 @@ from upstream import cache_of, with_cache
 import tokenprune
 from tokenprune.decoder.call import check_call
 from tokenprune.decoder.pruned_cache import ledger_of
-from tokenprune.report.measure import alternate
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
 

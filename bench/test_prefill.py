@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from measuring import Timing, alternate
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, DynamicCache, LlavaConfig
 from upstream import cache_of, encoder_output, with_cache, with_features
@@ -29,7 +30,6 @@ from upstream import cache_of, encoder_output, with_cache, with_features
 import tokenprune
 from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep
-from tokenprune.report.measure import Timing, alternate
 from tokenprune.signals import Budget, Signals
 
 CUDA = torch.cuda.is_available()

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import Timing, alternate
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlavaConfig
 from upstream import FEATURES, encoder_output, with_features
 
 import tokenprune
 from tokenprune.report.generation import GREEDY
-from tokenprune.report.measure import Timing, alternate, synchronise
+from tokenprune.report.measure import synchronise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

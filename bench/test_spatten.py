@@ -6,17 +6,19 @@ tokens, all layers' importance is followed in every step, so what is dropped has
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from measuring import Timing
 from test_prefill import CUDA, DEVICE, DTYPE, SHAPE, ratio
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokenprune
 from tokenprune.report.generation import inspect_generation, time_generation
-from tokenprune.report.measure import Timing, rounds
+from tokenprune.report.measure import in_turn
 
 NEW_TOKENS, REPEATS = 17, 5
 # What is asked of SpAtten, and what decoding may at most take of the unpruned time, where something was promised.
@@ -50,18 +52,14 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
     inputs = {"input_ids": torch.randint(1, 4000, (1, length), device=DEVICE)}
     with tokenprune.patch(model, "spatten", protect_text=False, **options) as session:
 
-        def run(*, dense: bool) -> float:
-            if not dense:
-                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS).decode_ms or 0.0
-            with session.pause():
-                return time_generation(model, inputs, max_new_tokens=NEW_TOKENS).decode_ms or 0.0
+        def run(_side: str = "pruned") -> float:
+            return time_generation(model, inputs, max_new_tokens=NEW_TOKENS)["decode_latency_ms"]
 
         pruned = inspect_generation(model, inputs, max_new_tokens=NEW_TOKENS)
         with session.pause():
             whole = inspect_generation(model, inputs, max_new_tokens=NEW_TOKENS)
-        samples: dict[str, list[float]] = {"dense": [], "pruned": []}
-        for side in rounds(("dense", "pruned"), REPEATS):
-            samples[side].append(run(dense=side == "dense"))
+        sides = {"dense": session.pause, "pruned": nullcontext}
+        samples = in_turn(sides, run, repeats=REPEATS, label=kind)
         times = {side: Timing(tuple(found)) for side, found in samples.items()}
         traffic = session.traffic
         measured = ratio(times["pruned"], times["dense"])
@@ -75,10 +73,10 @@ def test_spatten(model: nn.Module, record: Callable[..., None], length: int, kin
             "repeats": REPEATS,
             **{f"{side}_decode_latency_ms": round(time.median, 3) for side, time in times.items()},
             "pruned_over_dense": measured,
-            "dense_kv_mib": round(whole.kv_mib or 0, 3),
-            "pruned_kv_mib": round(pruned.kv_mib or 0, 3),
+            "dense_kv_mib": round(whole.amounts["kv_mib"], 3),
+            "pruned_kv_mib": round(pruned.amounts["kv_mib"], 3),
             "bytes_read": None if traffic is None else round(traffic.read / traffic.dense, 4),
         }
         if target is not None:
             row |= {"target": f"pruned_over_dense <= {target:g}", "met": measured[1] <= target}
-        record(lambda: run(dense=False), row)
+        record(run, row)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import Timing, alternate
 from test_prefill import DEVICE, make_model, make_prompt, prefill
 from upstream import cache_of, with_cache
 
 import tokenprune
-from tokenprune.report.measure import Timing, alternate
 
 N_LAYERS, REPEATS, STEPS = 32, 30, 4
 THIN = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8}

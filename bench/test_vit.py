@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from measuring import Timing, alternate, flops_g
 from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import ops
-from tokenprune.report.measure import Timing, alternate, flops_g
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

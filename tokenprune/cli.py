@@ -23,12 +23,11 @@ from tokenprune.upstream.loading import quieten
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and see what that saves and what it changes."
 QUESTION = "What is shown in this image?"
 SPEC = "name or name:option=value,... (see tokenprune methods)"
-KEEP = "what is left of the visual tokens: 0.25 = a quarter, 64 = 64 per image; 1 is one token, 1.0 is all"
-POSITIONS = "of kept tokens: those of the unpruned prompt, or renumbered without gaps (default: original)"
+KEEP = "how many visual tokens are kept: 0.25 = a quarter, 64 = 64 per image; 1 is one token, 1.0 is all"
 COMPARE = """\
-Several methods at several keeps on the same questions. A method whose own options say how much is left (aim, spatten,
-divprune:keep=0.3) stands once, without keep; one that prunes inside the decoder costs more than keep of the tokens. The
-column cost says what each row costs the decoder: compare rows that cost alike."""
+several methods and keeps on one image: agreement, latency, memory. A method whose own options say how much is kept
+(aim, spatten, divprune:keep=0.3) has one row, without keep; one that prunes inside the decoder costs more than keep of
+the tokens. The column cost says what each row costs the decoder: compare rows that cost alike."""
 EXAMPLES = """\
 examples:
   tokenprune report --model llava-hf/llava-1.5-7b-hf --image photo.jpg --method divprune --keep 0.25
@@ -45,14 +44,11 @@ class _Parser(argparse.ArgumentParser):
 def _keep(text: str) -> float:
     if text == "auto":
         raise argparse.ArgumentTypeError(
-            "auto goes with a radius and stands with the method: divprune:keep=auto,radius=0.05"
+            "auto needs a radius, and both are written with the method: divprune:keep=auto,radius=0.05"
         )
+    is_count = text.strip().lstrip("+-").isdecimal()
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
+        return int(text) if is_count else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"keep is a fraction such as 0.25 or a number of tokens such as 64, got {text!r}"
@@ -69,6 +65,44 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+MODEL_OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": {"required": True, "help": "a folder or a name on the hub"},
+    "--image": {"required": True, "type": Path, "help": "an image file"},
+    "--device": {"choices": loading.DEVICES, "default": "auto", "help": "default: %(default)s, CUDA where it is"},
+    "--dtype": {
+        "choices": loading.DTYPES,
+        "default": "auto",
+        "help": "default: %(default)s, float32 on a CPU, else the model's own",
+    },
+    "--max-new-tokens": {"type": _positive, "default": 16, "help": "default: %(default)s"},
+    "--repeats": {"type": _positive, "default": 5, "help": "timed runs of each side (default: %(default)s)"},
+    "--plot": {"type": Path, "help": "write a picture there (.png, .svg, .pdf)"},
+    "--json": {"action": "store_true", "help": "as JSON"},
+}
+REPORT_OPTIONS: dict[str, dict[str, Any]] = {
+    "--method": {"default": "divprune", "help": f"{SPEC}; several in a row joined by + (default: %(default)s)"},
+    "--keep": {"type": _keep, "help": f"{KEEP} (default: the method's)"},
+    "--question": {"default": QUESTION, "help": "default: %(default)s"},
+    "--positions": {
+        "choices": ("original", "packed"),
+        "default": "original",
+        "help": "of kept tokens: those of the unpruned prompt, or renumbered without gaps (default: %(default)s)",
+    },
+}
+COMPARE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--methods": {
+        "default": "divprune,random,uniform,resize",
+        "help": f"with commas between, each as {SPEC}; or resize: no pruning, the image itself made smaller to about "
+        "as many tokens (default: %(default)s)",
+    },
+    "--keep": {"type": _keeps, "default": [0.5, 0.25, 0.1], "help": f"{KEEP} (default: 0.5,0.25,0.1)"},
+    "--question": {"action": "append", "help": f"may be given several times (default: {QUESTION})"},
+    "--answer": {"action": "append", "default": [], "help": "the right one, for each question"},
+    "--repeats": {**MODEL_OPTIONS["--repeats"], "default": 3},
+}
+LIST_OPTIONS = {"--json": MODEL_OPTIONS["--json"]}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(
@@ -76,53 +110,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tokenprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    report = commands.add_parser("report", help="dense against pruned on one image: latency, memory, arithmetic, drift")
-    _add_model(report, repeats=5)
-    report.add_argument(
-        "--method", default="divprune", help=f"{SPEC}; several in a row joined by + (default: divprune)"
-    )
-    report.add_argument("--keep", type=_keep, help=f"{KEEP} (default: the method's)")
-    report.add_argument("--question", default=QUESTION, help=f"default: {QUESTION}")
-    report.add_argument("--positions", choices=("original", "packed"), default="original", help=POSITIONS)
-    report.set_defaults(run=_report)
-    compare = commands.add_parser(
-        "compare", help="several methods and keeps on one image: agreement, latency, memory", description=COMPARE
-    )
-    _add_model(compare, repeats=3)
-    usual = "divprune,random,uniform,resize"
-    compare.add_argument(
-        "--methods",
-        default=usual,
-        help=f"with commas between, each as {SPEC}; or resize: no pruning, the image itself made smaller to about as "
-        f"many tokens (default: {usual})",
-    )
-    compare.add_argument("--keep", type=_keeps, default=[0.5, 0.25, 0.1], help=f"{KEEP} (default: 0.5,0.25,0.1)")
-    compare.add_argument("--question", action="append", help=f"may be given several times (default: {QUESTION})")
-    compare.add_argument("--answer", action="append", default=[], help="the right one, for each question")
-    compare.set_defaults(run=_compare)
-    for name, what, run in (
-        ("methods", "list the methods with their options", _methods),
-        ("families", "list the families of models that can be pruned", _families),
+    for run, description, options in (
+        (
+            _report,
+            "dense against pruned on one image: latency, memory, arithmetic, drift",
+            MODEL_OPTIONS | REPORT_OPTIONS,
+        ),
+        (_compare, COMPARE, MODEL_OPTIONS | COMPARE_OPTIONS),
+        (_methods, "list the methods with their options", LIST_OPTIONS),
+        (_families, "list the families of models that can be pruned", LIST_OPTIONS),
     ):
-        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}.")
-        command.add_argument("--json", action="store_true", help="as JSON")
+        summary = description.partition(". ")[0]
+        command = commands.add_parser(run.__name__[1:], help=summary, description=description)
         command.set_defaults(run=run)
+        for flag, settings in options.items():
+            command.add_argument(flag, **settings)
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    parser.add_argument("--model", required=True, help="a folder or a name on the hub")
-    parser.add_argument("--image", type=Path, required=True, help="an image file")
-    parser.add_argument("--device", choices=loading.DEVICES, default="auto", help="default: auto, CUDA where it is")
-    parser.add_argument(
-        "--dtype", choices=loading.DTYPES, default="auto", help="default: auto, float32 on a CPU, else the model's own"
-    )
-    parser.add_argument("--max-new-tokens", type=_positive, default=16, help="default: 16")
-    parser.add_argument(
-        "--repeats", type=_positive, default=repeats, help=f"timed runs of each side (default: {repeats})"
-    )
-    parser.add_argument("--plot", type=Path, help="write a picture there (.png, .svg, .pdf)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _load(options: argparse.Namespace, questions: Sequence[str]) -> tuple[loading.Loaded, Any, list[str]]:
@@ -192,13 +195,12 @@ def _families(options: argparse.Namespace) -> None:
     decoders = {family.name: family for family in FAMILIES}
     rows: list[dict[str, Any]] = []
     for name in api.list_families():
-        row = decoders.get(name)
-        if row is None:
-            rows.append({"name": name, "kind": "vision encoder", "takes": ["images"], "positions": [], "note": ""})
-            continue
-        takes, positions = ["images"] + ["videos"] * row.video, ["original"] + ["packed"] * (not row.mrope)
-        kind = "vision-language model"
-        rows.append({"name": name, "kind": kind, "takes": takes, "positions": positions, "note": row.note})
+        row: dict[str, Any] = {"name": name, "kind": "vision encoder", "takes": ["images"], "positions": [], "note": ""}
+        if (family := decoders.get(name)) is not None:
+            row |= {"kind": "vision-language model", "note": family.note}
+            row["takes"] = ["images", "videos"] if family.video else ["images"]
+            row["positions"] = ["original"] if family.mrope else ["original", "packed"]
+        rows.append(row)
     if options.json:
         print(json.dumps({"supported": rows, "refused": REFUSED}, indent=2))
         return

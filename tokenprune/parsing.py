@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from tokenprune.api import build_method
@@ -13,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
-    """Build the methods that `text` stands for.
+    """Build the methods that `text` names.
 
     Args:
         text: `name` or `name:option=value,option=value`, several joined by `+` (applied one after the other). Values
@@ -25,8 +26,8 @@ def parse_methods(text: str, **defaults: Any) -> tuple[Method, ...]:
         UnknownMethodError: no method has this name.
     """
     return tuple(
-        build_method(name, **({key: value for key, value in defaults.items() if _open(name, own, key)} | own))
-        for name, own in map(_read, _split(text, "+"))
+        build_method(name, **{key: value for key, value in defaults.items() if _takes(name, own, key)}, **own)
+        for name, own in _read(text)
     )
 
 
@@ -37,49 +38,50 @@ def methods_with(text: str, **options: Any) -> tuple[Method, ...]:
         OptionError: as there, or no method takes one of `options`.
         UnknownMethodError: as there.
     """
-    names = [name for name, _ in map(_read, _split(text, "+"))]
+    names = [name for name, _ in _read(text)]
     unused = [key for key in options if not takes(text, key)]
     if unused and METHODS.keys() >= set(names):
         key, has = unused[0], "; ".join(f"{name} has {', '.join(options_of(METHODS[name]))}" for name in names)
         raise OptionError(
             f"{key}={options[key]!r} was given beside {text!r}, and no method there takes it: each sets it itself or "
-            f"has no such option ({has}); leave {key} out, and write options as name:option=value"
+            f"has no such option ({has}); omit {key}, and write options as name:option=value"
         )
     return parse_methods(text, **options)
 
 
 def takes(text: str, option: str) -> bool:
-    """Whether a method of `text` goes by an `option` that is given beside it: it has one and does not set it itself.
+    """Whether a method of `text` would take an `option` that is given beside it: it has one and does not set it itself.
 
     A `keep` is not taken by a method whose `r` says how much it removes.
 
     Raises:
         OptionError: the text cannot be read.
     """
-    return any(_open(name, own, option) for name, own in map(_read, _split(text, "+")))
+    return any(_takes(name, own, option) for name, own in _read(text))
 
 
-def _open(name: str, own: dict[str, Any], option: str) -> bool:
+def _takes(name: str, own: dict[str, Any], option: str) -> bool:
     known = name in METHODS and option in options_of(METHODS[name])
     return known and option not in own and not (option == "keep" and own.get("r") is not None)
 
 
-def _read(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of one method."""
-    name, colon, rest = text.partition(":")
-    name = name.strip()
-    if not _NAME.fullmatch(name) or (colon and not rest.strip()):
-        raise OptionError(f"a method is written as name or name:option=value,option=value, got {text!r}")
-    options: dict[str, Any] = {}
-    for part in _split(rest, ",") if rest else ():
-        key, equals, value = part.partition("=")
-        key = key.strip()
-        if not equals or not _NAME.fullmatch(key) or not value.strip():
-            raise OptionError(f"options are written as option=value with commas between, got {part!r} in {text!r}")
-        if key in options:
-            raise OptionError(f"option {key} stands twice in {text!r}")
-        options[key] = _value(value.strip())
-    return name, options
+def _read(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of each method."""
+    for method in _split(text, "+"):
+        name, colon, rest = method.partition(":")
+        if not _NAME.fullmatch(name.strip()) or (colon and not rest.strip()):
+            raise OptionError(f"a method is written as name or name:option=value,option=value, got {method!r}")
+        options: dict[str, Any] = {}
+        for part in _split(rest, ",") if rest else ():
+            key, _, value = (word.strip() for word in part.partition("="))
+            if not _NAME.fullmatch(key) or not value:
+                raise OptionError(
+                    f"options are written as option=value with commas between, got {part!r} in {method!r}"
+                )
+            if key in options:
+                raise OptionError(f"option {key} is given twice in {method!r}")
+            options[key] = _value(value)
+        yield name.strip(), options
 
 
 def _value(text: str) -> Any:
@@ -90,7 +92,7 @@ def _value(text: str) -> Any:
 
 
 def _split(text: str, mark: str) -> list[str]:
-    """Parts of `text` between marks that stand outside of brackets; a `+` before a digit is part of a value."""
+    """Parts of `text` between marks outside of brackets; a `+` before a digit is part of a value."""
     parts, depth = [""], 0
     for place, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -103,7 +105,8 @@ def _split(text: str, mark: str) -> list[str]:
 
 
 def split_methods(text: str) -> list[str]:
-    """Parts of a list of methods with commas between: `aim,fastv:layer=2,keep=0.25` has two, as `keep=...` goes on.
+    """Parts of a list of methods with commas between: `aim,fastv:layer=2,keep=0.25` has two, as `keep=...` belongs to
+    the second.
 
     Raises:
         OptionError: the list is empty or begins with an option.

@@ -19,8 +19,7 @@ from scoring import SCORES
 from torch import Tensor
 
 from tokenprune.errors import InputError
-from tokenprune.report.loading import Loaded, decode, one_line
-from tokenprune.report.resizing import interpolating, resized_inputs
+from tokenprune.report.loading import Loaded, decode, interpolating, one_line, resized_inputs
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 

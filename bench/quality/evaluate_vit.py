@@ -22,13 +22,13 @@ from typing import ClassVar
 
 import torch
 from intervals import Bootstrap, Outcome, markdown, summarise
+from names import flops_g
 from scenes import GRID, IMAGE, PATCH, make_scenes
 from torch import Tensor, nn
 from vit import SCENES, load, normalise
 
 import tokenprune
 from tokenprune.reduction import Keep
-from tokenprune.report.measure import flops_g
 
 log = logging.getLogger("evaluate_vit")
 BATCH = 250

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from names import decoder_flops_g
 
 import tokenprune
 from tokenprune.parsing import parse_methods
@@ -71,11 +72,10 @@ class Probe:
     def _measure(self, inputs: dict[str, Any]) -> Cost:
         seen = inspect_generation(self.model, inputs, max_new_tokens=1)
         lengths, n_text = seen.layer_tokens, inputs["input_ids"].shape[1] - self.n_visual
-        flops = seen.formula_flops_g
-        if flops is None:  # experts or the like: tokens in all layers stand for arithmetic
+        flops = decoder_flops_g(self.model.get_decoder(), rows=1, lengths=lengths)
+        if flops is None:  # experts or the like: tokens in all layers represent arithmetic
             flops = sum(lengths) / 1e9
-        spent = sum(value for stage, value in seen.flops_g.items() if stage != "decode")
-        return Cost(flops, spent, sum(lengths) / len(lengths) - n_text)
+        return Cost(flops, seen.amounts["total_flops_g"], sum(lengths) / len(lengths) - n_text)
 
 
 def is_fixed(text: str) -> bool:

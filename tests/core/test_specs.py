@@ -56,7 +56,7 @@ def test_an_option_that_no_method_takes_is_refused(text: str) -> None:
         ("uniform+", "written as name"),
         ("uniform:keep", "written as option=value"),
         ("uniform:keep=", "written as option=value"),
-        ("uniform:keep=0.5,keep=0.6", "stands twice"),
+        ("uniform:keep=0.5,keep=0.6", "is given twice"),
         ("uniform:keep=(1,2)", "keep must be"),
         ("uniform:keep=half", "keep must be"),
         ("uniform:colour=1", "no option 'colour'"),

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import kv_mib
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
 from upstream import cache_of, with_cache
 
 from tokenprune import ops
 from tokenprune.errors import InputError, UnsupportedModelError
-from tokenprune.report import measure
 from tokenprune.upstream import quantized_cache
 from tokenprune.upstream.quantized_cache import PlanesLayer, use_planes
 
@@ -125,7 +125,7 @@ def test_memory_falls(model: Any, inputs: Any) -> None:
     sizes = {}
     for name, cache in (("dense", DynamicCache()), ("planes", in_planes())):
         model(**inputs, **with_cache(cache))
-        sizes[name] = measure.kv_mib(cache) * 2**20
+        sizes[name] = kv_mib(cache) * 2**20
     vectors = 2 * 2 * 3 * 2 * 23  # Layers, keys and values, rows, heads, tokens.
     assert sizes["dense"] == vectors * 64
     assert sizes["planes"] == vectors * (16 + 4)
@@ -174,7 +174,7 @@ def test_resetting_forgets_everything() -> None:
     layer, _ = filled(9)
     layer.reset()
     assert layer.get_seq_length() == 0
-    assert measure.kv_mib(type("Cache", (), {"layers": [layer]})()) == 0
+    assert kv_mib(type("Cache", (), {"layers": [layer]})()) == 0
     again, want = layer.update(*states(5)), PlanesLayer().update(*states(5))
     assert torch.equal(again[0], want[0])
 

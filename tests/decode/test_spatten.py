@@ -677,7 +677,7 @@ def test_less_than_a_tenth_of_the_bytes_is_read_at_the_settings_of_the_paper():
     assert traffic.dense / traffic.tokens == pytest.approx(3.8, rel=0.2)
     assert all(not layer.keys.numel() for layer in cache_of(out).layers)  # everything is in planes
     shown = str(session.report())
-    for row in ("tokens that left", "heads that left", "values not looked at", "bits not looked at"):
+    for row in ("dropped tokens", "pruned heads", "values not read", "bits not read"):
         assert row in shown
 
 

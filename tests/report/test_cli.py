@@ -102,10 +102,7 @@ def test_compare_shows_a_method_that_sets_how_much_is_left_once(run: Run) -> Non
         ("divprune+aim:merge=36,prune=None", 0.375, 36),
         ("tome:r=[9,9,9,9]", None, 108),
     ]
-    assert (
-        "divprune:keep=0.25: how much is left follows from its own options, so it stands once, at that cost"
-        in found["notes"]
-    )
+    assert "divprune:keep=0.25: its own options say how much is kept, so it has one row, at that cost" in found["notes"]
     fails(run, "compare", *ASKED, "--methods", "aim", "--keep", "1.5", saying="must lie in (0, 1]")
 
 
@@ -123,7 +120,7 @@ def test_a_comparison_is_as_wide_as_a_terminal_and_has_a_line_for_each_candidate
 
 
 def test_resize_that_cannot_be_done_is_told_and_the_rest_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.report.resizing.interpolators", lambda model: [])
+    monkeypatch.setattr("tokenprune.report.loading.interpolators", lambda model: [])
     status, out, _ = run("compare", *ASKED, *QUESTION, "--methods", "uniform,resize", "--keep", "0.25")
     assert status == 0
     assert "resize: " in out

@@ -1,13 +1,12 @@
-"""The formula for a decoder's arithmetic, held against torch's own counter and against ours."""
+"""What the library counts, held against the formula for a decoder's arithmetic and against torch's own counter."""
 
 import pytest
 import torch
+from decoder_flops import decoder_flops_g
 from families import batch, fresh, tiny
+from measuring import flops_g
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from tokenprune.report.flops import decoder_flops_g
-from tokenprune.report.measure import flops_g
 
 DENSE = ("llava", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "mistral3", "smolvlm", "glm4v")
 

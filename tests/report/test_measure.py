@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from families import batch, fresh, tiny
+from measuring import Timing, alternate, flops_g, kv_mib, peak_mib
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -18,25 +22,31 @@ from tokenprune.report.generation import inspect_generation, time_generation
 from tokenprune.report.measure import (
     MIB,
     Meter,
-    Timing,
-    alternate,
-    flops_g,
-    kv_mib,
-    latency_ms,
-    peak_mib,
-    rounds,
-    watch_resident,
+    in_turn,
+    watch_memory,
 )
 
 
-def test_rounds_take_turns_and_every_other_round_runs_backwards() -> None:
-    assert list(rounds("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
+def test_sides_take_turns_in_their_contexts_and_every_other_round_runs_backwards() -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        said.append(name)
+        yield
+        said.append("left")
+
+    sides = {name: partial(around, name) for name in "ab"}
+    found = in_turn(sides, lambda name: said.append(name.upper()) or len(said), repeats=3, label="turns")
+    assert "".join(name for name in said if name != "left") == "aAbBbBaAaAbB"
+    assert said[:3] == ["a", "A", "left"]
+    assert found == {"a": [2, 11, 14], "b": [5, 8, 17]}
 
 
 @pytest.mark.parametrize("repeats", [0, -1])
 def test_nothing_is_measured_without_a_repeat(repeats: int) -> None:
     with pytest.raises(OptionError, match="at least 1"):
-        latency_ms(lambda: None, repeats=repeats)
+        alternate({"call": lambda: None}, repeats=repeats)
 
 
 def test_alternating_calls_are_warmed_up_and_sampled_in_turn() -> None:
@@ -100,15 +110,12 @@ def test_peak_follows_what_is_alive_and_not_what_was_there_before() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the resident memory of a process")
 def test_resident_peak_counts_what_was_held_meanwhile_and_forgets_what_was_before() -> None:
     torch.ones(100 << 18)  # 100 MiB
-    with watch_resident([torch.device("cpu")]) as read:
-        before = read()
-        torch.ones(40 << 18)
-        after = read()
-    assert before is not None
-    assert after is not None
-    assert 30 <= after - before <= 60
-    with watch_resident([torch.device("meta")]) as read:
-        assert read() is None
+    read = watch_memory([torch.device("cpu")], Meter())
+    before = read()
+    torch.ones(40 << 18)
+    after = read()
+    assert 30 <= after["resident_peak_mib"] - before["resident_peak_mib"] <= 60
+    assert watch_memory([torch.device("meta")], Meter())().keys() == {"peak_mib"}
 
 
 def _filled(cache: DynamicCache, n_layers: int, n_tokens: int) -> DynamicCache:
@@ -139,12 +146,12 @@ def test_a_static_cache_counts_with_its_full_length() -> None:
 def test_generation_is_taken_apart_and_leaves_no_hook() -> None:
     model, inputs = tiny("llava"), batch("llava").inputs
     times = time_generation(model, inputs, max_new_tokens=3)
-    assert times.encoder_ms is not None
-    assert times.prefill_ms is not None
-    assert times.decode_ms is not None
-    assert 0 < times.encoder_ms + times.prefill_ms <= times.first_token_ms <= times.total_ms
-    assert times.first_token_ms + 2 * times.decode_ms <= times.total_ms
-    assert time_generation(model, inputs, max_new_tokens=1).decode_ms is None
+    stages = ("encoder", "prefill", "first_token", "decode", "total")
+    assert list(times) == [f"{stage}_latency_ms" for stage in stages]
+    encoder_ms, prefill_ms, first_token_ms, decode_ms, total_ms = times.values()
+    assert 0 < encoder_ms + prefill_ms <= first_token_ms <= total_ms
+    assert first_token_ms + 2 * decode_ms <= total_ms
+    assert "decode_latency_ms" not in time_generation(model, inputs, max_new_tokens=1)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -163,11 +170,13 @@ def test_inspection_agrees_with_a_forward_and_with_the_cache_it_left() -> None:
     torch.testing.assert_close(seen.first_logits, expected.logits[:, -1])
     assert torch.equal(seen.new_ids[:, 0], expected.logits[:, -1].argmax(-1))
     length = inputs["input_ids"].shape[1] + 2
-    assert seen.kv_mib == 2 * 4 * 3 * 2 * length * 8 * 4 / MIB
-    assert seen.peak_mib > seen.kv_mib
-    assert list(seen.flops_g) == ["encoder", "selection", "prefill", "head", "decode"]
+    kv_mib = seen.amounts["kv_mib"]
+    assert kv_mib == 2 * 4 * 3 * 2 * length * 8 * 4 / MIB
+    assert seen.amounts["peak_mib"] > kv_mib
+    stages = ("encoder", "selection", "prefill", "head", "first_token", "decode", "total")
+    assert [name for name in seen.amounts if "flops" in name] == [f"{stage}_flops_g" for stage in stages]
     assert seen.layer_tokens == (length - 2,) * 4
-    assert seen.layer_kv_mib == (seen.kv_mib / 4,) * 4
+    assert seen.layer_kv_mib == (kv_mib / 4,) * 4
 
 
 def test_inputs_are_not_written_to() -> None:

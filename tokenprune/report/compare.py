@@ -3,10 +3,12 @@
 All candidates, the dense model among them, run in turn: a machine that slows down does so for all of them.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.api import patch
@@ -14,12 +16,10 @@ from tokenprune.errors import OptionError, TokenPruneError, UnsupportedModelErro
 from tokenprune.methods.base import Method
 from tokenprune.parsing import parse_methods, takes
 from tokenprune.report.costs import drift
-from tokenprune.report.generation import Generation, Inspection, inspect_generation, time_generation
-from tokenprune.report.loading import Loaded, decode, prepare
-from tokenprune.report.measure import Timing, rounds
+from tokenprune.report.generation import Inspection, inspect_generation, time_generation
+from tokenprune.report.loading import Loaded, decode, interpolating, prepare, resized_inputs
+from tokenprune.report.measure import in_turn, spread
 from tokenprune.report.method_table import Comparison, Row
-from tokenprune.report.progress import progress
-from tokenprune.report.resizing import interpolating, resized_inputs
 from tokenprune.schedule import check_keep
 from tokenprune.upstream.generating import end_ids
 from tokenprune.upstream.loading import prompt_counts
@@ -44,8 +44,8 @@ class Candidate:
 def candidates(
     loaded: Loaded, image: "Image.Image", questions: Sequence[str], methods: Sequence[str], keeps: Sequence[float]
 ) -> tuple[list[Candidate], list[str]]:
-    """The dense model, then every method at every `keep`, or once where it sets itself how much is left; and notes on
-    those that this model cannot do.
+    """The dense model, then every method at every `keep`, or once where its own options say how much is kept; and
+    notes on those that this model cannot do.
 
     Args:
         loaded: the model; it is patched and unpatched for each method once, so that what it refuses is known at once.
@@ -61,23 +61,25 @@ def candidates(
     inputs = tuple(prepare(loaded, image, question) for question in questions)
     found, notes = [Candidate(DENSE, 1.0, inputs)], list[str]()
     refused: list[TokenPruneError] = []
-    for text in methods:
-        if text == RESIZE:
-            smaller, reasons = _resized(loaded, image, questions, keeps)
-            found, notes = found + smaller, notes + reasons
-            continue
-        for candidate in _built(text, keeps, inputs):
-            try:
-                patch(loaded.model, list(candidate.methods)).remove()
-            except (OptionError, UnsupportedModelError) as error:
-                refused.append(error)
-                notes.append(f"{text}: {error}")
+    for text, keep in itertools.product(methods, keeps):
+        try:
+            if text == RESIZE:
+                smaller = tuple(resized_inputs(loaded, image, question, keep=keep) for question in questions)
+                candidate = Candidate(RESIZE, keep, smaller)
             else:
-                found += [candidate] * (candidate not in found)
+                candidate = _candidate(text, keep, inputs)
+                patch(loaded.model, list(candidate.methods)).remove()
+        except (OptionError, UnsupportedModelError) as error:
+            notes.append(f"{text}: {error}")
+            if text != RESIZE:
+                refused.append(error)
+            continue
+        if candidate not in found:
+            found.append(candidate)
     if refused and len(found) == 1:  # what every method but resize runs into is no remark
         raise refused[0]
     own = dict.fromkeys(one.name for one in found if one.keep is None)
-    notes += [f"{name}: how much is left follows from its own options, so it stands once, at that cost" for name in own]
+    notes += [f"{name}: its own options say how much is kept, so it has one row, at that cost" for name in own]
     return found, list(dict.fromkeys(notes))
 
 
@@ -92,30 +94,16 @@ def check_methods(methods: Sequence[str], keeps: Sequence[float]) -> None:
         raise OptionError(f"at least one method and one keep are needed, got {list(methods)} and {list(keeps)}")
     for keep in keeps:
         check_keep(keep)
-    for text in methods:
+    for text, keep in itertools.product(methods, keeps):
         if text != RESIZE:
-            _built(text, keeps, ())
+            _candidate(text, keep, ())
 
 
-def _built(text: str, keeps: Sequence[float], inputs: tuple[Inputs, ...]) -> list[Candidate]:
-    """A candidate at each `keep`, or one alone where the text's own options say how much is left."""
-    if not takes(text, "keep"):
-        return [Candidate(text, None, inputs, parse_methods(text))]
-    return [Candidate(text, keep, inputs, parse_methods(text, keep=keep)) for keep in keeps]
-
-
-def _resized(
-    loaded: Loaded, image: "Image.Image", questions: Sequence[str], keeps: Sequence[float]
-) -> tuple[list[Candidate], list[str]]:
-    """The image made smaller, and why not."""
-    found, notes = [], []
-    for keep in keeps:
-        try:
-            smaller = tuple(resized_inputs(loaded, image, question, keep=keep) for question in questions)
-            found.append(Candidate(RESIZE, keep, smaller))
-        except OptionError as error:
-            notes.append(str(error))
-    return found, notes
+def _candidate(text: str, keep: float, inputs: tuple[Inputs, ...]) -> Candidate:
+    """A method at a `keep`, or at none where the text's own options say how much is kept."""
+    if takes(text, "keep"):
+        return Candidate(text, keep, inputs, parse_methods(text, keep=keep))
+    return Candidate(text, None, inputs, parse_methods(text))
 
 
 def compare(
@@ -151,19 +139,15 @@ def compare(
             f"questions and {len(expected)} answers"
         )
     shown, notes = candidates(loaded, image, questions, methods, keeps)
-    seen: list[list[Inspection]] = []
-    for one in progress(shown, label="answers"):
-        with _in_force(loaded.model, one):
-            seen.append(
-                [inspect_generation(loaded.model, given, max_new_tokens=max_new_tokens) for given in one.inputs]
-            )
-    timed: list[list[Generation]] = [[] for _ in shown]
-    for name in progress(list(rounds([str(place) for place in range(len(shown))], repeats)), label="latency"):
-        one = shown[int(name)]
-        with _in_force(loaded.model, one):
-            timed[int(name)].append(time_generation(loaded.model, one.inputs[0], max_new_tokens=max_new_tokens))
+
+    inspect = partial(inspect_generation, loaded.model, max_new_tokens=max_new_tokens)
+    time = partial(time_generation, loaded.model, max_new_tokens=max_new_tokens)
+    sides = {place: partial(_in_force, loaded.model, one) for place, one in enumerate(shown)}
+    inspected = in_turn(sides, lambda place: list(map(inspect, shown[place].inputs)), repeats=1, label="answers")
+    timed = in_turn(sides, lambda place: time(shown[place].inputs[0]), repeats=repeats, label="latency")
+    seen = [inspected[place][0] for place in sides]
+    rows = [_row(loaded, shown[place], seen[place], timed[place], seen[0], expected) for place in sides]
     said = dict.fromkeys(remark for runs in seen for run in runs for remark in run.remarks)
-    rows = [_row(loaded, *found, seen[0], expected) for found in zip(shown, seen, timed, strict=True)]
     setting = {"max_new_tokens": max_new_tokens, "repeats": repeats}
     return Comparison(loaded.label, tuple(questions), tuple(expected), tuple(rows), (*notes, *said), setting)
 
@@ -179,47 +163,41 @@ def _row(
     loaded: Loaded,
     candidate: Candidate,
     seen: Sequence[Inspection],
-    timed: Sequence[Generation],
+    timed: Sequence[Mapping[str, float]],
     dense: Sequence[Inspection],
     expected: Sequence[str],
 ) -> Row:
+    """The row of a candidate: what was seen of it at each question, and timed at the first, beside the dense model."""
     drifts = [drift(theirs, ours, eos=end_ids(loaded.model)) for theirs, ours in zip(dense, seen, strict=True)]
     answers, wanted = (tuple(decode(loaded, one.new_ids[0]) for one in side) for side in (seen, dense))
     length, visual = prompt_counts(loaded.model, candidate.inputs[0])
-    decoding = [run.decode_ms for run in timed if run.decode_ms is not None]
+    amounts, whole = seen[0].amounts, _prefill_flops_g(dense[0])
+    latencies = {name: spread([run[name] for run in timed]) for name in timed[0]}
     return Row(
         method=candidate.name,
         keep=candidate.keep,
         visual_tokens=statistics.fmean(seen[0].layer_tokens) - (length - visual) if seen[0].layer_tokens else visual,
-        prefill_share=_prefill_share(seen[0], dense[0]),
+        prefill_share=_prefill_flops_g(seen[0]) / whole if whole else None,
         agreement=statistics.fmean(one.equal_tokens[0] / one.compared_tokens[0] for one in drifts),
         same_answers=statistics.fmean(map(str.__eq__, answers, wanted)),
         accuracy=statistics.fmean(map(_same, answers, expected)) if expected else None,
         first_token_kl=statistics.fmean(one.first_token_kl[0] for one in drifts),
-        first_token_latency_ms=_spread([run.first_token_ms for run in timed]),
-        decode_latency_ms=_spread(decoding) if decoding else None,
-        total_latency_ms=_spread([run.total_ms for run in timed]),
-        kv_mib=seen[0].kv_mib,
-        peak_mib=seen[0].peak_mib,
-        total_flops_g=sum(seen[0].flops_g.values()),
+        first_token_latency_ms=latencies["first_token_latency_ms"],
+        decode_latency_ms=latencies.get("decode_latency_ms"),
+        total_latency_ms=latencies["total_latency_ms"],
+        kv_mib=amounts.get("kv_mib"),
+        peak_mib=amounts["peak_mib"],
+        total_flops_g=amounts["total_flops_g"],
         answers=answers,
     )
 
 
-def _prefill_share(seen: Inspection, dense: Inspection) -> float | None:
-    """Arithmetic of the decoder over the prompt, choosing included, as a share of that of the dense model."""
-    spent, everything = (
-        sum(one.flops_g.get(stage, 0.0) for stage in ("selection", "prefill")) for one in (seen, dense)
-    )
-    return spent / everything if everything else None
+def _prefill_flops_g(seen: Inspection) -> float:
+    """Arithmetic of the decoder over the prompt, choosing included; 0 if the model shows no decoder."""
+    return sum(seen.amounts.get(f"{stage}_flops_g", 0.0) for stage in ("selection", "prefill"))
 
 
 def _same(answer: str, expected: str) -> bool:
     """Equal up to case, blanks and a full stop."""
     one, other = (" ".join(text.casefold().split()).rstrip(".") for text in (answer, expected))
     return one == other
-
-
-def _spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    timing = Timing(tuple(samples))
-    return timing.median, timing.quantile(0.2), timing.quantile(0.8)

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributions import Categorical, kl_divergence
 
-from tokenprune.report.generation import Generation, Inspection
-from tokenprune.report.measure import Timing
-from tokenprune.report.tables import number
+from tokenprune.report.generation import ForwardInspection, Inspection
+from tokenprune.report.measure import spread
+from tokenprune.report.tables import factor, number, percent
 
 SHOWN_ROWS = 12
 
@@ -18,9 +19,9 @@ class Cost:
 
     Attributes:
         name: what was measured, its unit last (`first_token_latency_ms`).
-        dense: value without pruning; the median where it was timed.
+        dense: value without pruning; the median where there were several runs.
         pruned: value with pruning, likewise.
-        dense_range: 20 % and 80 % quantiles of the timed runs; None for what does not vary.
+        dense_range: 20 % and 80 % quantiles of several runs; None for what was measured once.
         pruned_range: likewise.
     """
 
@@ -40,65 +41,29 @@ class Cost:
         """Dense over pruned; None where one of them is nothing."""
         return self.dense / self.pruned if self.dense and self.pruned else None
 
-
-LATENCIES = {
-    "encoder_latency_ms": "encoder_ms",
-    "prefill_latency_ms": "prefill_ms",
-    "first_token_latency_ms": "first_token_ms",
-    "decode_latency_ms": "decode_ms",
-    "total_latency_ms": "total_ms",
-}
-STAGES = ("first_token", "encoder", "selection", "prefill", "head", "decode")
+    def cells(self) -> list[str]:
+        """The row of a table."""
+        cells = [self.name]
+        for value, quantiles in ((self.dense, self.dense_range), (self.pruned, self.pruned_range)):
+            cells.append(number(value) + (f" ({'-'.join(map(number, quantiles))})" if quantiles else ""))
+        return [*cells, percent(self.saved), factor(self.dense, self.pruned)]
 
 
-def latencies(timed: Mapping[str, Sequence[Generation]], selection: Sequence[float]) -> list[Cost]:
-    """Latencies of the timed runs of the sides "dense" and "pruned".
-
-    Args:
-        timed: the runs of each side.
-        selection: milliseconds that each pruned run spent at its sites, as its traces say.
-
-    Returns:
-        `encoder`: everything before the decoder. `selection`: at the sites; it is part of the stages they lie in.
-        `prefill`: the decoder over the prompt. `first_token`: from the call to the first token, the two before
-        included. `decode`: each token after the first. `total`: end to end.
-    """
+def costs_of(dense: Sequence[Mapping[str, float]], pruned: Sequence[Mapping[str, float]]) -> list[Cost]:
+    """The quantities that the runs of both sides tell, in the order of the dense ones."""
     costs = []
-    for name, attribute in LATENCIES.items():
-        dense, pruned = ([getattr(run, attribute) for run in timed[side]] for side in ("dense", "pruned"))
-        if None not in dense and None not in pruned:
-            costs.append(_timed(name, dense, pruned))
-        if name == "encoder_latency_ms":
-            costs.append(_timed("selection_latency_ms", [0.0] * len(selection), selection))
+    for name in [name for name in dense[0] if name in pruned[0]]:
+        sides = [spread([run[name] for run in runs]) for runs in (dense, pruned)]
+        ranges = [(low, high) for _, low, high in sides] if len(dense) > 1 else []
+        costs.append(Cost(name, sides[0][0], sides[1][0], *ranges))
     return costs
-
-
-def _timed(name: str, *samples: Sequence[float]) -> Cost:
-    dense, pruned = (Timing(tuple(side)) for side in samples)
-    ranges = [(side.quantile(0.2), side.quantile(0.8)) for side in (dense, pruned)]
-    return Cost(name, dense.median, pruned.median, *ranges)
-
-
-def amounts(dense: Inspection, pruned: Inspection) -> list[Cost]:
-    """Memory and arithmetic of two runs on the same inputs."""
-    costs = [Cost("peak_mib", dense.peak_mib, pruned.peak_mib)]
-    for name in ("resident_peak_mib", "kv_mib"):
-        pair = getattr(dense, name), getattr(pruned, name)
-        if None not in pair:
-            costs.append(Cost(name, *pair))
-    for stage in STAGES:
-        if stage in dense.flops_g and (stage != "decode" or dense.new_ids.shape[1] > 1):
-            costs.append(Cost(f"{stage}_flops_g", dense.flops_g[stage], pruned.flops_g.get(stage, 0.0)))
-        if stage == "prefill" and dense.formula_flops_g is not None and pruned.formula_flops_g is not None:
-            costs.append(Cost("prefill_formula_flops_g", dense.formula_flops_g, pruned.formula_flops_g))
-    return [*costs, Cost("total_flops_g", sum(dense.flops_g.values()), sum(pruned.flops_g.values()))]
 
 
 @dataclass(frozen=True)
 class BreakEven:
     """From how many visual tokens on pruning pays on this machine, estimated from the runs of one report.
 
-    What is measured is one prompt of `N` visual tokens of which `M` are left in the end. Its time to the first token
+    What is measured is one prompt of `N` visual tokens of which `M` are kept to the end. Its time to the first token
     gives the time that a dropped token saves, `s = (dense - pruned + selection) / (N - M)`, and the traces give the
     time that choosing takes, `selection`. At the same fraction kept, `n` visual tokens would save `s n (1 - M / N)`,
     which equals `selection` at the number given here.
@@ -109,8 +74,7 @@ class BreakEven:
     of magnitude, and measure near it.
 
     Attributes:
-        visual_tokens: the number, all rows of the batch together; None where nothing was dropped or saved, so that no
-            number of tokens can be told.
+        visual_tokens: the number, all rows of the batch together; None where nothing was dropped or saved.
         saved_ms_per_token: `s`, negative where pruning costs more than it saves before any selection.
         selection_ms: `selection`.
         shares: part of the dense end-to-end time by stage, in order: `encoder`, `prefill`, `head` (with everything
@@ -127,19 +91,31 @@ class BreakEven:
         """The stage that takes the largest part of the dense time: what else could be saved at all."""
         return max(self.shares, key=lambda stage: self.shares[stage])
 
+    def sentences(self) -> list[str]:
+        """What a report says of it."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {percent(share, 0)}" for name, share in self.shares.items())
+        stages = f"Of the dense time: {parts}; {self.dominant.replace('_', ' ')} takes the most."
+        if self.saved_ms_per_token is None:
+            return [stages]
+        each = f"{number(self.saved_ms_per_token)} ms saved per dropped token, {number(self.selection_ms)} ms selection"
+        if self.visual_tokens is None:
+            return [stages, f"Break-even: none; at this size pruning does not make the first token earlier ({each})."]
+        least = f"from about {max(1, round(self.visual_tokens)):,} visual tokens on"
+        return [stages, f"Break-even, estimated from these runs: the first token comes earlier {least} ({each})."]
+
 
 def break_even(costs: Sequence[Cost]) -> BreakEven | None:
     """Estimate from the costs of a report; None if there was no visual token."""
-    by_name = {cost.name: cost for cost in costs}
-    tokens, first = by_name.get("visual_tokens"), by_name["first_token_latency_ms"]
-    if tokens is None:
+    found = {cost.name: cost for cost in costs}
+    if "visual_tokens" not in found:
         return None
-    selection, dropped = by_name["selection_latency_ms"].pruned, tokens.dense - tokens.pruned
+    tokens, first = found["visual_tokens"], found["first_token_latency_ms"]
+    selection, dropped = found["selection_latency_ms"].pruned, tokens.dense - tokens.pruned
     each = (first.dense - first.pruned + selection) / dropped if dropped else None
     number = selection / (each * dropped / tokens.dense) if each is not None and each > 0 else None
-    total = by_name["total_latency_ms"].dense
-    stages = {"encoder": by_name.get("encoder_latency_ms"), "prefill": by_name.get("prefill_latency_ms")}
-    shares = {name: cost.dense / total for name, cost in stages.items() if cost is not None}
+    total = found["total_latency_ms"].dense
+    names = {"encoder": "encoder_latency_ms", "prefill": "prefill_latency_ms"}
+    shares = {stage: found[name].dense / total for stage, name in names.items() if name in found}
     shares["head" if shares else "first_token"] = max(0.0, first.dense / total - sum(shares.values()))
     shares["decode"] = max(0.0, 1.0 - first.dense / total)
     return BreakEven(number, each, selection, shares)
@@ -159,50 +135,38 @@ class Drift:
     equal_tokens: tuple[int, ...]
     compared_tokens: tuple[int, ...]
 
+    def sentence(self) -> str:
+        """What a report says of it."""
+        pairs = [f"{equal} of {limit}" for equal, limit in zip(self.equal_tokens, self.compared_tokens, strict=True)]
+        return (
+            "Drift, row by row: KL of the first token, dense from pruned, "
+            f"{', '.join(map(number, self.first_token_kl[:SHOWN_ROWS]))} nats; greedy tokens equal before the first "
+            f"difference: {', '.join(pairs[:SHOWN_ROWS])}."
+        )
+
 
 def drift(dense: Inspection, pruned: Inspection, *, eos: int | list[int] | None = None) -> Drift:
     """Compare the answers of two runs on the same inputs; `eos` are the ids that end a sequence."""
-    expected, actual = (side.first_logits.double().log_softmax(-1) for side in (dense, pruned))
-    terms = expected.exp() * (expected - actual)
-    kl = torch.where(expected.exp() > 0, terms, 0.0).sum(-1)
-    stops = torch.tensor([] if eos is None else eos, dtype=dense.new_ids.dtype, device=dense.new_ids.device)
-    ends = torch.isin(dense.new_ids, stops)
-    unequal = dense.new_ids != pruned.new_ids
-    compared = [_first(row, len(row) - 1) + 1 for row in ends.tolist()]
-    equal = [min(_first(row, len(row)), limit) for row, limit in zip(unequal.tolist(), compared, strict=True)]
-    return Drift(tuple(0.0 if value < 0 else value for value in kl.tolist()), tuple(equal), tuple(compared))
+    distributions = [Categorical(logits=side.first_logits.double()) for side in (dense, pruned)]
+    kl = kl_divergence(*distributions).clamp(min=0.0)
+    stops = eos if isinstance(eos, list) else [eos]
+    equal, compared = [], []
+    for expected, actual in zip(dense.new_ids.tolist(), pruned.new_ids.tolist(), strict=True):
+        limit = next((place for place, token in enumerate(expected, start=1) if token in stops), len(expected))
+        compared.append(limit)
+        equal.append(next((place for place in range(limit) if expected[place] != actual[place]), limit))
+    return Drift(tuple(kl.tolist()), tuple(equal), tuple(compared))
 
 
-def _first(flags: list[bool], otherwise: int) -> int:
-    return flags.index(True) if True in flags else otherwise
-
-
-def drift_sentences(drift: Drift | None) -> list[str]:
-    """What a report says of the drift."""
-    if drift is None:
-        return []
-    pairs = [f"{equal} of {limit}" for equal, limit in zip(drift.equal_tokens, drift.compared_tokens, strict=True)]
-    kl = ", ".join(number(value) for value in drift.first_token_kl[:SHOWN_ROWS])
-    return [
-        f"Drift, row by row: KL of the first token, dense from pruned, {kl} nats; greedy tokens equal before the first "
-        f"difference: {', '.join(pairs[:SHOWN_ROWS])}."
-    ]
-
-
-def break_even_sentences(found: BreakEven | None) -> list[str]:
-    """What a report says of the break-even."""
-    if found is None:
-        return []
-    parts = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in found.shares.items())
-    stages = f"Of the dense time: {parts}; {found.dominant.replace('_', ' ')} takes the most."
-    if found.saved_ms_per_token is None:
-        return [stages]
-    each = f"{number(found.saved_ms_per_token)} ms saved per dropped token, {number(found.selection_ms)} ms selection"
-    if found.visual_tokens is None:
-        return [
-            stages,
-            f"Break-even: none; at this size dropping tokens does not bring the first token nearer ({each}).",
-        ]
-    least = f"{max(1, round(found.visual_tokens)):,}"
-    told = f"the first token comes sooner from about {least} visual tokens on ({each})."
-    return [stages, f"Break-even, estimated from these runs: {told}"]
+def agreement(dense: ForwardInspection, pruned: ForwardInspection) -> list[str]:
+    """How far the outputs of two forwards on the same inputs agree, as sentences."""
+    expected, actual = dense.output, pruned.output
+    if expected is None or actual is None or expected.shape != actual.shape:
+        return ["The outputs differ in shape."]
+    rows = expected.float().flatten(1), actual.float().flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(*rows)[:SHOWN_ROWS].tolist()
+    said = [f"Drift, row by row: cosine of the outputs {', '.join(f'{cosine:.4f}' for cosine in cosines)}."]
+    if expected.ndim == 2:
+        n_same = int((rows[0].argmax(1) == rows[1].argmax(1)).sum())
+        said.append(f"The largest entry is the same in {n_same} of {len(expected)} rows.")
+    return said

@@ -1,24 +1,46 @@
 """A model with its processor from a folder or the hub, an image from a file, and the inputs of ``generate``: what the
-command line, and anybody's script, needs before a model can be asked. Every mistake is a sentence of one line."""
+command line, and anybody's script, needs before a model can be asked. Every mistake is a sentence of one line.
 
+The image can also be made smaller, until it has about as many visual tokens as pruning would keep: the baseline that
+prunes nothing. Two ways are tried. Models that take images of any size are given a smaller image. Models of one fixed
+resolution are given smaller pixels by their image processor, and their position embeddings are interpolated by their
+own vision encoder, where it can. A model that was trained on one resolution answers worse then than one trained on
+many.
+"""
+
+import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from tokenprune.errors import InputError, OptionError, UnsupportedModelError
-from tokenprune.upstream.loading import image_mark, load_pretrained, n_unknown, process, prompt_counts, text_of
+from tokenprune.errors import InputError, OptionError, TokenPruneError, UnsupportedModelError
+from tokenprune.schedule import count
+from tokenprune.upstream.loading import (
+    ask_to_interpolate,
+    image_mark,
+    interpolators,
+    load_pretrained,
+    n_unknown,
+    process,
+    prompt_counts,
+    smaller_pixels,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+NEAR = 0.35  # how far, of the wanted visual tokens, a smaller image may be from them
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,7 @@ def prepare(loaded: Loaded, image: "Image.Image", question: str, **processing: A
     """
     mark, weight = image_mark(loaded.processor), next(loaded.model.parameters())
     if mark in question:
-        raise InputError(f"the question must not hold {mark}, which stands for the image")
+        raise InputError(f"the question must not hold {mark}, which represents the image")
     try:
         inputs = process(loaded.processor, image, question, **processing)
     except UnsupportedModelError:
@@ -159,6 +181,49 @@ def n_visual(model: Any, inputs: Mapping[str, Any]) -> int:
     """Placeholders of visual tokens in a prompt.
 
     Raises:
-        UnsupportedModelError: the prompt or the id of the placeholders cannot be told.
+        UnsupportedModelError: the prompt or the id of the placeholders is not found.
     """
     return prompt_counts(model, inputs)[1]
+
+
+def resized_inputs(loaded: Loaded, image: "Image.Image", question: str, *, keep: float) -> dict[str, Any]:
+    """Inputs of ``generate`` whose image is so much smaller that it has about `keep` of its visual tokens.
+
+    Run them inside :func:`interpolating`.
+
+    Raises:
+        OptionError: neither way comes near that number of tokens with this model.
+    """
+    whole = n_visual(loaded.model, prepare(loaded, image, question))
+    wanted = count(keep, whole)
+    scale = math.sqrt(wanted / whole) if whole else 1.0
+    size = [max(1, round(side * scale)) for side in image.size]
+    ways: list[tuple[Any, dict[str, Any]]] = [(image.resize((size[0], size[1])), {})]
+    smaller = smaller_pixels(loaded.model, loaded.processor, scale) if interpolators(loaded.model) else None
+    if smaller is not None:
+        ways.append((image, smaller))
+    found: dict[float, dict[str, Any]] = {}
+    for picture, options in ways:
+        with suppress(TokenPruneError):
+            inputs = prepare(loaded, picture, question, **options)
+            found.setdefault(abs(n_visual(loaded.model, inputs) - wanted), inputs)
+    nearest = min(found, default=math.inf)
+    if nearest > max(1.0, NEAR * wanted):
+        raise OptionError(
+            f"{loaded.name} turns images of every size into about {whole} visual tokens, so a smaller image does not "
+            f"bring them to {wanted}"
+        )
+    return found[nearest]
+
+
+@contextmanager
+def interpolating(model: nn.Module) -> Iterator[None]:
+    """Within the block the vision encoder interpolates its position embeddings to the size of what it is given."""
+
+    def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, ask_to_interpolate(kwargs)
+
+    with ExitStack() as hooks:
+        for module in interpolators(model):
+            hooks.enter_context(module.register_forward_pre_hook(ask, with_kwargs=True))
+        yield

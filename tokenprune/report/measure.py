@@ -1,4 +1,4 @@
-"""Instruments: latency, memory and arithmetic, measured the same way by the report, the benchmarks and the demos.
+"""Instruments: latency, memory and arithmetic, measured the same way by reports, comparisons and benchmarks.
 
 * Latency in milliseconds: wall time on a CPU, time between two events of the current stream on CUDA. Candidates that
   are compared run in turn (A B, B A, A B, ...), so that a machine that slows down or speeds up does so for all of them.
@@ -14,44 +14,33 @@
 """
 
 import ctypes
-import statistics
+import re
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import OptionError
-from tokenprune.upstream.generating import stored_by_layer
 
 MIB = 2.0**20
+PROGRESS_DELAY_S = 3.0
+PROCESS = Path("/proc/self")
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Latencies of one candidate in milliseconds, in the order they were taken (or ratios of such)."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Median of the samples."""
-        return statistics.median(self.samples)
-
-    def quantile(self, fraction: float) -> float:
-        """Linearly interpolated quantile; `fraction` in [0, 1]."""
-        return float(torch.tensor(self.samples, dtype=torch.float64, device="cpu").quantile(fraction))
-
-    def over(self, other: "Timing") -> "Timing":
-        """Ratios of the samples taken in the same rounds: less touched by drift than the ratio of two medians."""
-        return Timing(tuple(mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=True)))
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile, linearly interpolated."""
+    median, low, high = np.quantile(samples, [0.5, 0.2, 0.8]).tolist()
+    return median, low, high
 
 
 class Stopwatch:
@@ -87,48 +76,52 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def rounds(names: Sequence[str], repeats: int) -> Iterator[str]:
-    """`names` in turn, `repeats` times, every other round backwards.
+def in_turn(
+    sides: Mapping[Name, Callable[[], AbstractContextManager[Any]]],
+    run: Callable[[Name], Result],
+    *,
+    repeats: int,
+    label: str,
+) -> dict[Name, list[Result]]:
+    """Run several sides in turn, every other round backwards.
+
+    A progress bar called `label` appears on stderr after three seconds, if that is a terminal and tqdm is installed.
+
+    Args:
+        sides: for each name, what makes the context in which it is run.
+        run: called with a name, `repeats` times each.
+        repeats: rounds.
+        label: what is done.
+
+    Returns:
+        What `run` returned, by name; entry i of every name is of round i.
 
     Raises:
         OptionError: `repeats` is less than 1.
     """
     if repeats < 1:
         raise OptionError(f"repeats must be at least 1 to measure anything, got {repeats}")
-    for turn in range(repeats):
-        yield from names if turn % 2 == 0 else reversed(names)
+    orders = list(sides), list(sides)[::-1]
+    turns: Iterable[Name] = [name for turn in range(repeats) for name in orders[turn % 2]]
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        turns = tqdm(turns, desc=label, disable=None, delay=PROGRESS_DELAY_S, leave=False)
+    results: dict[Name, list[Result]] = {name: [] for name in sides}
+    for name in turns:
+        with sides[name]():
+            results[name].append(run(name))
+    return results
 
 
-def alternate(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int = 5,
-    warmup: int = 1,
-    device: torch.device | str = "cpu",
-) -> dict[str, Timing]:
-    """Time several callables in turn, each `repeats` times after `warmup` untimed calls.
-
-    Returns:
-        Latencies by name; sample i of every candidate was taken in round i.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in [call for _ in range(warmup) for call in candidates.values()]:
-        call()
-    for name in rounds(tuple(candidates), repeats):
-        watch = Stopwatch(device)
-        watch.mark("start")
-        result = candidates[name]()
-        watch.mark("end")
-        samples[name].append(watch.read()[-1][1])
-        del result
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
-
-
-def latency_ms(
-    call: Callable[[], object], *, repeats: int = 5, warmup: int = 1, device: torch.device | str = "cpu"
-) -> Timing:
-    """Latency of one callable; to compare several, see :func:`alternate`."""
-    return alternate({"call": call}, repeats=repeats, warmup=warmup, device=device)["call"]
+def latency_ms(call: Callable[[], object], *, device: torch.device | str) -> float:
+    """Milliseconds that one call takes."""
+    watch = Stopwatch(device)
+    watch.mark("start")
+    result = call()
+    watch.mark("end")
+    del result
+    return watch.read()[-1][1]
 
 
 class Meter(TorchDispatchMode):
@@ -195,81 +188,47 @@ def _formula(func: Any) -> Any:
     return _attention_flops if fused else flop_registry.get(func._overloadpacket)
 
 
-def flops_g(call: Callable[[], object]) -> float:
-    """Billions of floating-point operations of one call."""
-    meter = Meter()
-    with meter:
-        call()
-    return meter.flops / 1e9
+def watch_memory(devices: Iterable[torch.device], meter: Meter) -> Callable[[], dict[str, float]]:
+    """Watch memory from now on.
 
+    Args:
+        devices: where the tensors are.
+        meter: follows them from now on; the peak is CUDA's allocator's if any device is one, else the meter's.
 
-@contextmanager
-def watch_peak(devices: Sequence[torch.device], meter: Meter) -> Iterator[Callable[[], float]]:
-    """Yield a reader of the peak so far in MiB: from CUDA's allocator if any device is one, else from `meter`."""
-    gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+    Returns:
+        A reader of `peak_mib` and, where the devices are CPUs and the system tells it (Linux), of `resident_peak_mib`.
+    """
+    devices = set(devices)
+    gpus = [device for device in devices if device.type == "cuda"]
     for gpu in gpus:
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
-    before = {gpu: int(torch.cuda.memory_allocated(gpu)) for gpu in gpus}
+    before = sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
+    has_resident = all(device.type == "cpu" for device in devices) and _forget_resident_peak()
 
-    def read() -> float:
-        peaks = [int(torch.cuda.max_memory_allocated(gpu)) - before[gpu] for gpu in gpus]
-        return (sum(peaks) if gpus else meter.peak) / MIB
+    def read() -> dict[str, float]:
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) - before if gpus else meter.peak
+        found = {"peak_mib": peak / MIB}
+        status = (PROCESS / "status").read_text(encoding="utf-8", errors="replace") if has_resident else ""
+        if line := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            found["resident_peak_mib"] = int(line[1]) / 1024
+        return found
 
-    yield read
+    return read
 
 
-@contextmanager
-def watch_resident(devices: Sequence[torch.device]) -> Iterator[Callable[[], float | None]]:
-    """Yield a reader of the process's largest resident memory so far in MiB.
-
-    It reads None where the system does not tell (any but Linux), or where a device is no CPU.
-    """
-    process = Path("/proc/self")
-    on_cpu = all(device.type == "cpu" for device in devices)
+def _forget_resident_peak() -> bool:
+    """Let the high-water mark of this process's resident memory be what is resident now; False where that fails."""
     try:
-        if on_cpu:
-            if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-                trim(0)
-            (process / "clear_refs").write_bytes(b"5")  # the high-water mark becomes what is resident now
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
+        (PROCESS / "clear_refs").write_bytes(b"5")
     except (OSError, TypeError):  # no such file; no libc under that name
-        on_cpu = False
-
-    def read() -> float | None:
-        if not on_cpu:
-            return None
-        lines = (process / "status").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-    yield read
+        return False
+    return True
 
 
-def peak_mib(call: Callable[[], object], *, devices: Sequence[torch.device] = ()) -> float:
-    """Largest memory that one call holds beyond what was allocated before it, in MiB, over `devices` (none: CPU)."""
-    meter = Meter()
-    on_gpu = any(device.type == "cuda" for device in devices)
-    with nullcontext() if on_gpu else meter, watch_peak(devices, meter) as read:
-        call()
-        return read()
-
-
-def kv_mib(cache: object) -> float:
-    """Memory that a KV cache holds, in MiB: storages of keys, values and recurrent states, each counted once.
-
-    Args:
-        cache: a cache of transformers (anything with `layers`); of an encoder-decoder cache both halves count.
-
-    Raises:
-        UnsupportedModelError: it is not made of layers.
-    """
-    return _mib(leaf for layer in stored_by_layer(cache) for leaf in layer)
-
-
-def kv_mib_by_layer(cache: object) -> tuple[float, ...]:
-    """The same for each layer of the cache; a storage that layers share counts in each of them."""
-    return tuple(map(_mib, stored_by_layer(cache)))
-
-
-def _mib(tensors: Iterable[Tensor]) -> float:
-    storages = (tensor.untyped_storage() for tensor in tensors)
+def kv_mib(layers: Iterable[Iterable[Tensor]]) -> float:
+    """Memory of the tensors that layers of a KV cache hold, in MiB; a storage that several share counts once."""
+    storages = [tensor.untyped_storage() for layer in layers for tensor in layer]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) / MIB

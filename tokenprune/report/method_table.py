@@ -1,32 +1,13 @@
 """What a comparison of several methods found, as data, as a table and as a plot."""
 
-import dataclasses
-import html
-import json
-import textwrap
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenprune.report.tables import Table, as_html, as_markdown, as_text, number, plain
+from tokenprune.report.tables import Document, Part, Table, number, percent, settings
 
-HEADER = [
-    "method",
-    "keep",
-    "tokens",
-    "cost",
-    "agree",
-    "same",
-    "right",
-    "KL",
-    "1st ms",
-    "next ms",
-    "all ms",
-    "KV MiB",
-    "peak",
-]
-NAME_WIDTH = 24
 LEGEND = (
     "tokens: visual ones, mean over the decoder's layers; cost: arithmetic of the decoder over the prompt, choosing "
     "included, against the dense model's (compare rows that cost alike); agree: greedy tokens equal to the dense "
@@ -42,7 +23,7 @@ class Row:
 
     Attributes:
         method: its name, or "dense" or "resize".
-        keep: what was asked for; 1 for the dense model; None for methods that set themselves how much is left.
+        keep: what was asked for; 1 for the dense model; None for methods whose own options say how much is kept.
         visual_tokens: visual tokens in the decoder at the prefill of the first question, mean over its layers: what
             makes methods that prune at different depths comparable.
         prefill_share: arithmetic of the decoder over the prompt of the first question, with choosing, as a share of the
@@ -76,31 +57,27 @@ class Row:
     total_flops_g: float
     answers: tuple[str, ...]
 
-    def cells(self) -> list[str]:
-        """The row of a table."""
-        shares = ["-" if part is None else f"{100 * part:.0f} %" for part in self._shares()]
-        times = [self.first_token_latency_ms, self.decode_latency_ms, self.total_latency_ms]
-        latencies = ["-" if time is None else number(time[0]) for time in times]
-        memory = [number(self.kv_mib), number(self.peak_mib)]
-        keep = "-" if self.keep is None else f"{self.keep:g}"
-        tokens = f"{self.visual_tokens:,.5g}"
-        return [self.method, keep, tokens, *shares, number(self.first_token_kl), *latencies, *memory]
-
-    def _shares(self) -> tuple[float | None, ...]:
-        return self.prefill_share, self.agreement, self.same_answers, self.accuracy
-
-
-def _narrow(header: list[str], rows: list[list[str]]) -> str:
-    """A table as text in which long names go on in the lines below."""
-    lines: list[list[str]] = []
-    for name, *cells in rows:
-        first, *others = textwrap.wrap(name.replace(",", ", "), NAME_WIDTH, subsequent_indent="  ")
-        lines += [[first, *cells], *([other, *[""] * len(cells)] for other in others)]
-    return as_text(header, lines)
+    def cells(self) -> dict[str, str]:
+        """The row of a table, by the names of its columns."""
+        return {
+            "method": self.method,
+            "keep": "-" if self.keep is None else f"{self.keep:g}",
+            "tokens": f"{self.visual_tokens:,.5g}",
+            "cost": percent(self.prefill_share, 0),
+            "agree": percent(self.agreement, 0),
+            "same": percent(self.same_answers, 0),
+            "right": percent(self.accuracy, 0),
+            "KL": number(self.first_token_kl),
+            "1st ms": number(self.first_token_latency_ms[0]),
+            "next ms": "-" if self.decode_latency_ms is None else number(self.decode_latency_ms[0]),
+            "all ms": number(self.total_latency_ms[0]),
+            "KV MiB": number(self.kv_mib),
+            "peak": number(self.peak_mib),
+        }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Document):
     """What :func:`tokenprune.report.compare.compare` returns; print it, or show it in a notebook.
 
     Attributes:
@@ -119,34 +96,14 @@ class Comparison:
     notes: tuple[str, ...] = ()
     setting: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data; numbers that are not finite become None."""
-        result: dict[str, Any] = plain(dataclasses.asdict(self))
-        return result
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-    def to_markdown(self) -> str:
-        """The comparison as Markdown."""
-        return "\n\n".join(self._parts(as_markdown, str))
-
-    def __str__(self) -> str:
-        """The comparison as text."""
-        return "\n\n".join(self._parts(_narrow, lambda line: textwrap.fill(line, 100, subsequent_indent="  ")))
-
-    def _repr_html_(self) -> str:
-        return "\n".join(self._parts(as_html, lambda line: f"<p>{html.escape(line)}</p>"))
-
-    def _parts(self, table: Table, line: Callable[[str], str]) -> list[str]:
-        setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.setting.items())
-        parts = [line(f"{self.model}: {len(self.questions)} question(s), {setting}")]
-        lines = [HEADER, *(row.cells() for row in self.rows)]
-        if not self.expected:
-            lines = [[cell for cell, name in zip(cells, HEADER, strict=True) if name != "right"] for cells in lines]
-        parts.append(table(lines[0], lines[1:]))
-        return parts + [line(LEGEND)] + [line(f"{note}.") for note in self.notes]
+    def parts(self) -> Iterator[Part]:
+        """The sentences and the table, in the order in which they are read."""
+        yield f"{self.model}: {len(self.questions)} question(s), {settings(self.setting)}"
+        cells = [row.cells() for row in self.rows]
+        columns = [name for name in cells[0] if self.expected or name != "right"]
+        yield Table(columns, [[row[name] for name in columns] for row in cells])
+        yield LEGEND
+        yield from (f"{note}." for note in self.notes)
 
     def plot(self, path: str | Path) -> None:
         """Draw agreement (accuracy, where answers were expected), latency and KV memory against the tokens that the
@@ -157,22 +114,15 @@ class Comparison:
         """
         from tokenprune.report.plots import plot_lines
 
-        def lines(value: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
-            found: dict[str, list[tuple[float, float]]] = {}
-            for row in self.rows:
-                if (height := value(row)) is not None:
-                    found.setdefault(row.method, []).append((row.visual_tokens, height))
-            return found
-
-        quality: dict[str, Callable[[Row], float | None]] = {
-            "tokens equal to the dense answer, %": lambda row: 100 * row.agreement
-        }
-        if self.expected:
-            quality = {"right answers, %": lambda row: None if row.accuracy is None else 100 * row.accuracy}
-        panels = {
-            **{label: lines(value) for label, value in quality.items()},
-            "time to the first token, ms": lines(lambda row: row.first_token_latency_ms[0]),
-            "KV cache, MiB": lines(lambda row: row.kv_mib),
-        }
-        panels = {label: found for label, found in panels.items() if found}
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows:
+            values = {
+                "tokens equal to the dense answer, %": None if self.expected else 100 * row.agreement,
+                "right answers, %": None if row.accuracy is None else 100 * row.accuracy,
+                "time to the first token, ms": row.first_token_latency_ms[0],
+                "KV cache, MiB": row.kv_mib,
+            }
+            for label, height in values.items():
+                if height is not None:
+                    panels[label][row.method].append((row.visual_tokens, height))
         plot_lines(path, title=self.model, panels=panels, xlabel="visual tokens, mean over the layers")

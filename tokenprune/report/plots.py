@@ -1,12 +1,16 @@
 """Pictures of reports and comparisons, drawn by matplotlib where it is installed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tokenprune.errors import OptionError
 from tokenprune.report.costs import Cost
 from tokenprune.report.site_tables import LayerReport
+from tokenprune.report.tables import number
 
 DENSE, PRUNED = "#8a8f98", "#c2410c"
 LINES = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#374151")
@@ -26,7 +30,7 @@ def plot_report(path: str | Path, *, title: str, layers: Sequence[LayerReport], 
 
     Args:
         path: an image file; its ending says which kind.
-        title: stands above the picture.
+        title: of the picture.
         layers: the decoder's layers, measured.
         costs: dense against pruned; those named in `SHOWN` are drawn.
 
@@ -40,15 +44,13 @@ def plot_report(path: str | Path, *, title: str, layers: Sequence[LayerReport], 
         )
     drawn = [layer for layer in layers if layer.dense_tokens is not None and layer.pruned_tokens is not None]
 
-    def draw(figure: Any) -> None:
+    with _figure(path, title=title, size=(11, 4.6)) as figure:
         panels = figure.subplots(1, 2 if drawn else 1, squeeze=False, width_ratios=[2, 3] if drawn else None)[0]
         if drawn:
             _draw_layers(panels[0], drawn)
         _draw_latencies(panels[-1], timed)
         handles, labels = panels[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-
-    save(path, draw, title=title, size=(11, 4.6))
 
 
 def _draw_layers(axes: Any, layers: Sequence[LayerReport]) -> None:
@@ -63,28 +65,22 @@ def _draw_layers(axes: Any, layers: Sequence[LayerReport]) -> None:
 
 
 def _draw_latencies(axes: Any, costs: Sequence[Cost]) -> None:
-    most = max(max(cost.dense, cost.pruned, *(cost.dense_range or ()), *(cost.pruned_range or ())) for cost in costs)
+    whiskers = {"elinewidth": 1, "capsize": 2, "ecolor": "#111827"}
     for shift, colour, side in ((0.2, DENSE, "dense"), (-0.2, PRUNED, "pruned")):
         values = [getattr(cost, side) for cost in costs]
         ranges = [getattr(cost, f"{side}_range") or (value, value) for cost, value in zip(costs, values, strict=True)]
-        spread = [
-            [max(0.0, value - low) for value, (low, _) in zip(values, ranges, strict=True)],
-            [max(0.0, high - value) for value, (_, high) in zip(values, ranges, strict=True)],
-        ]
-        places = [place + shift for place in range(len(costs))]
-        whiskers = {"elinewidth": 1, "capsize": 2, "ecolor": "#111827"}
-        axes.barh(places, values, height=0.38, color=colour, label=side, xerr=spread, error_kw=whiskers)
-        for place, value, (_, high) in zip(places, values, ranges, strict=True):
-            text = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-            axes.text(max(high, value) + 0.015 * most, place, text, va="center", fontsize=8)
+        reach = np.abs(np.array(ranges).T - values)
+        places = np.arange(len(costs)) + shift
+        bars = axes.barh(places, values, height=0.38, color=colour, label=side, xerr=reach, error_kw=whiskers)
+        axes.bar_label(bars, map(number, values), padding=4, fontsize=8)
     axes.set_yticks(range(len(costs)), [SHOWN[cost.name] for cost in costs])
-    axes.set_xlim(0, 1.14 * most if most else 1)
+    axes.margins(x=0.14)
     axes.set(xlabel="ms, median; lines from 20 % to 80 % of the runs", title="Latency")
     _plain(axes)
 
 
 def plot_lines(
-    path: str | Path, *, title: str, panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str
+    path: str | Path, *, title: str, panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], xlabel: str
 ) -> None:
     """Draw a panel for each quantity, in it a line of points (x, y) for each name; the names share one legend.
 
@@ -92,27 +88,24 @@ def plot_lines(
         OptionError: matplotlib is not installed, or the file cannot be written.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    styles = {name: (LINES[i % len(LINES)], MARKS[i % len(MARKS)]) for i, name in enumerate(names)}
 
-    def draw(figure: Any) -> None:
-        shown: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    with _figure(path, title=title, size=(4.2 * len(panels), 4.4)) as figure:
         for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             for name, points in lines.items():
-                colour, mark = styles[name]
+                style = names.index(name) % len(LINES)
                 xs, ys = zip(*sorted(points), strict=True)
-                (shown[name],) = axes.plot(
-                    xs, ys, color=colour, marker=mark, markersize=5, linewidth=1.5, clip_on=False
-                )
+                look = {"color": LINES[style], "marker": MARKS[style], "markersize": 5, "linewidth": 1.5}
+                (shown[name],) = axes.plot(xs, ys, clip_on=False, **look)
             axes.set(title=label, xlabel=xlabel)
             axes.set_ylim(bottom=0)
             _plain(axes)
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 8), frameon=False)
 
-    save(path, draw, title=title, size=(4.2 * len(panels), 4.4))
 
-
-def save(path: str | Path, draw: Callable[[Any], None], *, title: str, size: tuple[float, float]) -> None:
-    """Let `draw` fill a figure of so many inches and write it to `path`; no state of matplotlib is touched.
+@contextmanager
+def _figure(path: str | Path, *, title: str, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of so many inches, written to `path` after the block; no state of matplotlib is touched.
 
     Raises:
         OptionError: matplotlib is not installed, or the file cannot be written.
@@ -122,7 +115,7 @@ def save(path: str | Path, draw: Callable[[Any], None], *, title: str, size: tup
 
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     figure.suptitle(title if len(title) <= 90 else f"{title[:87]}...", fontsize=11)
-    draw(figure)
+    yield figure
     try:
         figure.savefig(path)
     except OSError as error:

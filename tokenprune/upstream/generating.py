@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.upstream import facts
-from tokenprune.upstream.attention import attention_of
 from tokenprune.upstream.caches import cache_in, is_cache
 from tokenprune.upstream.calls import CACHE, bind, names_of, parameters_of, parts_of, text_decoder
 from tokenprune.upstream.check import look_up, missing, need, need_attributes, version_of
@@ -171,15 +170,6 @@ def tokens_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         called = f"a call of {type(layer).__name__}"
         raise missing("hidden states", of=called, wanted=["a first argument [B, L, D]"], seen=kwargs)
     return states.shape[1]
-
-
-def attention_width(layer: nn.Module) -> int | None:
-    """Width of all heads of a decoder layer's attention together, `H K`; None where it cannot be told."""
-    attention: Any = attention_of(layer)
-    config = getattr(attention, "config", None)
-    width = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None)
-    return width * heads if isinstance(width, int) and isinstance(heads, int) else None
 
 
 def prompt_of(inputs: Mapping[str, Any]) -> Tensor | None:

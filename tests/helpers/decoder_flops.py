@@ -1,4 +1,5 @@
-"""Arithmetic of a decoder's prefill by formula, to hold against what :class:`~tokenprune.report.measure.Meter` counts.
+"""Arithmetic of a decoder's prefill by formula, to hold against what the library counts, and for benchmarks that ask
+what the decoder's layers alone would cost at given lengths.
 
 A layer over `L` tokens of `B` rows multiplies each token by every weight matrix of the layer and each query by each
 key and value: `2 B L (sum of in x out over its linear maps) + 4 B L^2 H K` with `H` heads of width `K`. Norms,
@@ -8,8 +9,6 @@ activations and rotary embedding are left out: they are well below a percent at 
 from collections.abc import Sequence
 
 from torch import nn
-
-from tokenprune.upstream.generating import attention_width, decoder_layers
 
 
 def decoder_flops_g(decoder: nn.Module, *, rows: int, lengths: Sequence[int]) -> float | None:
@@ -24,12 +23,12 @@ def decoder_flops_g(decoder: nn.Module, *, rows: int, lengths: Sequence[int]) ->
         None where the decoder is of another build (experts, convolutions, recurrent layers): better no figure than a
         wrong one.
     """
-    layers = decoder_layers(decoder)
+    layers = list(getattr(decoder, "layers", ()))
     if len(layers) != len(lengths) or not lengths or min(lengths) < 1:
         return None
     total = 0
     for layer, length in zip(layers, lengths, strict=True):
-        weights, width = _linear_weights(layer), attention_width(layer)
+        weights, width = _linear_weights(layer), _attention_width(layer)
         if weights is None or width is None:
             return None
         total += 2 * rows * length * weights + 4 * rows * length * length * width
@@ -46,3 +45,14 @@ def _linear_weights(layer: nn.Module) -> int | None:
         elif next(module.parameters(recurse=False), None) is not None and "Norm" not in type(module).__name__:
             return None
     return total
+
+
+def _attention_width(layer: nn.Module) -> int | None:
+    """Width of all heads of the layer's attention together, `H K`; None where it cannot be told."""
+    for module in layer.modules():
+        config = getattr(module, "config", None)
+        width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if isinstance(width, int) and isinstance(heads, int):
+            return width * heads
+    return None
