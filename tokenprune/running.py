@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tokenprune.engine import Engine
+from tokenprune.session import Session
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Running:
         outer: the forward that it takes place in, if any.
     """
 
-    owner: Engine
+    owner: Session
     outer: "Running | None"
 
 
@@ -41,9 +41,9 @@ def leave(state: Running) -> None:
     _INNERMOST.set(state.outer)
 
 
-def current(kind: type[R], engine: Engine | None = None) -> R | None:
-    """The innermost forward of a kind, if it is one of `engine` (None: whoever's)."""
+def current(kind: type[R], session: Session | None = None) -> R | None:
+    """The innermost forward of a kind, if it is one of `session` (None: whoever's)."""
     state = _INNERMOST.get()
     while state is not None and not isinstance(state, kind):
         state = state.outer
-    return state if state is None or engine is None or state.owner is engine else None
+    return state if state is None or session is None or state.owner is session else None

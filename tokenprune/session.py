@@ -103,13 +103,9 @@ class Session:
         """Add `traces` of a call that continues the last prompt (called by adapters)."""
         self.later_traces = (*self.later_traces, traces)
 
-    def reducers(self, site: str) -> tuple[Method, ...]:
+    def methods_at(self, site: str) -> tuple[Method, ...]:
         """The methods that take part at `site`, in order."""
         return tuple(method for method in self.methods if site in method.sites())
-
-    def layer_reducers(self) -> tuple[Method, ...]:
-        """The methods that take part after decoder layers, in order."""
-        return self.reducers("llm_layer")
 
     def install(self, hooks: Sequence[Hook | Swap]) -> None:
         """Put what an adapter wants in place: all of it or, when that raises, nothing."""

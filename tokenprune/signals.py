@@ -168,7 +168,7 @@ class BlockSignals:
         protected: tokens that are kept, unmerged, in any case (class, distillation, registers), `[N]` bool on the CPU;
             they come first.
         importance: attention that each one has gathered, summed over heads, queries and the blocks so far, this one
-            included, `[B, N]` fp32; None unless the method is `scored`.
+            included, `[B, N]` fp32; None unless the method `uses_attention_scores`.
         order: the tokens as ToMe's concatenation orders them, `[B, N]` int64: each merging leaves those at even places
             of it before those at odd ones, behind the protected; None before the first one.
     """

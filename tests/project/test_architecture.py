@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Who may import whom at any place, inside functions too. A package stands for all of its modules; a module of a package
 # without a line of its own has the package's. "*" is everything.
 # What adapters know of a session and of the methods that take part: no particular method.
-PATCHED = ("engine", "session", "hooks", "running", "validate", "methods.base")
+PATCHED = ("session", "hooks", "running", "validate", "methods.base")
 ROOMS = (*PATCHED, "upstream", "decoder", "decode", "encoder")
 ARROWS = {
     "errors": (),
@@ -29,8 +29,7 @@ ARROWS = {
     "ops": ("errors", "reduction", "schedule", "ops", "kernels"),
     "methods": ("errors", "signals", "reduction", "schedule", "ops", "methods"),
     "upstream": ("errors", "reduction", "ops", "upstream"),
-    "engine": ("hooks", "session", "methods.base"),
-    "running": ("engine", "session"),
+    "running": ("session",),
     "decoder": ("errors", "signals", "reduction", "ops", *PATCHED, "upstream", "decoder", "decode"),
     "decode": (
         *("errors", "signals", "reduction", "ops", *PATCHED, "upstream", "decode", "decoder.state"),

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from tokenprune.decode.heads import heads_of
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, Swap
+from tokenprune.hooks import Swap
 from tokenprune.running import current
+from tokenprune.session import Session
 from tokenprune.upstream.attention import PROJECTIONS, head_width, not_plain, whole_projections
 
 FEW_TOKENS = 16  # in a row; below, cutting the weights costs about what it saves
@@ -25,13 +26,13 @@ class Pair:
     """The two projections of one layer.
 
     Args:
-        engine: the session.
+        session: that of the patched model.
         module: the layer's attention.
         layer: index of the layer.
     """
 
-    def __init__(self, engine: Engine, module: nn.Module, layer: int) -> None:
-        self.engine, self.module, self.layer = engine, module, layer
+    def __init__(self, session: Session, module: nn.Module, layer: int) -> None:
+        self.session, self.module, self.layer = session, module, layer
         self.width = head_width(module)
         self.linears = tuple(SlicedLinear(getattr(module, name), self) for name in PROJECTIONS)
 
@@ -41,7 +42,7 @@ class Pair:
         Those that the layer keeps, if they are the same in all rows. A call of few tokens cuts no weights for a pattern
         that the call before it on the same cache did not have.
         """
-        state = current(Forward, self.engine)
+        state = current(Forward, self.session)
         if state is None or state.call is None or state.attention is None or not state.steering:
             return None
         heads = heads_of(state, state.attention, layer=self.layer)
@@ -92,7 +93,7 @@ class SlicedLinear(nn.Linear):
         inward = self is pair.linears[1]
         pattern = None if inward else pair.pattern(x)
         if inward and x.shape[-1] != self.in_features:
-            state = current(Forward, pair.engine)
+            state = current(Forward, pair.session)
             pattern = None if state is None else state.patterns.get(pair.layer)
         if pattern is None:
             return functional.linear(x, self.weight, self.bias)
@@ -142,9 +143,9 @@ def _itself(original: Any) -> Any:
     return original
 
 
-def swaps(engine: Engine, module: nn.Module, layer: int) -> list[Swap] | str:
+def swaps(session: Session, module: nn.Module, layer: int) -> list[Swap] | str:
     """What makes the attention `module` of a layer project kept heads only, or why its projections are left whole."""
     if (reason := whole_projections(module)) is not None:
         return reason
-    pair = Pair(engine, module, layer)
+    pair = Pair(session, module, layer)
     return [Swap(module, name, one) for name, one in zip(PROJECTIONS, pair.linears, strict=True)]

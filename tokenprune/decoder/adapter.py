@@ -31,9 +31,10 @@ from tokenprune.decoder.pruned_cache import ledger_of
 from tokenprune.decoder.segments import first_segments
 from tokenprune.decoder.select import SITE
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, Hook, Swap
 from tokenprune.errors import InputError, OptionError
+from tokenprune.hooks import Hook, Swap
 from tokenprune.running import current
+from tokenprune.session import Session
 from tokenprune.upstream.caches import LAYERED, cache_in, check_classes, forget, no_cache, record
 from tokenprune.upstream.calls import callers_of, check_forward, embedders_of, tells_logits
 from tokenprune.upstream.decoder_call import DecoderCall
@@ -78,11 +79,6 @@ class DecoderAdapter:
         """Name of the family."""
         return self.row.name
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Modules that get hooks."""
-        return (self.root, self.decoder)
-
     def preflight(self, *, sites: tuple[str, ...], positions: str) -> None:
         """Check that this family has `sites` and that its positions can follow the policy.
 
@@ -106,63 +102,63 @@ class DecoderAdapter:
                 'column (M-RoPE), which cannot be renumbered one by one; use positions="original"'
             )
 
-    def hooks(self, engine: Engine) -> list[Hook | Swap]:
-        """What makes `engine` act on the model; touches nothing.
+    def hooks(self, session: Session) -> list[Hook | Swap]:
+        """What makes `session` act on the model; touches nothing.
 
         Raises:
             OptionError: the decoder cannot be pruned where the methods want it.
         """
         self._records = False
-        inside = plan_inside(engine, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
-        if engine.layer_reducers() and not self.callers and not tells_logits(self.root):
-            engine.remark(
+        inside = plan_inside(session, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
+        if session.methods_at("llm_layer") and not self.callers and not tells_logits(self.root):
+            session.remark(
                 f"{type(self.root).__name__} does not receive the number of wanted logits: with drafts of an assistant "
                 "or of a prompt lookup, the last draft ranks the tokens of a prompt, and not its last token."
             )
 
         def open_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prompt = around.with_ids(engine, Prompt.read(module, args, kwargs))
-            running.enter(inside.open(engine, running.innermost(), prompt))
+            prompt = around.with_ids(session, Prompt.read(module, args, kwargs))
+            running.enter(inside.open(session, running.innermost(), prompt))
 
         def close_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            state = current(Forward, engine)
+            state = current(Forward, session)
             if state is not None:
                 running.leave(state)
                 if result is not None and state.traces:
-                    (engine.publish_later if state.continues else engine.publish)(tuple(state.traces))
+                    (session.publish_later if state.continues else session.publish)(tuple(state.traces))
 
         return [
             Hook(self.root, "pre", open_forward),
             Hook(self.root, "post", close_forward),
-            *around.hooks_of(engine, self.embedders, self.callers if engine.layer_reducers() else []),
-            *self._decoder_hooks(engine),
+            *around.hooks_of(session, self.embedders, self.callers if session.methods_at("llm_layer") else []),
+            *self._decoder_hooks(session),
             *inside.hooks,
         ]
 
-    def _decoder_hooks(self, engine: Engine) -> list[Hook]:
+    def _decoder_hooks(self, session: Session) -> list[Hook]:
         def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = DecoderCall.read(module, args, kwargs)
-            return ((), given.arguments()) if self._shorten(engine, current(Forward, engine), given) else None
+            return ((), given.arguments()) if self._shorten(session, current(Forward, session), given) else None
 
         def lengthen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-            return self._lengthen(current(Forward, engine), DecoderCall.read(module, args, kwargs), result)
+            return self._lengthen(current(Forward, session), DecoderCall.read(module, args, kwargs), result)
 
         return [Hook(self.decoder, "pre", shorten), Hook(self.decoder, "post", lengthen)]
 
     @contextmanager
-    def probing(self, engine: Engine, prompt: Prompt) -> Iterator[None]:
-        """Within the block calls of the decoder alone are pruned by `engine`, as if the root had been called with
+    def probing(self, session: Session, prompt: Prompt) -> Iterator[None]:
+        """Within the block calls of the decoder alone are pruned by `session`, as if the root had been called with
         `prompt`."""
-        state = Forward(engine, running.innermost(), prompt)
-        engine.install(self._decoder_hooks(engine))
+        state = Forward(session, running.innermost(), prompt)
+        session.install(self._decoder_hooks(session))
         running.enter(state)
         try:
             yield
         finally:
             running.leave(state)
-            engine.remove()
+            session.remove()
 
-    def _shorten(self, engine: Engine, state: Forward | None, given: DecoderCall) -> bool:
+    def _shorten(self, session: Session, state: Forward | None, given: DecoderCall) -> bool:
         """Change what the decoder is given; False where it may stay as it is."""
         ledger = ledger_of(given.cache)
         if ledger is not None and ledger.is_stale(given.cache):
@@ -175,19 +171,19 @@ class DecoderAdapter:
             if ledger is None:
                 return False
             raise InputError("a pruned cache is continued through the model, not by calling its decoder with ids")
-        layered = bool(engine.layer_reducers())
+        layered = bool(session.methods_at("llm_layer"))
         if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
         check_call(given, self.facts, ledger, unpacks=self._unpacks)
         started = time.perf_counter()
-        state = Forward(engine, None, Prompt()) if state is None else state
+        state = Forward(session, None, Prompt()) if state is None else state
         state.call, state.segments, state.visual, state.scores = None, first_segments(given.cache), (), {}
         state.recall(ledger)
-        enter(engine, state, given, Host(self.root, self.row, self.facts))
+        enter(session, state, given, Host(self.root, self.row, self.facts))
         state.prompt = Prompt()  # no hook runs after a KeyboardInterrupt; this state may stay, the inputs should not
         if state.call is None:
             return False
-        self._record(engine, state, given)
+        self._record(session, state, given)
         if ledger is not None:
             ledger.inside = True
         first, call = state.segments[0], state.call
@@ -204,11 +200,11 @@ class DecoderAdapter:
             given.embeds = None
         return True
 
-    def _record(self, engine: Engine, state: Forward, given: DecoderCall) -> None:
+    def _record(self, session: Session, state: Forward, given: DecoderCall) -> None:
         """Have gradients reach the hidden states of layers, if the caller is to get these."""
         state.whole = [] if given.records and output.wants_graph(self.decoder) else None
         if state.whole is not None and not self._records:
-            engine.add(output.hooks_of(engine, self.decoder))
+            session.add(output.hooks_of(session, self.decoder))
             self._records = True
 
     def _lengthen(self, state: Forward | None, given: DecoderCall, result: Any) -> Any:

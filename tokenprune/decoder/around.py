@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.engine import Engine, Hook
+from tokenprune.hooks import Hook
+from tokenprune.session import Session
 from tokenprune.upstream.prompts import Prompt
 
 
@@ -16,12 +17,12 @@ class _Noted:
     """What was noted of the call that runs.
 
     Attributes:
-        engine: the session.
+        session: that of the patched model.
         prompt: the arguments of the innermost module that was called with ids, if one was.
         n_logits: of how many of the last tokens logits are wanted; None: of all, or nothing was said.
     """
 
-    engine: Engine
+    session: Session
     prompt: Prompt | None = None
     n_logits: int | None = None
 
@@ -29,19 +30,19 @@ class _Noted:
 _NOTED: ContextVar[_Noted | None] = ContextVar("tokenprune_around", default=None)
 
 
-def hooks_of(engine: Engine, embedders: list[nn.Module], callers: list[nn.Module]) -> list[Hook]:
+def hooks_of(session: Session, embedders: list[nn.Module], callers: list[nn.Module]) -> list[Hook]:
     """The hooks of the modules around the root.
 
     Args:
-        engine: the session.
+        session: that of the patched model.
         embedders: those that take ids and may hand on embeddings, outermost first.
         callers: those that take the number of logits that are wanted, outermost first.
     """
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        prompt, noted = Prompt.read(module, args, kwargs), _NOTED.get() or _Noted(engine)
+        prompt, noted = Prompt.read(module, args, kwargs), _NOTED.get() or _Noted(session)
         if module in embedders and (prompt.ids is not None or module is embedders[0]):
-            noted = replace(noted, engine=engine, prompt=None if prompt.ids is None else prompt)
+            noted = replace(noted, session=session, prompt=None if prompt.ids is None else prompt)
         if module in callers:
             noted = replace(noted, n_logits=prompt.n_logits)
         _NOTED.set(noted)
@@ -53,10 +54,10 @@ def hooks_of(engine: Engine, embedders: list[nn.Module], callers: list[nn.Module
     return [hook for module in around for hook in (Hook(module, "pre", note), Hook(module, "post", forget))]
 
 
-def with_ids(engine: Engine, prompt: Prompt) -> Prompt:
+def with_ids(session: Session, prompt: Prompt) -> Prompt:
     """`prompt`, together with what a module around was called with where that has the ids that `prompt` lacks."""
     noted = _NOTED.get()
-    if noted is None or noted.engine is not engine or noted.prompt is None:
+    if noted is None or noted.session is not session or noted.prompt is None:
         return prompt
     _NOTED.set(replace(noted, prompt=None))  # no hook runs after a KeyboardInterrupt, and the inputs should not stay
     ids, embeds = noted.prompt.ids, prompt.embeds

@@ -16,10 +16,11 @@ from tokenprune.decode.eviction import pass_over
 from tokenprune.decoder.call import Call
 from tokenprune.decoder.select import dropped_tokens
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import InputError
+from tokenprune.methods.base import Method
 from tokenprune.reduction import Keep, gather, pack
 from tokenprune.running import current
+from tokenprune.session import Session
 from tokenprune.signals import Budget, LayerSignals, Stage, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
 from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, is_unmasked
@@ -29,11 +30,11 @@ SITE = "llm_layer"
 _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
-def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...]) -> Any:
+def layer_hook(session: Session, layer: int, cuts: tuple[tuple[Method, Stage], ...]) -> Any:
     """The hook that runs before `layer`: drops tokens where it is time to, and fits the layer's arguments."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = current(Forward, engine)
+        state = current(Forward, session)
         if state is None or state.call is None:
             return None
         if state.passes_over:
@@ -57,14 +58,14 @@ def layer_hook(engine: Engine, layer: int, cuts: tuple[tuple[LayerReducer, Stage
     return enter
 
 
-def unpacking_hook(engine: Engine) -> Any:
+def unpacking_hook(session: Session) -> Any:
     """The hook of a layer with flash attention, which takes gaps in positions for several sequences packed into a row.
 
     Positions are in the rotary embeddings by then, so the layer goes without.
     """
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = current(Forward, engine)
+        state = current(Forward, session)
         if state is None or state.call is None:
             return None
         given = LayerCall.read(module, args, kwargs)
@@ -74,11 +75,11 @@ def unpacking_hook(engine: Engine) -> Any:
     return enter
 
 
-def restoring_hook(engine: Engine) -> Any:
+def restoring_hook(session: Session) -> Any:
     """The hook after the last layer of a decoder that counts on its unpruned length right there."""
 
     def restore(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        state = current(Forward, engine)
+        state = current(Forward, session)
         keep = None if state is None or state.call is None else state.segments[-1].keep
         if keep is None or state is None or state.call is None or output is None:
             return None
@@ -107,15 +108,13 @@ def _passing_mask(state: Forward, call: Call, layer: int, hidden: Tensor) -> Any
     return whole & seen if whole.dtype == torch.bool else whole.masked_fill(~seen, torch.finfo(whole.dtype).min)
 
 
-def _cut(
-    state: Forward, call: Call, layer: int, cuts: tuple[tuple[LayerReducer, Stage], ...], hidden: Tensor
-) -> Keep | None:
+def _cut(state: Forward, call: Call, layer: int, cuts: tuple[tuple[Method, Stage], ...], hidden: Tensor) -> Keep | None:
     """Drop visual tokens before `layer`: what is kept of the tokens of `hidden`, None for all. Appends traces."""
     started = time.perf_counter()
     old, before = state.segment_of(layer), state.visual
     index = (call.all_rows if old.keep is None else old.keep.index).cpu()
-    for reducer, stage in cuts:
-        state.visual, trace = _choose(state, call, reducer, stage)
+    for method, stage in cuts:
+        state.visual, trace = _choose(state, call, method, stage)
         state.traces.append(trace)
     dropped, local = dropped_tokens(before, state.visual, length=call.length), None
     if bool(dropped.any()) or state.owner.forced:
@@ -132,13 +131,13 @@ def _cut(
     return local
 
 
-def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
+def _choose(state: Forward, call: Call, method: Method, stage: Stage) -> tuple[tuple[Tensor, ...], Trace]:
     """Let one method choose among the visual tokens of every row; rows with equally many go to it together.
 
     Args:
         state: the forward.
         call: how the decoder was called.
-        reducer: the method.
+        method: the method.
         stage: what it does here.
 
     Raises:
@@ -157,20 +156,20 @@ def _choose(state: Forward, call: Call, reducer: LayerReducer, stage: Stage) -> 
             continue
         visual = torch.stack([before[row] for row in rows])
         scores = torch.zeros_like(visual, dtype=torch.float32)  # of a method that asks for none
-        if reducer.probe is not None:
-            found = state.scores[reducer.probe]
+        if method.probe is not None:
+            found = state.scores[method.probe]
             at = torch.tensor(rows, dtype=torch.int64, device=found.device)[:, None]
             scores = found[at, call.past + visual.to(found.device)]
             if not bool(scores.isfinite().all()):
                 raise InputError(f"{SITE}: the attention of layer {stage.layer} holds NaN or infinite values")
         signals, budget = LayerSignals(stage.layer, scores), Budget(n_keep, n_keep)
-        chosen = ask(reducer, SITE, signals, budget, shape=scores.shape).index
+        chosen = ask(method, SITE, signals, budget, shape=scores.shape).index
         for row, tokens, places in zip(rows, visual, chosen, strict=True):
             kept[row] = tokens[places]
     trace = Trace(
         SITE,
         stage.layer,
-        reducer.name,
+        method.name,
         n_in=tuple(map(len, before)),
         n_out=tuple(map(len, kept)),
         kept_indices=tuple(kept),

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from tokenprune.engine import Engine, LayerReducer
 from tokenprune.errors import OptionError, UnsupportedModelError
+from tokenprune.methods.base import Method
+from tokenprune.session import Session
 from tokenprune.signals import Stage
 from tokenprune.upstream.attention import checkpoints
 from tokenprune.upstream.caches import new_cache
@@ -11,7 +12,7 @@ from tokenprune.upstream.facts import DecoderFacts
 from tokenprune.upstream.families import n_planes
 from tokenprune.upstream.quantized_cache import use_planes
 
-Cuts = dict[int, tuple[tuple[LayerReducer, Stage], ...]]
+Cuts = dict[int, tuple[tuple[Method, Stage], ...]]
 
 
 def check_checkpointing(*modules: nn.Module) -> None:
@@ -42,21 +43,21 @@ def check_planes(facts: DecoderFacts) -> None:
         ) from error
 
 
-def check_entrance(engine: Engine, facts: DecoderFacts) -> None:
+def check_entrance(session: Session, facts: DecoderFacts) -> None:
     """Check that what is asked for at a decoder's entrance can be had.
 
     Raises:
         OptionError: it cannot.
     """
-    before = engine.reducers("before_llm")
-    biased = [reducer.name for reducer in before if reducer.biased]
+    before = session.methods_at("before_llm")
+    biased = [method.name for method in before if method.biased]
     if biased and not (facts.fused or facts.eager):
         raise OptionError(
             f"method {biased[0]!r} was asked for size_bias=True, which adds to the logits of sdpa or eager attention, "
             f'and the model runs {facts.implementation!r}; load it with attn_implementation="sdpa" or leave '
             "size_bias=False"
         )
-    if engine.positions == "packed" and not before and (inside := engine.layer_reducers()):
+    if session.positions == "packed" and not before and (inside := session.methods_at("llm_layer")):
         raise OptionError(
             f'positions="packed" renumbers what is left before the decoder, and method {inside[0].name!r} drops tokens '
             'inside it, where positions are part of the keys already; use positions="original"'

@@ -24,9 +24,10 @@ from tokenprune.decoder.select import (
     write_merged,
 )
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, Reducer
 from tokenprune.errors import InputError
+from tokenprune.methods.base import Method
 from tokenprune.reduction import pack
+from tokenprune.session import Session
 from tokenprune.upstream.caches import check_cache, layers_of, past_length, window_of
 from tokenprune.upstream.decoder_call import DecoderCall
 from tokenprune.upstream.facts import DecoderFacts
@@ -58,7 +59,7 @@ class Host:
         self.facts.check_windows([window_of(layer) for layer in layers_of(cache)])
 
 
-def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> None:
+def enter(session: Session, state: Forward, given: DecoderCall, host: Host) -> None:
     """Run the methods of this site on the images of the forward, and put merged tokens in place.
 
     Sets the state's call (unless nothing will be changed), its first segments and what it knows of visual tokens.
@@ -70,12 +71,12 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
     """
     embeds, cache = given.embeds, given.cache
     assert embeds is not None
-    reducers, later = engine.reducers(SITE), engine.layer_reducers()
+    methods, later = session.methods_at(SITE), session.methods_at("llm_layer")
     past, (n_rows, length) = past_length(cache), embeds.shape[:2]
-    active = engine.active and n_rows * length > 0
+    active = session.active and n_rows * length > 0
     prompt, caches = length > 1 or not past, cache is not None or host.facts.caches(given.caches)
     images, reason = list[Image](), "empty input"
-    if active and (reducers or later):
+    if active and (methods or later):
         images, reason = _images_of(state, given, host, prompt=prompt, cached=caches, layered=bool(later))
     state.continues = past > 0 and not images
     state.scoring = active and state.plan is not None and caches
@@ -83,18 +84,18 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
     texts = active and state.guard is not None
     if state.steering and cache is not None and not past and state.quantizes:
         use_planes(cache)
-    if not images and engine.active and prompt:  # a decoding step is no news
-        state.traces += skipped((reducer.name for reducer in reducers), reason)
+    if not images and session.active and prompt:  # a decoding step is no news
+        state.traces += skipped((method.name for method in methods), reason)
         if not texts:
-            state.traces += skipped((reducer.name for reducer in later), reason, site=between_layers.SITE)
+            state.traces += skipped((method.name for method in later), reason, site=between_layers.SITE)
     if not images and not texts:
         goes_on = ledger_of(cache) is not None or state.steering
         state.call = Call.of(given, host.facts) if goes_on else None
         return
     host.check_cache(cache, layered=bool(later))
-    left, reduced, merged = _reduce(state, images, reducers, embeds)
-    kept_all = not images or not reducers or state.traces[0].n_in == state.traces[-1].n_out
-    through = not kept_all or bool(images and engine.forced and reducers)
+    left, reduced, merged = _reduce(state, images, methods, embeds)
+    kept_all = not images or not methods or state.traces[0].n_in == state.traces[-1].n_out
+    through = not kept_all or bool(images and session.forced and methods)
     if not through and not later and ledger_of(cache) is None:
         state.call = None
         return
@@ -102,10 +103,10 @@ def enter(engine: Engine, state: Forward, given: DecoderCall, host: Host) -> Non
     call = state.call = state.call or Call.of(given, host.facts)
     if later and prompt:
         drafts = prompt_end.n_drafts(state.prompt, length)
-        call.n_behind = drafts or (0 if caches else prompt_end.n_generated(engine, given.ids, embeds))
+        call.n_behind = drafts or (0 if caches else prompt_end.n_generated(session, given.ids, embeds))
         state.visual = tokens_by_row(left, n_rows)
     if through:
-        _shorten(state, call, images, left, merged, packed=engine.positions == "packed")
+        _shorten(state, call, images, left, merged, packed=session.positions == "packed")
     _refuse_uneven(state, call)
     if texts:
         eviction.begin(state, call, ledger_of(cache), prompt=prompt)
@@ -145,13 +146,13 @@ def _images_of(
 
 
 def _reduce(
-    state: Forward, images: list[Image], reducers: tuple[Reducer, ...], embeds: Tensor
+    state: Forward, images: list[Image], methods: tuple[Method, ...], embeds: Tensor
 ) -> tuple[list[Image], Tensor, list[Merged]]:
     """The images with the kept tokens, the embeddings with merged tokens in place, and what was merged. Appends
     traces."""
     left, merged = images, list[Merged]()
-    for reducer in reducers if images else ():
-        left, embeds, trace = reduce_images(left, reducer, embeds, merged)
+    for method in methods if images else ():
+        left, embeds, trace = reduce_images(left, method, embeds, merged)
         state.traces.append(trace)
     return left, embeds, merged
 

@@ -19,8 +19,8 @@ from tokenprune.decoder.call import Call
 from tokenprune.decoder.masks import valid_slots
 from tokenprune.decoder.segments import Segment
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Swap
 from tokenprune.errors import InputError
+from tokenprune.hooks import Swap
 from tokenprune.reduction import gather
 from tokenprune.running import current
 from tokenprune.signals import Probe

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tokenprune.decoder.call import Call
 from tokenprune.decoder.segments import Segment
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, Hook
+from tokenprune.hooks import Hook
 from tokenprune.reduction import gather
 from tokenprune.running import current
+from tokenprune.session import Session
 from tokenprune.upstream.attention import checkpoints
 from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, lengthen_output
 from tokenprune.upstream.facts import layers_of
@@ -28,12 +29,12 @@ def wants_graph(decoder: nn.Module) -> bool:
     return torch.is_grad_enabled() and not (decoder.training and any(map(checkpoints, decoder.modules())))
 
 
-def hooks_of(engine: Engine, decoder: nn.Module) -> list[Hook]:
+def hooks_of(session: Session, decoder: nn.Module) -> list[Hook]:
     """The hooks of a decoder's layers."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = first_of_kwargs(args, kwargs)
-        again = _through_whole(current(Forward, engine), hidden, layer=0)
+        again = _through_whole(current(Forward, session), hidden, layer=0)
         if again is hidden:
             return None
         given = LayerCall.read(module, args, kwargs)
@@ -43,8 +44,8 @@ def hooks_of(engine: Engine, decoder: nn.Module) -> list[Hook]:
     def hook_after(layer: int) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if isinstance(output, tuple):
-                return (_through_whole(current(Forward, engine), output[0], layer=layer), *output[1:])
-            return None if output is None else _through_whole(current(Forward, engine), output, layer=layer)
+                return (_through_whole(current(Forward, session), output[0], layer=layer), *output[1:])
+            return None if output is None else _through_whole(current(Forward, session), output, layer=layer)
 
         return after
 

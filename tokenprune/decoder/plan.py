@@ -19,9 +19,11 @@ from tokenprune.decoder.checks import (
 )
 from tokenprune.decoder.importance import swap
 from tokenprune.decoder.state import Forward
-from tokenprune.engine import Engine, Hook, LayerReducer, Swap
 from tokenprune.errors import OptionError
+from tokenprune.hooks import Hook, Swap
+from tokenprune.methods.base import Method
 from tokenprune.running import Running, current
+from tokenprune.session import Session
 from tokenprune.signals import AttentionPlan, CachePlan, Probe, TextGuard
 from tokenprune.upstream.attention import attention_of, has_sinks
 from tokenprune.upstream.calls import check_forward
@@ -48,10 +50,10 @@ class DecoderPlan:
     plan: CachePlan | None = None
     attention: AttentionPlan | None = None
 
-    def open(self, engine: Engine, outer: Running | None, prompt: Prompt) -> Forward:
+    def open(self, session: Session, outer: Running | None, prompt: Prompt) -> Forward:
         """The state of a forward that begins."""
         return Forward(
-            engine,
+            session,
             outer,
             prompt,
             probes=self.probes,
@@ -62,50 +64,54 @@ class DecoderPlan:
 
 
 def plan_inside(
-    engine: Engine, root: nn.Module, decoder: nn.Module, facts: DecoderFacts, *, has_images: bool
+    session: Session, root: nn.Module, decoder: nn.Module, facts: DecoderFacts, *, has_images: bool
 ) -> DecoderPlan:
-    """Plan what `engine` does inside `decoder`; touches nothing.
+    """Plan what `session` does inside `decoder`; touches nothing.
 
     Raises:
         OptionError: the decoder cannot be pruned where the methods want it.
         UnsupportedModelError: it runs layers twice.
     """
-    reducers = engine.layer_reducers()
-    check_entrance(engine, facts)
-    if not reducers and not facts.flash:
+    methods = session.methods_at("llm_layer")
+    check_entrance(session, facts)
+    if not methods and not facts.flash:
         return DecoderPlan()
     modules = find_layers(decoder, facts)
-    last: list[Hook | Swap] = [Hook(module, "pre", between.unpacking_hook(engine)) for module in modules if facts.flash]
-    if not reducers:
+    last: list[Hook | Swap] = [
+        Hook(module, "pre", between.unpacking_hook(session)) for module in modules if facts.flash
+    ]
+    if not methods:
         return DecoderPlan(tuple(last))
-    cuts = plan_cuts(reducers, len(modules))
-    guard, plan = plan_text(reducers, facts, n_layers=len(modules), has_images=has_images)
+    cuts = plan_cuts(methods, len(modules))
+    guard, plan = plan_text(methods, facts, n_layers=len(modules), has_images=has_images)
     probes = plan_probes(cuts, modules, plan)
     check_decoder(root, facts, cuts)
-    hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(engine, facts, modules))]
+    hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(session, facts, modules))]
     hooks += [
-        Hook(module, "pre", between.layer_hook(engine, i, cuts.get(i, ()))) for i, module in enumerate(modules) if i > 0
+        Hook(module, "pre", between.layer_hook(session, i, cuts.get(i, ())))
+        for i, module in enumerate(modules)
+        if i > 0
     ]
     if is_text(root):
-        hooks.append(Hook(modules[-1], "post", between.restoring_hook(engine)))
-    attention = plan_attention(reducers, modules)
+        hooks.append(Hook(modules[-1], "post", between.restoring_hook(session)))
+    attention = plan_attention(methods, modules)
     swapped = range(len(modules)) if attention is not None else probes
     hooks += [swap(module) for i in swapped if (module := attention_of(modules[i])) is not None]
     if attention is not None:
         check_checkpointing(decoder, *modules)
-        hooks += plan_projections(engine, attention, modules)
+        hooks += plan_projections(session, attention, modules)
         if attention.threshold is not None:
             check_planes(facts)
     return DecoderPlan((*hooks, *last), probes, guard, plan, attention)
 
 
-def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module]) -> AttentionPlan | None:
+def plan_attention(methods: tuple[Method, ...], modules: list[nn.Module]) -> AttentionPlan | None:
     """What is left out of every attention, None where nothing is.
 
     Raises:
         OptionError: two methods want something, or a layer has no attention that can be pruned.
     """
-    wanting = [(reducer.name, plan) for reducer in reducers if (plan := reducer.attention_plan(len(modules)))]
+    wanting = [(method.name, plan) for method in methods if (plan := method.attention_plan(len(modules)))]
     if not wanting:
         return None
     if len(wanting) > 1:
@@ -128,11 +134,11 @@ def plan_attention(reducers: tuple[LayerReducer, ...], modules: list[nn.Module])
     return wanting[0][1]
 
 
-def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]) -> Any:
+def _checking_hook(session: Session, facts: DecoderFacts, modules: list[nn.Module]) -> Any:
     """The hook of a decoder that looks whether its attention was changed, or checkpointing turned on, since."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = current(Forward, engine)
+        state = current(Forward, session)
         if state is None:
             return
         check_attention(facts)
@@ -142,20 +148,20 @@ def _checking_hook(engine: Engine, facts: DecoderFacts, modules: list[nn.Module]
     return check
 
 
-def plan_projections(engine: Engine, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:
-    """What makes layers that keep fewer heads project no others; tells the engine where that cannot be."""
+def plan_projections(session: Session, plan: AttentionPlan, modules: list[nn.Module]) -> list[Swap]:
+    """What makes layers that keep fewer heads project no others; tells the session where that cannot be."""
     found, whole = list[Swap](), dict[str, list[int]]()
     for i, module in enumerate(modules):
         attention = attention_of(module)
         if plan.heads[i] == 1.0 or attention is None:
             continue
-        swapped = sliced_linear.swaps(engine, attention, i)
+        swapped = sliced_linear.swaps(session, attention, i)
         if isinstance(swapped, str):
             whole.setdefault(swapped, []).append(i)
         else:
             found += swapped
     for reason, layers in whole.items():
-        engine.remark(
+        session.remark(
             f"Layers {', '.join(map(str, layers))} project all heads, because {reason}; pruned ones are zeroed, not "
             "skipped."
         )
@@ -181,43 +187,43 @@ def find_layers(decoder: nn.Module, facts: DecoderFacts) -> list[nn.Module]:
     return layers
 
 
-def plan_cuts(reducers: tuple[LayerReducer, ...], n_layers: int) -> Cuts:
+def plan_cuts(methods: tuple[Method, ...], n_layers: int) -> Cuts:
     """For each layer the methods that drop tokens before it runs (that is, after the layer before it).
 
     Raises:
         OptionError: a method's stages do not fit the decoder's depth.
     """
     cuts: Cuts = {}
-    for reducer in reducers:
-        for stage in reducer.schedule(n_layers):
+    for method in methods:
+        for stage in method.schedule(n_layers):
             if not 0 <= stage.layer < n_layers - 1:
                 raise OptionError(
-                    f"method {reducer.name!r} wants to prune after layer {stage.layer}, and tokens can be dropped "
+                    f"method {method.name!r} wants to prune after layer {stage.layer}, and tokens can be dropped "
                     f"in this decoder of {n_layers} layers after layers 0 to {n_layers - 2}"
                 )
-            cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (reducer, stage))
+            cuts[stage.layer + 1] = (*cuts.get(stage.layer + 1, ()), (method, stage))
     return cuts
 
 
 def plan_text(
-    reducers: tuple[LayerReducer, ...], facts: DecoderFacts, *, n_layers: int, has_images: bool
+    methods: tuple[Method, ...], facts: DecoderFacts, *, n_layers: int, has_images: bool
 ) -> tuple[TextGuard | None, CachePlan | None]:
     """Which text is kept where a method prunes text too, and what is dropped from the cache while tokens are generated.
 
     Raises:
         OptionError: the methods cannot go together, or not with this decoder.
     """
-    texts = [reducer for reducer in reducers if reducer.text is not None]
-    others = [reducer for reducer in reducers if reducer.text is None]
+    texts = [method for method in methods if method.text is not None]
+    others = [method for method in methods if method.text is None]
     if not has_images and others:
         raise OptionError(
             f"{facts.called} has no visual tokens, which is what method {others[0].name!r} drops; "
             f"SpAtten(protect_text=False) prunes text; {UNNAMED}"
         )
-    if texts and len(reducers) > 1:
+    if texts and len(methods) > 1:
         raise OptionError(
             f"method {texts[0].name!r} prunes text too, and no other method inside the decoder can be beside it; got "
-            f"{', '.join(repr(reducer.name) for reducer in reducers)}"
+            f"{', '.join(repr(method.name) for method in methods)}"
         )
     if not texts:
         return None, None
@@ -240,13 +246,13 @@ def plan_probes(cuts: Cuts, layers: list[nn.Module], plan: CachePlan | None = No
     if plan is not None:
         wanted = {i: (plan.probe,) for i, layer in enumerate(layers) if attention_of(layer) is not None}
     for first, group in cuts.items():
-        for reducer, stage in group:
-            if (probe := reducer.probe) is None or (stage.keep == 0 and not probe.cumulative):
+        for method, stage in group:
+            if (probe := method.probe) is None or (stage.keep == 0 and not probe.cumulative):
                 continue  # where all are dropped nobody asks which
             readable = [layer for layer in range(first) if attention_of(layers[layer]) is not None]
             if not readable:
                 raise OptionError(
-                    f"method {reducer.name!r} asks for the attention of layers up to {first - 1}, none of which "
+                    f"method {method.name!r} asks for the attention of layers up to {first - 1}, none of which "
                     f"({type(layers[0]).__name__}) has attention that can be read; choose later layers"
                 )
             for layer in readable if probe.cumulative else readable[-1:]:

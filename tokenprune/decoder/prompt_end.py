@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.decoder.around import n_logits_of
-from tokenprune.engine import Engine
+from tokenprune.session import Session
 from tokenprune.upstream.prompts import Prompt
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,12 +25,12 @@ class _Seen:
     """A prompt that went through a decoder without a KV cache.
 
     Attributes:
-        engine: whose decoder it was.
+        session: whose decoder it was.
         marks: `[B, L]`, what tells its tokens: their ids, or a sum over the bits of their embeddings.
         length: tokens of the call that last went on from it, or its own.
     """
 
-    engine: Any
+    session: Any
     marks: Tensor
     length: int
 
@@ -44,25 +44,25 @@ def n_drafts(prompt: Prompt, length: int) -> int:
     return min(n_logits_of(prompt), length) - 1
 
 
-def n_generated(engine: Engine, ids: Tensor | None, embeds: Tensor) -> int:
+def n_generated(session: Session, ids: Tensor | None, embeds: Tensor) -> int:
     """How many of the last tokens of a call without a KV cache were generated since its prompt.
 
     A call continues the one before where it is one token longer and begins with the same prompt, image features
     included.
 
     Args:
-        engine: the session.
+        session: that of the patched model.
         ids: token ids `[B, L]` where the decoder is given such, else None.
         embeds: embeddings `[B, L, D]`, where it is given such.
     """
     if ids is None:
         ids = embeds.detach().contiguous().view(_BITS[embeds.element_size()]).sum(dim=-1, dtype=torch.int64)
     marks, length, seen = ids, embeds.shape[1], _SEEN.get()
-    if seen is not None and seen.engine() is engine and length == seen.length + 1:
+    if seen is not None and seen.session() is session and length == seen.length + 1:
         earlier = seen.marks.to(marks.device)
         start = marks[:, : earlier.shape[1]]
         if start.shape == earlier.shape and torch.equal(start, earlier):
             _SEEN.set(replace(seen, length=length))
             return length - earlier.shape[1]
-    _SEEN.set(_Seen(weakref.ref(engine), marks, length))
+    _SEEN.set(_Seen(weakref.ref(session), marks, length))
     return 0

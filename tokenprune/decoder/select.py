@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.decoder.boundaries import Image
-from tokenprune.engine import Reducer
 from tokenprune.errors import InputError
+from tokenprune.methods.base import Method
 from tokenprune.reduction import Merge
 from tokenprune.signals import Signals, Trace
 from tokenprune.validate import ask_before_llm
@@ -64,13 +64,13 @@ def skipped(names: Iterable[str], reason: str, *, site: str = SITE) -> list[Trac
 
 
 def reduce_images(
-    images: list[Image], reducer: Reducer, embeds: Tensor, merged: list[Merged]
+    images: list[Image], method: Method, embeds: Tensor, merged: list[Merged]
 ) -> tuple[list[Image], Tensor, Trace]:
     """Let one method choose among, or merge, the tokens of every image; images of one size go to it together.
 
     Args:
         images: the images of the forward, with the tokens that are left of them.
-        reducer: the method.
+        method: the method.
         embeds: what the decoder was to get, `[B, L, D]`.
         merged: what was merged before; what is merged now is added.
 
@@ -97,7 +97,7 @@ def reduce_images(
             raise InputError(
                 f"{SITE}: the visual tokens of row {row} hold NaN or infinite values, so nothing was pruned"
             )
-        keep = ask_before_llm(reducer, Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
+        keep = ask_before_llm(method, Signals(features, grid, tuple(images[i].ordinal for i in members), n_hidden))
         if isinstance(keep, Merge):
             embeds = embeds if len(merged) > n_before else embeds.clone()
             merged.append(Merged(rows, tokens, keep))
@@ -110,7 +110,7 @@ def reduce_images(
             chosen[i] = replace(images[i], tokens=images[i].tokens[kept], grid=left, n_hidden=0)
         if keep.radius is not None:
             radii.update(zip(members, keep.radius.tolist(), strict=True))
-    return chosen, embeds, _trace(reducer.name, images, chosen, embeds.shape[0], radii, started)
+    return chosen, embeds, _trace(method.name, images, chosen, embeds.shape[0], radii, started)
 
 
 def tokens_by_row(images: list[Image], n_rows: int) -> tuple[Tensor, ...]:

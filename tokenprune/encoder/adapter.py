@@ -68,14 +68,14 @@ class EncoderAdapter:
         """The hooks that make `session` act on the encoder. Every block is tried on a few random tokens.
 
         Args:
-            session: the session.
+            session: that of the patched model.
             alone: whether the encoder is the whole model, so that every method has to take part in it.
 
         Raises:
             OptionError: a method's options do not fit the encoder.
             UnsupportedModelError: a block cannot be reduced.
         """
-        methods, n_blocks = session.reducers(SITE), len(self.blocks)
+        methods, n_blocks = session.methods_at(SITE), len(self.blocks)
         idle = sorted({method.name for method in session.methods} - {method.name for method in methods})
         if alone and idle:
             raise OptionError(
@@ -128,7 +128,7 @@ class EncoderAdapter:
             )
         if torch.is_grad_enabled() and (reason := self.tower.refusal(self.host)):
             raise InputError(f"the encoder was patched, and since then it changed: {reason}")
-        methods, n_prefix, length = session.reducers(SITE), self.tower.prefix(self.host), call.states.shape[1]
+        methods, n_prefix, length = session.methods_at(SITE), self.tower.prefix(self.host), call.states.shape[1]
         reasons = {
             "an attention mask hides tokens, which must not be merged with others": call.hides,
             "attention is causal here": call.is_causal,
@@ -159,7 +159,7 @@ class EncoderAdapter:
             raise InputError(f"the forward of {host} was to call all blocks that were patched: {told}")
         lengths = {trace.n_out[0] + run.n_prefix for trace in run.traces if trace.n_out}
         found = lengths_in(output, self.tower.width(self.host)) & lengths - {run.length, run.length - run.n_prefix}
-        if found and all(method.restore for method in session.reducers(SITE)):
+        if found and all(method.restore for method in session.methods_at(SITE)):
             raise InputError(
                 f"{host} returned hidden states of {sorted(found)} tokens, where all {run.length} were to be "
                 "restored; something between its blocks and its output changes that"

@@ -27,7 +27,7 @@ class BlockHooks:
     """What happens to the tokens in one block.
 
     Attributes:
-        session: the session.
+        session: that of the patched model.
         methods: those of its methods that take part.
         tower: the row of the encoder.
         host: the encoder.

@@ -38,7 +38,7 @@ class FewerHeads:
     """The attention of one block, without pruned heads.
 
     Attributes:
-        session: the session.
+        session: that of the patched model.
         block: the block.
         module: its attention.
         names: what the attention's arguments are called.
@@ -163,7 +163,7 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
     """What stands in for the attention of each block, if heads are pruned. Every block is tried on random tokens.
 
     Args:
-        session: the session.
+        session: that of the patched model.
         tower: the kind of the encoder.
         host: the encoder.
         blocks: its blocks.
@@ -172,7 +172,7 @@ def plan_heads(session: Session, tower: Tower, host: nn.Module, blocks: list[Blo
         OptionError: two methods prune heads.
         UnsupportedModelError: an attention cannot do with fewer heads.
     """
-    methods = session.reducers(SITE)
+    methods = session.methods_at(SITE)
     plans = [(method.name, plan) for method in methods if (plan := method.attention_plan(len(blocks))) is not None]
     if not plans:
         return {}

@@ -83,7 +83,7 @@ class MultimodalAdapter:
         Raises:
             OptionError: a method does not fit one of the ends.
         """
-        if not all(method.restore for method in session.reducers(SITE)):
+        if not all(method.restore for method in session.methods_at(SITE)):
             raise OptionError(
                 f"restore=False was asked for, but the text of {self.family} has a placeholder for every patch, each "
                 "of which the tower has to hand on; merged tokens are left out before the decoder: use restore=True"

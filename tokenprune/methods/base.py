@@ -73,11 +73,6 @@ class Method:
         return Budget(n_keep, n_keep)
 
     @property
-    def method(self) -> "Method":
-        """The method itself, as some adapters ask for it."""
-        return self
-
-    @property
     def biased(self) -> bool:
         """Whether the decoder's attention is to see how many tokens each group has that `before_llm` merges."""
         return False
