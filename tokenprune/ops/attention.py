@@ -1,13 +1,12 @@
 """How much attention every key gets."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops import attention_rows
-from tokenprune.ops.backend import check_softcap, find_kernel, uncast
+from tokenprune.ops.backend import find_kernel, uncast
+from tokenprune.ops.checks import LARGEST, LEAST_POSITIVE, check_number, check_softcap, check_tensor
 
 REDUCTIONS = ("column_sum", "last_query", "pagerank")
 
@@ -75,16 +74,25 @@ def attention_importance(
             queries than keys.
         BackendError: the explicit backend cannot run here, or not with these arguments.
     """
-    _check_options(scale, window, reduction, temperature)
-    check_softcap("attention_importance", softcap)
-    _check_tensors(query, key, valid, seen)
+    name = "attention_importance"
+    if reduction not in REDUCTIONS:
+        raise OptionError(f"attention_importance knows the reductions {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    check_number(name, "scale", scale, "a finite number", -LARGEST)
+    check_number(name, "temperature", temperature, "a positive, finite number", LEAST_POSITIVE)
+    if window is not None:
+        check_number(name, "window", window, "an int of at least 1, or None,", 1, whole=True)
+    check_softcap(name, softcap)
+    _check_tensors(query, key)
+    n_rows, n_queries, n_keys = len(key), query.shape[2], key.shape[2]
+    check_tensor(name, "valid", valid, "torch.bool", (n_rows, n_keys))
+    check_tensor(name, "seen", seen, "torch.bool or floats", (n_rows, 1, n_queries, n_keys), (1, 1, n_queries, n_keys))
     if reduction == "pagerank" and query.shape[2] != key.shape[2]:
         raise InputError(
             f"attention_importance needs as many queries as keys for 'pagerank', got {query.shape[2]} and "
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
     valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
-    kernel = find_kernel("attention_importance", "attention_importance", backend, key)
+    kernel = find_kernel(name, name, backend, key)
     rule = attention_rows.Rule(scale, temperature, causal, window, softcap)
     if kernel is not None and query.shape[3] <= kernel.WIDEST:
         return _tell(kernel.launch(query, key, valid, seen, *rule, reduction), valid)
@@ -111,21 +119,7 @@ def _tell(scores: Tensor, valid: Tensor | None) -> Tensor:
     return scores.masked_fill_(broken if valid is None else broken & valid, torch.nan)
 
 
-def _check_options(scale: float, window: int | None, reduction: str, temperature: float) -> None:
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    if reduction not in REDUCTIONS:
-        raise OptionError(f"attention_importance knows the reductions {', '.join(REDUCTIONS)}; got {reduction!r}.")
-    if not number(scale):
-        raise OptionError(f"attention_importance needs a finite number as scale; got {scale!r}.")
-    if not number(temperature) or temperature <= 0:
-        raise OptionError(f"attention_importance needs a positive, finite temperature; got {temperature!r}.")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise OptionError(f"attention_importance needs an int of at least 1, or None, as window; got {window!r}.")
-
-
-def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None) -> None:
+def _check_tensors(query: Tensor, key: Tensor) -> None:
     fits = query.ndim == key.ndim == 4 and 0 not in (*query.shape[1:], *key.shape[1:])
     fits = fits and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
     fits = fits and query.shape[1] % key.shape[1] == 0 and query.shape[2] <= key.shape[2]
@@ -134,19 +128,4 @@ def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tenso
             "attention_importance needs query [B, H, Lq, K] and key [B, Hkv, Lk, K] of one float dtype on one device, "
             "with H a multiple of Hkv, 1 <= Lq <= Lk and K >= 1; "
             f"got {query.dtype} {list(query.shape)} on {query.device}, {key.dtype} {list(key.shape)} on {key.device}."
-        )
-    rows, tokens = [key.shape[0], key.shape[2]], query.shape[2]
-    if valid is not None and (valid.dtype != torch.bool or list(valid.shape) != rows):
-        raise InputError(
-            f"attention_importance needs valid as torch.bool {rows}, to go with the key; "
-            f"got {valid.dtype} {list(valid.shape)}."
-        )
-    if seen is None:
-        return
-    right = seen.dtype == torch.bool or seen.is_floating_point()
-    shapes = [[n, 1, tokens, key.shape[2]] for n in (key.shape[0], 1)]
-    if not right or list(seen.shape) not in shapes:
-        raise InputError(
-            f"attention_importance needs seen of torch.bool or a float dtype, {shapes[0]} or {shapes[1]}; "
-            f"got {seen.dtype} {list(seen.shape)}."
         )

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,16 +55,3 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
         return torch.matmul(left, right, out=out)
     found = (left.double() @ right.double()).float()
     return found if out is None else out.copy_(found)
-
-
-def check_count(op: str, name: str, value: int, low: int, high: int) -> None:
-    """Raise `OptionError` unless `value` is an int from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{op} needs an int from {low} to {high} as {name}; got {value!r}.")
-
-
-def check_softcap(op: str, softcap: float | None) -> None:
-    """Raise `OptionError` unless `softcap` is None or a positive, finite number."""
-    number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
-    if softcap is not None and not (number and 0 < softcap < math.inf):
-        raise OptionError(f"{op} needs a positive, finite number, or None, as softcap; got {softcap!r}.")

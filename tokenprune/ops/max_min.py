@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.ops import max_min_search
-from tokenprune.ops.backend import check_count, find_kernel
+from tokenprune.ops.backend import find_kernel
+from tokenprune.ops.checks import check_count
 
 
 class MaxMinSelection(NamedTuple):
