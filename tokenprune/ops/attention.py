@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
-from tokenprune.ops import attention_rows
+from tokenprune.ops.attention_rows import Row, Rule, one_query
 from tokenprune.ops.backend import find_kernel, uncast
 from tokenprune.ops.checks import LARGEST, LEAST_POSITIVE, check_number, check_softcap, check_tensor
 
@@ -91,32 +91,53 @@ def attention_importance(
             f"attention_importance needs as many queries as keys for 'pagerank', got {query.shape[2]} and "
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
-    valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
     kernel = find_kernel(name, name, backend, key)
-    rule = attention_rows.Rule(scale, temperature, causal, window, softcap)
+    valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
+    rule = Rule(scale, temperature, causal, window, softcap)
+    before = torch.full((n_rows,), n_keys - n_queries, dtype=torch.int64, device=key.device)
+    if reduction == "last_query":
+        query, seen, before = _last(query, valid, seen, before)
     if kernel is not None and query.shape[3] <= kernel.WIDEST:
-        return _tell(kernel.launch(query, key, valid, seen, *rule, reduction), valid)
-    if backend == "triton":
+        scores: Tensor = kernel.launch(query, key, valid, seen, before, *rule, pagerank=reduction == "pagerank")
+    elif backend == "triton":
         raise BackendError(
             f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
             f"at most {kernel.WIDEST} wide, 'torch' and 'auto' work here."
         )
-    with uncast(key):
-        single = query.shape[2] == 1 and reduction != "pagerank" and seen is None
-        if single and attention_rows.is_small(query, key):
-            scores = attention_rows.one_query(query, key, valid, rule)
-            return _tell(scores.div_(query.shape[1]) if reduction == "last_query" else scores, valid)
-        scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
-        for i in range(len(key)):
-            mask, row_valid = None if seen is None else seen[i % len(seen), 0], None if valid is None else valid[i]
-            scores[i] = attention_rows.score(query[i], key[i], row_valid, mask, rule, reduction)
-    return _tell(scores, valid)
-
-
-def _tell(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Scores with NaN for all valid tokens of a row where one of them is NaN: which ones were is up to the backend."""
-    broken = scores.isnan().any(1, keepdim=True)
+    else:
+        with uncast(key):
+            scores = _score(query, key, valid, seen, before, rule, pagerank=reduction == "pagerank")
+    if reduction == "last_query":
+        scores.div_(query.shape[1])
+    # Which scores became NaN is up to the backend; all of a row are told.
+    broken: Tensor = scores.isnan().any(1, keepdim=True)
     return scores.masked_fill_(broken if valid is None else broken & valid, torch.nan)
+
+
+def _last(
+    query: Tensor, valid: Tensor | None, seen: Tensor | None, before: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The last valid query of every row, what it sees, and its position; without one, the first, which is not valid."""
+    at = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)
+    at = at[-1:].expand(len(query)) if valid is None else (valid[:, -len(at) :] * at).amax(1)
+    place = at[:, None, None, None]
+    if seen is not None:
+        seen = seen.expand(len(query), -1, -1, -1).gather(2, place.expand(-1, -1, -1, seen.shape[3]))
+    return query.gather(2, place.expand(-1, query.shape[1], -1, query.shape[3])), seen, before + at
+
+
+def _score(
+    query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None, before: Tensor, rule: Rule, *, pagerank: bool
+) -> Tensor:
+    """The torch version: column sums, or page-rank importance, `[B, Lk]`."""
+    if query.shape[2] == 1 and not pagerank:
+        return one_query(query, key, valid, None if seen is None else seen.expand(len(key), -1, -1, -1), before, rule)
+    scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+    for i in range(len(key)):
+        mask = None if seen is None else seen[i % len(seen), 0]
+        row = Row(query[i], key[i], None if valid is None else valid[i], mask, rule)
+        scores[i] = row.pagerank() if pagerank else row.column_sum()
+    return scores
 
 
 def _check_tensors(query: Tensor, key: Tensor) -> None:
