@@ -27,7 +27,6 @@ import tokenprune.kernels.decode_values as decode_values
 import torch
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels run on CPU tensors too.
 _STREAMS = 2  # Programs per processor that keep its memory busy.
 
 

@@ -33,7 +33,7 @@ def find_kernel(op: str, name: str, backend: str, tensor: Tensor) -> Any:
             return None
         raise BackendError(f"{op} was asked for backend='triton', but Triton is not installed; 'torch' works here.")
     kernel = importlib.import_module(f"tokenprune.kernels.{name}")  # Imports Triton, so not before it is wanted.
-    if not (tensor.is_cuda or kernel.INTERPRETED):
+    if not (tensor.is_cuda or importlib.import_module("tokenprune.kernels.common").INTERPRETED):
         raise BackendError(
             f"{op} was asked for backend='triton' on a {tensor.device.type} tensor: Triton needs a CUDA tensor, or "
             "TRITON_INTERPRET=1 in the environment before it is imported; 'torch' and 'auto' work here."
