@@ -214,7 +214,7 @@ def launch(
         query: `[B, H, Lq, K]`, consecutive positions, any float dtype, any strides; `K` is at most `WIDEST`.
         key: `[B, Hkv, Lk, K]`.
         valid: `[B, Lk]` bool, or `None` for all.
-        seen: `[B or 1, 1, Lq, Lk]`, bool or added to the logits, in place of `causal` and `window`, or `None`.
+        seen: `[B, 1, Lq, Lk]`, bool or added to the logits, in place of `causal` and `window`, or `None`.
         before: `[B]` int64, the position of the first query.
         scale: factor of the logits.
         temperature: divides the logits.
@@ -234,7 +234,7 @@ def launch(
     if seen is not None:
         kind = 1 if seen.dtype == torch.bool else 2
         low = torch.finfo(seen.dtype).min / 2 if kind == 2 else 0.0
-        strides = (seen.stride(0) if len(seen) > 1 else 0, seen.stride(2), seen.stride(3))
+        strides = (seen.stride(0), seen.stride(2), seen.stride(3))
     lse = torch.empty(n_rows, n_heads, n_queries, dtype=torch.float32, device=key.device)
     mask, bias = key if valid is None else valid, key if seen is None else seen
     unit = math.log2(math.e) / temperature

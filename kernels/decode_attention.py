@@ -31,7 +31,7 @@ _STREAMS = 2  # Programs per processor that keep its memory busy.
 
 
 class _Stored(NamedTuple):
-    """Keys or values as the kernels take them; of a tensor, `low` and `scale` stand for nothing."""
+    """Keys or values as the kernels take them; of a tensor, `low` and `scale` are not read."""
 
     main: torch.Tensor
     low: torch.Tensor
@@ -41,13 +41,6 @@ class _Stored(NamedTuple):
     @property
     def strides(self) -> tuple[int, ...]:
         return (*self.main.stride()[:3], *(self.scale.stride() if self.planes else (0, 0, 0)))
-
-    def bytes(self, threshold: float | None) -> tuple[int, int]:
-        """Bytes of a vector, of both planes where there is no threshold, and of its low plane."""
-        size = self.main.shape[-1] * self.main.element_size()
-        low = self.low.shape[-1] if self.planes else 0
-        scale = self.scale.element_size() if self.planes else 0
-        return size + scale + (low if threshold is None else 0), low
 
 
 def _stored(x: Any) -> _Stored:
@@ -79,7 +72,7 @@ def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple
 
 def launch(
     query: torch.Tensor, key: Any, value: Any, scale: float, valid: torch.Tensor | None, heads: torch.Tensor | None,
-    n_values: int | torch.Tensor | None, threshold: float | None, softcap: float | None,
+    n_values: int | torch.Tensor | None, threshold: float | None, softcap: float | None, sizes: tuple[int, ...],
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Attend from one token.
 
@@ -93,6 +86,7 @@ def launch(
         n_values: values that a head reads, an int, int64 `[B]`, or None for all.
         threshold: largest probability below which a head reads the low planes; None to read both planes at once.
         softcap: bound of the logits, or None.
+        sizes: bytes of a key as it is read first, of its low plane, both of a value, and of a dense key and value.
 
     Returns:
         The fields of `tokenprune.ops.DecodedStep`.
@@ -146,7 +140,7 @@ def launch(
         )  # fmt: skip
         decode_values._combine_kernel[of_heads](
             partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
-            *keys.bytes(threshold), *values.bytes(threshold), 2 * width * output.element_size(),
+            *sizes,
             GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width), SPLITS=splits,
             HAS_VALID=valid is not None, HAS_HEADS=heads is not None, enable_fp_fusion=True,
         )  # fmt: skip

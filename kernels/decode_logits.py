@@ -16,7 +16,7 @@ def product(a, b, total):
 def capped(logit, CAP: tl.constexpr):
     """`CAP * tanh(logit / CAP)` to a few units in the last place of fp32; the logits themselves if `CAP` is None.
 
-    The exponential is that of a negative number. Near 0, where a difference of it would cancel, a series stands for it.
+    The exponential is that of a negative number. Near 0, where a difference of it would cancel, a series replaces it.
     """
     result = logit
     if CAP is not None:
@@ -53,7 +53,7 @@ def load_halves(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_plane(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """Both halves in fp32 of what a plane stands for before it is scaled; `STEP` is 16 for the high one, 1 for the low.
+    """Both halves in fp32 of what a plane represents before it is scaled; `STEP` is 16 for the high one, 1 for the low.
 
     Nibbles are counted from their middle, and the whole from 128: so the low plane adds to the high one.
     """

@@ -18,10 +18,12 @@ import triton.language as tl
 from tokenprune.kernels.common import EXACT, taking_part
 from tokenprune.kernels.cosine import cosines, inverse_lengths, tile_shape
 
+_SAME = 2.0**-20  # A cosine distance below this is fp32 noise and counts as 0, so that equal tokens tie.
+
 
 @triton.jit
 def _distance(similarity):
-    """Cosine distance; below 2^-20 it is fp32 noise and counts as 0, so that equal tokens tie."""
+    """Cosine distance, 0 below 2^-20 = `_SAME`."""
     distance = 1.0 - similarity
     return tl.where(distance < 9.5367431640625e-07, 0.0, distance)
 
@@ -65,24 +67,11 @@ def _similarity_kernel(
 
 
 @triton.jit
-def _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
-    """Distance of tokens to their nearest other one, infinite if there is none; `-1` for those that take no part."""
-    closest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for tile in range(n_tiles):
-        pointer = near + (row * n_tiles + tile) * n_tokens + token
-        closest = tl.maximum(closest, tl.load(pointer, mask=token < n_tokens, other=float("-inf")))
-    usable = taking_part(valid, row * n_tokens + token, token < n_tokens, HAS_VALID)
-    return tl.where(usable, _distance(closest), -1.0)
-
-
-@triton.jit
-def _greedy_kernel(
-    similarity, near, valid, order, path, n_tokens, n_tiles, k, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
-):
+def _greedy_kernel(similarity, first, order, path, n_tokens, k, BLOCK: tl.constexpr):
     """The greedy loop of one row; `gap`, the distance to the chosen set, stays in registers, `-1` for the chosen."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK)
-    gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
+    gap = tl.load(first + row * n_tokens + token, mask=token < n_tokens, other=-1.0)
     best, chosen = tl.max(gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
     gap = tl.where(gap < 0.0, -1.0, float("inf"))
     for step in range(k):
@@ -93,24 +82,12 @@ def _greedy_kernel(
         tl.store(path + row * k + step, tl.maximum(best, 0.0))
 
 
-@triton.jit
-def _start_kernel(near, valid, gap, best, where, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
-    """Before any choice: an infinite `gap [B, N]`; in `best, where [B, 2, tiles]`, every tile's best first choice."""
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token = tile * BLOCK + tl.arange(0, BLOCK)
-    first_gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
-    tl.store(gap + row * n_tokens + token, tl.where(first_gap < 0.0, -1.0, float("inf")), mask=token < n_tokens)
-    value, index = tl.max(first_gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best + row * 2 * n_tiles + tile, value)
-    tl.store(where + row * 2 * n_tiles + tile, tile * BLOCK + index)
-
-
 @triton.jit(do_not_specialize=["step"])
 def _step_kernel(
     x, inverse, gap, best, where, order, path, n_tokens, width, stride_b, stride_n, stride_d, k, step,
     TILES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Choice number `step`: read the tiles' best candidates, bring one tile of `gap [B, N]` up to date, write its best.
+    """Choice number `step`: read the tiles' best candidates, update one tile of `gap [B, N]`, write its best.
 
     Candidates are read from one half of `best` and written to the other, since programs of a launch run in any order.
     """
@@ -184,29 +161,30 @@ def _launch_rows(
     n_rows, n_tokens, width = x.shape
     block, block_d, warps = tile_shape(x)
     tiles = triton.cdiv(n_tokens, block)
-    masked, mask = valid is not None, x if valid is None else valid
-
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    inverse, near = inverse_lengths(x), floats(n_rows, tiles, n_tokens)
-    similarity = floats(n_rows, n_tokens, n_tokens) if hold else near
+    inverse = inverse_lengths(x)
+    near = torch.empty(n_rows, tiles, n_tokens, dtype=torch.float32, device=x.device)
+    similarity = near.new_empty(n_rows, n_tokens, n_tokens) if hold else near
     _similarity_kernel[(tiles, tiles, n_rows)](
-        x, inverse, mask, similarity, near, n_tokens, width, *x.stride(),
-        HAS_VALID=masked, STORE=hold, BLOCK=block, BLOCK_D=block_d, num_warps=warps, **EXACT,
+        x, inverse, x if valid is None else valid, similarity, near, n_tokens, width, *x.stride(),
+        HAS_VALID=valid is not None, STORE=hold, BLOCK=block, BLOCK_D=block_d, num_warps=warps, **EXACT,
     )  # fmt: skip
+    # Distances of tokens to their nearest other one, infinite if there is none; -1 for those that take no part.
+    first = 1 - near.amax(1)
+    first.masked_fill_(first < _SAME, 0.0)
+    if valid is not None:
+        first.masked_fill_(~valid, -1.0)
     if hold:
         whole = triton.next_power_of_2(n_tokens)
         _greedy_kernel[(n_rows,)](
-            similarity, near, mask, order, path, n_tokens, tiles, k,
-            HAS_VALID=masked, BLOCK=whole, num_warps=min(max(whole // 256, 1), 16), **EXACT,
+            similarity, first, order, path, n_tokens, k,
+            BLOCK=whole, num_warps=min(max(whole // 256, 1), 16), **EXACT,
         )  # fmt: skip
         return
-    gap, best = floats(n_rows, n_tokens), floats(n_rows, 2, tiles)
+    gap, best = torch.full_like(first, torch.inf).masked_fill_(first < 0, -1.0), near.new_empty(n_rows, 2, tiles)
     where = torch.empty(n_rows, 2, tiles, dtype=torch.int32, device=x.device)
-    _start_kernel[(tiles, n_rows)](
-        near, mask, gap, best, where, n_tokens, tiles, HAS_VALID=masked, BLOCK=block, **EXACT
-    )
+    padded = torch.nn.functional.pad(first, (0, tiles * block - n_tokens), value=-1.0)
+    best[:, 0], index = padded.view(n_rows, tiles, block).max(2)
+    where[:, 0] = index + torch.arange(0, tiles * block, block, dtype=torch.int64, device=x.device)
     for step in range(k):
         _step_kernel[(tiles, n_rows)](
             x, inverse, gap, best, where, order, path, n_tokens, width, *x.stride(), k, step,

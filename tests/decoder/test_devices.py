@@ -77,7 +77,7 @@ def test_importance_hands_its_backend_tensors_of_one_device(
         WIDEST = 256
 
         @staticmethod
-        def launch(*arguments: Any) -> Tensor:
+        def launch(*arguments: Any, pagerank: bool) -> Tensor:
             handed.extend(tensors(arguments))
             return states(3, 9)
 

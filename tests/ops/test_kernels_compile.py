@@ -6,7 +6,6 @@ more shared memory than a program has there: where it does, Triton raises when i
 """
 
 import importlib
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -121,32 +120,47 @@ def decoding(width: int, dtype: torch.dtype, kind: str = "") -> Callable[[], obj
         if kind == "everything":
             masks = torch.ones(2, 2, 3000) > 0, torch.ones(2, 8) > 0, torch.ones(2, dtype=torch.int64)
         threshold, softcap = (0.1, 50.0) if kind == "everything" else (None, None)
-        MODULES["decode_attention"].launch(query, key, key, width**-0.5, *masks, threshold, softcap)
+        MODULES["decode_attention"].launch(
+            query, key, key, width**-0.5, *masks, threshold, softcap, (132, 64, 132, 64, 512)
+        )
 
     return case
 
 
 def max_min(dtype: torch.dtype, *, hold: bool) -> Callable[[], object]:
-    x, valid = torch.empty(2, 3000, 1024, dtype=dtype), torch.ones(2, 3000, dtype=torch.bool)
-    return lambda: MODULES["max_min_select"].launch(x, valid, 3, memory=1 << 30, hold=hold)
+    def case() -> None:
+        x, valid = torch.empty(2, 3000, 1024, dtype=dtype), torch.ones(2, 3000, dtype=torch.bool)
+        MODULES["max_min_select"].launch(x, valid, 3, memory=1 << 30, hold=hold)
+
+    return case
 
 
 def match(dtype: torch.dtype, n: int = 577, *, masked: bool = False) -> Callable[[], object]:
-    mask = torch.ones(2, n, dtype=torch.bool) if masked else None
-    return lambda: MODULES["bipartite_match"].launch(torch.empty(2, n, 64, dtype=dtype), mask, mask, 16)
+    def case() -> None:
+        mask = torch.ones(2, n, dtype=torch.bool) if masked else None
+        MODULES["bipartite_match"].launch(torch.empty(2, n, 64, dtype=dtype), mask, mask, 16)
+
+    return case
 
 
 def merge(dtype: torch.dtype, *, weighted: bool = False) -> Callable[[], object]:
-    x, weight = torch.empty(2, 577, 1024, dtype=dtype), torch.ones(2, 577) if weighted else None
-    return lambda: MODULES["merge_tokens"].launch(x, torch.zeros(2, 577, dtype=torch.int64), 500, weight)
+    def case() -> None:
+        weight = torch.ones(2, 577) if weighted else None
+        assign = torch.zeros(2, 577, dtype=torch.int64)
+        MODULES["merge_tokens"].launch(torch.empty(2, 577, 1024, dtype=dtype), assign, 500, weight)
+
+    return case
 
 
 def top_k(dtype: torch.dtype, *, masked: bool = False) -> Callable[[], object]:
-    x, valid = torch.empty(2, 9000, dtype=dtype), torch.ones(2, 9000, dtype=torch.bool) if masked else None
-    return lambda: MODULES["top_k_select"].launch(x, valid, 100, [100, 3] if masked else None)
+    def case() -> None:
+        valid, counts = (torch.ones(2, 9000, dtype=torch.bool), [100, 3]) if masked else (None, None)
+        MODULES["top_k_select"].launch(torch.empty(2, 9000, dtype=dtype), valid, 100, counts)
+
+    return case
 
 
-# The architectures that a case is compiled for in every run; in the wide matrix every case is compiled for all.
+# What is compiled in every run, and for which architectures.
 CASES: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
     "importance-bf16-128": (importance(128, BF16), (80, 90, 100)),
     "importance-fp16-128": (importance(128, FP16), (75,)),
@@ -162,33 +176,34 @@ CASES: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
     "merge-bf16-weighted": (merge(BF16, weighted=True), (90,)),
     "top-k-bf16-masked": (top_k(BF16, masked=True), (90,)),
 }
-WIDE: dict[str, Callable[[], object]] = {name: case for name, (case, _) in CASES.items()}
-for each, size in itertools.product((FP16, BF16, FP32), (64, 80, 128, 256)):
+# The wide matrix: what blocks of importance follow is compiled for every architecture, the rest for one of each kind.
+KINDS = (75, 86, 90, 100)
+WIDE: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
+    "importance-bf16-256": (importance(256, BF16), tuple(KIB)),
+    "importance-fp16-256-float": (importance(256, FP16, "float"), tuple(KIB)),
+}
+for size in (64, 80, 128, 256):
+    WIDE[f"importance-fp16-{size}"] = importance(size, FP16), tuple(KIB)
+for each, size in [(FP16, 64), (FP16, 128), (FP16, 256), (FP32, 256)]:
+    for what in ("", "planes", "everything"):
+        WIDE[f"decoding-{NAMES[each]}-{size}-{what or 'plain'}"] = decoding(size, each, what), KINDS
+for each in (FP16, FP32, FP64):
     WIDE |= {
-        f"importance-{NAMES[each]}-{size}": importance(size, each),
-        f"importance-{NAMES[each]}-{size}-float": importance(size, each, "float"),
-        f"decoding-{NAMES[each]}-{size}": decoding(size, each),
-        f"decoding-{NAMES[each]}-{size}-planes": decoding(size, each, "planes"),
-        f"decoding-{NAMES[each]}-{size}-everything": decoding(size, each, "everything"),
-    }
-for each in (FP16, BF16, FP32, FP64):
-    WIDE |= {
-        f"max-min-{NAMES[each]}-held": max_min(each, hold=True),
-        f"max-min-{NAMES[each]}-streamed": max_min(each, hold=False),
-        f"match-{NAMES[each]}": match(each),
-        f"match-{NAMES[each]}-masked": match(each, masked=True),
-        f"merge-{NAMES[each]}-weighted": merge(each, weighted=True),
-        f"top-k-{NAMES[each]}": top_k(each),
+        f"max-min-{NAMES[each]}-held": (max_min(each, hold=True), KINDS),
+        f"max-min-{NAMES[each]}-step": (max_min(each, hold=False), KINDS),
+        f"match-{NAMES[each]}": (match(each), KINDS),
+        f"match-{NAMES[each]}-protected": (match(each, masked=True), KINDS),
+        f"merge-{NAMES[each]}": (merge(each), KINDS),
+        f"top-k-{NAMES[each]}": (top_k(each), KINDS),
     }
 
 
 def parameters() -> Iterator[Any]:
-    """Cases and architectures; what is not compiled in every run is in the wide matrix."""
-    for (name, case), arch in itertools.product(WIDE.items(), KIB):
-        usual = name in CASES and arch in CASES[name][1]
-        if arch > 75 or "bf16" not in name:  # Turing has no bf16.
-            marks = () if usual else (pytest.mark.matrix,)
-            yield pytest.param(case, arch, id=f"{name}-sm_{arch}", marks=marks)
+    """Cases and architectures, the usual ones and those of the wide matrix."""
+    for cases, marks in ((CASES, ()), (WIDE, (pytest.mark.matrix,))):
+        for name, (case, architectures) in cases.items():
+            for arch in architectures:
+                yield pytest.param(case, arch, id=f"{name}-sm_{arch}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "arch"), list(parameters()))
@@ -209,7 +224,7 @@ def test_blocks_follow_the_shared_memory(kib: int) -> None:
     """A tile that is held, and as many of those that pass by as there are stages, fit in whatever is left of it."""
     blocks_for = MODULES["attention_importance"].blocks_for
     pieces = blocks_for(128, 4, kib << 10)
-    assert 4 * 32 * 2 * (64 + 64) <= kib << 10
+    assert kib << 10 >= 4 * 32 * 2 * (64 + 64)
     for width in range(1, 257):
         assert blocks_for(width, 4, kib << 10) == blocks_for(width, 8, kib << 10) == pieces
         first, second = blocks_for(width, 2, kib << 10)

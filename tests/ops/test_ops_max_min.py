@@ -33,10 +33,10 @@ def features(n: int, dtype: torch.dtype = torch.float32, rows: int = 1, width: i
 
 @pytest.fixture(params=["held", "lazy", "blockwise"])
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the similarity held, with unit vectors only, and with neither, in blocks of a few tokens."""
+    """Runs a test with the similarity held, without it, and without it in blocks of a few tokens."""
     if request.param == "lazy":
         monkeypatch.setattr(
-            max_min_search._Units, "similarity", property(lambda _: None, lambda *_: None), raising=False
+            max_min_search._Cosines, "similarity", property(lambda _: None, lambda *_: None), raising=False
         )
     if request.param == "blockwise":
         monkeypatch.setattr(max_min_search, "MEMORY", 0)
@@ -162,9 +162,9 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(scheme: str, poison: None) -> 
         assert torch.equal(got.radius_path[i], want.radius_path[0])
 
 
-@pytest.mark.parametrize("n", [577, 2100])
-def test_a_row_of_a_batch_is_the_row_alone(n: int) -> None:
-    x = features(n, rows=3, width=96)
+@pytest.mark.parametrize(("n", "width"), [(577, 96), (2100, 96), (577, 9), (301, 33)])
+def test_a_row_of_a_batch_is_the_row_alone(n: int, width: int) -> None:
+    x = features(n, rows=3, width=width)
     got = ops.max_min_select(x, k=99)
     for i in range(3):
         want = ops.max_min_select(x[i : i + 1], k=99)

@@ -36,7 +36,7 @@ def attention_importance(
     - `"pagerank"`: five steps `s <- s P` per head from the uniform vector over the `n` valid tokens of a row, then the
       root mean square over heads (AIM, arXiv 2412.03248, whose temperature is 0.1).
 
-    Padding is left out of everything, its rows and its columns; its scores are 0. A query that sees nothing contributes
+    Padding takes no part, neither as queries nor as keys; its scores are 0. A query that sees nothing contributes
     nothing. What a row gets depends on its valid tokens alone. Products and sums are taken in fp32 whatever the dtype.
 
     A NaN or an infinity is told: if a query that counts (a valid one; for `"last_query"` the last of them) sees a key
@@ -92,7 +92,8 @@ def attention_importance(
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
     kernel = find_kernel(name, name, backend, key)
-    valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
+    valid = None if valid is None else valid.to(key.device)
+    seen = None if seen is None else seen.to(key.device).expand(n_rows, -1, -1, -1)
     rule = Rule(scale, temperature, causal, window, softcap)
     before = torch.full((n_rows,), n_keys - n_queries, dtype=torch.int64, device=key.device)
     if reduction == "last_query":
@@ -122,7 +123,7 @@ def _last(
     at = at[-1:].expand(len(query)) if valid is None else (valid[:, -len(at) :] * at).amax(1)
     place = at[:, None, None, None]
     if seen is not None:
-        seen = seen.expand(len(query), -1, -1, -1).gather(2, place.expand(-1, -1, -1, seen.shape[3]))
+        seen = seen.gather(2, place.expand(-1, -1, -1, seen.shape[3]))
     return query.gather(2, place.expand(-1, query.shape[1], -1, query.shape[3])), seen, before + at
 
 
@@ -131,11 +132,10 @@ def _score(
 ) -> Tensor:
     """The torch version: column sums, or page-rank importance, `[B, Lk]`."""
     if query.shape[2] == 1 and not pagerank:
-        return one_query(query, key, valid, None if seen is None else seen.expand(len(key), -1, -1, -1), before, rule)
+        return one_query(query, key, valid, seen, before, rule)
     scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
     for i in range(len(key)):
-        mask = None if seen is None else seen[i % len(seen), 0]
-        row = Row(query[i], key[i], None if valid is None else valid[i], mask, rule)
+        row = Row(query[i], key[i], None if valid is None else valid[i], None if seen is None else seen[i, 0], rule)
         scores[i] = row.pagerank() if pagerank else row.column_sum()
     return scores
 

@@ -105,7 +105,8 @@ def decode_attention(
         raise BackendError("decode_attention takes a bias in its torch version alone; 'torch' and 'auto' work.")
     kernel = find_kernel(name, name, "torch" if bias is not None and backend == "auto" else backend, query)
     cap = None if softcap is None else float(softcap)
-    given = (query, key, value, float(scale), valid, heads, n_values, threshold, cap)
+    sizes = (*_bytes(key, threshold), *_bytes(value, threshold), 2 * query.shape[3] * query.element_size())
+    given = (query, key, value, float(scale), valid, heads, n_values, threshold, cap, sizes)
     with uncast(query):
         return DecodedStep(*(_decode(*given, bias) if kernel is None else kernel.launch(*given)))
 
@@ -113,7 +114,7 @@ def decode_attention(
 def _decode(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
     heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None, softcap: float | None,
-    bias: Tensor | None,
+    sizes: tuple[int, ...], bias: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The specification: everything at its full length, what is not read filled with 0."""
     batch, n_heads, _, width = query.shape
@@ -130,8 +131,7 @@ def _decode(
     recomputed = torch.zeros_like(kept)
     if threshold is not None:
         recomputed = kept & (_softmax(_cap(logits, softcap, bias)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
-        if isinstance(key, Planes):
-            logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
+        logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
     chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
     capped = _cap(logits, softcap, bias)
     weight = _softmax(capped).masked_fill(~chosen, 0.0)
@@ -144,17 +144,16 @@ def _decode(
     output = output.masked_fill(~chosen.any(-1, keepdim=True), 0.0)
 
     n_valid = mask.sum(-1) * kept.any(-1)
-    key_bytes = n_valid * _row_bytes(key, low) + n_valid * recomputed.any(-1) * _low_bytes(key)
     n_low = (chosen & recomputed.unsqueeze(-1)).any(2).sum(-1)
-    value_bytes = read.sum(-1) * _row_bytes(value, low) + n_low * _low_bytes(value)
+    key_size, low_key_size, value_size, low_value_size, dense_size = sizes
     return (
         output.view(query.shape).to(query.dtype),
         weight.sum((1, 2)),
         output.abs().sum(-1).view(batch, n_heads),
         recomputed.view(batch, n_heads),
-        key_bytes,
-        value_bytes,
-        mask.sum(-1) * (2 * width * query.element_size()),
+        n_valid * key_size + n_valid * recomputed.any(-1) * low_key_size,
+        read.sum(-1) * value_size + n_low * low_value_size,
+        mask.sum(-1) * dense_size,
     )
 
 
@@ -190,15 +189,12 @@ def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, rank) < n_values
 
 
-def _row_bytes(x: Tensor | Planes, low: bool) -> int:
-    """Bytes of one vector: of its high plane, its scale and, where `low`, its low plane."""
-    if isinstance(x, Planes):
-        return x.high.shape[-1] * (2 if low else 1) + x.scale.element_size()
-    return x.shape[-1] * x.element_size()
-
-
-def _low_bytes(x: Tensor | Planes) -> int:
-    return x.low.shape[-1] if isinstance(x, Planes) else 0
+def _bytes(x: Tensor | Planes, threshold: float | None) -> tuple[int, int]:
+    """Bytes of one vector as it is read first, and of the low plane, which a threshold leaves for later."""
+    if isinstance(x, Tensor):
+        return x.shape[-1] * x.element_size(), 0
+    low = x.low.shape[-1]
+    return x.high.shape[-1] + x.scale.element_size() + (low if threshold is None else 0), low
 
 
 def _check_shapes(query: Tensor, key: Tensor | Planes, value: Tensor | Planes) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ short vectors per token, runs in NumPy, whose calls cost a fraction of torch's.
 
 Distances to the chosen set only shrink, so those of an earlier round bound the true ones from above. A round takes the
 farthest tokens as candidates and chooses among them, from their own small similarity, for as long as the best of them
-beats the bound of all the others; then one product brings every token up to date. That is exact, and nearly all of its
+beats the bound of all the others; then one product updates every token. That is exact, and nearly all of its
 work is in large products. Where the similarity of all tokens fits into the memory allowed, all are candidates, and one
 round is enough.
 """
@@ -31,59 +31,57 @@ _Ints = npt.NDArray[np.int64]
 _Stop = Callable[[int, float], bool]
 
 
-class _Units:
-    """The unit vectors `[n, D]` of some tokens of a row in fp32, and their cosines.
+class _Cosines:
+    """The cosines between some tokens of a row, in fp32.
 
     Attributes:
-        whole: the vectors, where the memory bound lets them be held; elsewhere they are made block by block.
-        similarity: all cosines `[n, n]` once `nearest` has run, where the bound lets them be held too.
+        n: the number of tokens; indices and slices count these.
+        step: tokens in a block.
+        position: their positions in the row, by which they are copied; None for all tokens of a row that lies in memory
+            as a copy would. Products of what begins elsewhere than at 64 bytes may be rounded in another way.
+        inverse: `[n]`, what a token is multiplied with to become a unit vector; 0 where its length is not finite.
+        similarity: all cosines `[n, n]` once `nearest` has run, where the memory bound lets them be held.
     """
 
-    def __init__(self, tokens: Tensor, position: Tensor) -> None:
-        self.tokens, self.position, self.n = tokens, position, len(position)
-        width, vectors = tokens.shape[1], 4 * self.n * tokens.shape[1]
-        memory = max(MEMORY, self.n * width * tokens.element_size())
-        self.step = max(1, min(1024, -(-self.n // 4), _BLOCK // (4 * width)))
-        self.whole = self.similarity = None
-        if 2 * vectors + 4 * self.n**2 + _BLOCK <= memory:
-            self.whole = self.at(slice(self.n))
+    def __init__(self, tokens: Tensor, position: Tensor | None) -> None:
+        if position is None and (tokens.data_ptr() % 64 or not tokens.is_contiguous()):
+            position = torch.arange(len(tokens), dtype=torch.int64, device=tokens.device)
+        self.tokens, self.position, self.similarity = tokens, position, None
+        self.n, width = len(tokens) if position is None else len(position), tokens.shape[1]
+        self.step = 16 * max(1, min(64, -(-self.n // 64), _BLOCK // (64 * width)))
+        if 4 * self.n * (3 * self.n // 2 + width) <= max(MEMORY, self.n * width * tokens.element_size()):
             self.similarity = torch.empty(self.n, self.n, dtype=torch.float32, device=tokens.device)
-        elif vectors + 3 * _BLOCK <= memory:
-            whole = torch.empty(self.n, width, dtype=torch.float32, device=tokens.device)
-            for block in self.blocks():
-                whole[block] = self.at(block)
-            self.whole = whole
+        length = torch.cat([self.rows(block).square().sum(1) for block in self.blocks()]).sqrt_()
+        self.inverse = (1 / length.clamp_min(1e-12)).masked_fill_(~length.isfinite(), 0.0)
+        self.all_finite = bool(self.inverse.all())
 
     def blocks(self, start: int = 0) -> list[slice]:
-        """The tokens from `start` on, so many at a time that their vectors are a block."""
-        return [slice(i, i + self.step) for i in range(start, self.n, self.step)]
+        """The tokens from `start` on, so many at a time that products of them are small."""
+        return [slice(i, min(i + self.step, self.n)) for i in range(start, self.n, self.step)]
 
-    def raw(self, where: slice | Tensor) -> Tensor:
+    def rows(self, where: slice | Tensor) -> Tensor:
         """The tokens `[m, D]` at a slice or an index."""
-        return self.tokens.index_select(0, self.position[where]).float()
+        return self.tokens[where if self.position is None else self.position[where]].float()
 
-    def at(self, where: slice | Tensor) -> Tensor:
-        """The unit vectors `[m, D]` at a slice or an index; 0 for a vector that is zero or not finite."""
-        if self.whole is not None:
-            return self.whole[where]
-        rows = self.raw(where)
-        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        units, finite = rows.div_(length.clamp_min(1e-12)), length.isfinite()
-        return units if finite.all() else units.masked_fill_(~finite, 0.0)
+    def between(self, left: slice | Tensor, right: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """Cosines of some tokens with some tokens, scaled by a product that is the same from either side."""
+        scale = self.inverse[left, None] * self.inverse[right]
+        found = product(self.rows(left), self.rows(right).T, out=out).mul_(scale)
+        return found if self.all_finite else found.masked_fill_(scale == 0, 0.0)
 
     def nearest(self) -> Tensor:
         """The largest cosine `[n]` of every token to another one, from one half of the blocks."""
         if self.similarity is not None:
             for left in self.blocks():
-                product(self.at(left), self.at(slice(left.start, self.n)).T, out=self.similarity[left, left.start :])
+                self.between(left, slice(left.start, self.n), out=self.similarity[left, left.start :])
                 self.similarity[left.stop :, left] = self.similarity[left, left.stop :].T
             return self.similarity.fill_diagonal_(-torch.inf).amax(1)
         out = torch.full((self.n,), -torch.inf, dtype=torch.float32, device=self.tokens.device)
         for left in self.blocks():
-            rows = self.at(left)
-            out[left] = out[left].maximum(product(rows, rows.T).fill_diagonal_(-torch.inf).amax(1))
-            for right in self.blocks(left.stop):
-                cosines = product(rows, self.at(right).T)
+            for right in self.blocks(left.start):
+                cosines = self.between(left, right)
+                if left == right:
+                    cosines.fill_diagonal_(-torch.inf)
                 out[left] = out[left].maximum(cosines.amax(1))
                 out[right] = out[right].maximum(cosines.amax(0))
         return out
@@ -93,21 +91,20 @@ class _Units:
         where = torch.tensor(index, dtype=torch.int64, device=self.tokens.device)
         if self.similarity is not None:
             return _numpy(self.similarity[where].amax(0))
-        rows = self.at(where)
-        return _numpy(torch.cat([product(rows, self.at(block).T).amax(0) for block in self.blocks()]))
+        return _numpy(torch.cat([self.between(where, block).amax(0) for block in self.blocks()]))
 
     def among(self, index: _Ints) -> _Floats:
         """The cosines `[m, m]` among candidates: all tokens, where those of all are held."""
         if self.similarity is not None:
             return _numpy(self.similarity)
-        rows = self.at(torch.from_numpy(index).to(self.tokens.device))
-        return _numpy(product(rows, rows.T))
+        where = torch.from_numpy(index).to(self.tokens.device)
+        return _numpy(self.between(where, where))
 
     def equal(self, suspects: _Ints) -> tuple[_Ints, _Ints]:
         """Of some tokens, those that equal another one of them bit for bit, and those that equal an earlier one."""
         step = max(1, self.step // 4)  # What a fingerprint is summed from is 64 bits wide.
         where = torch.from_numpy(suspects).to(self.tokens.device)
-        parts = (self.raw(where[i : i + step]) + 0.0 for i in range(0, len(where), step))
+        parts = (self.rows(where[i : i + step]) + 0.0 for i in range(0, len(where), step))
         prints = np.concatenate([fingerprint(part).cpu().numpy() for part in parts])
         _, first, group, size = np.unique(prints, return_index=True, return_inverse=True, return_counts=True)
         return suspects[size[group] > 1], np.delete(suspects, first)
@@ -136,40 +133,39 @@ def choose(
     """
     order = torch.full((len(features), most), -1, dtype=torch.int64, device="cpu")
     path = torch.zeros(len(features), most, dtype=torch.float32, device="cpu")
-    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if valid is None else valid
     with uncast(features):
         for i, tokens in enumerate(features.detach()):
-            position = mask[i].nonzero()[:, 0]
-            chosen, reach = _choose(_Units(tokens, position), most, least, radius)
-            order[i, : len(chosen)] = position.cpu()[chosen]
+            position = None if valid is None else valid[i].nonzero()[:, 0]
+            chosen, reach = _choose(_Cosines(tokens, position), most, least, radius)
+            order[i, : len(chosen)] = torch.tensor(chosen) if position is None else position.cpu()[chosen]
             path[i, : len(reach)] = torch.tensor(reach, dtype=torch.float32, device="cpu")
     return order.to(features.device), path.to(features.device)
 
 
-def _choose(units: _Units, most: int, least: int, radius: float) -> tuple[list[int], list[float]]:
+def _choose(tokens: _Cosines, most: int, least: int, radius: float) -> tuple[list[int], list[float]]:
     """The choice of one row, and the covering radius after each."""
 
     def stop(count: int, best: float) -> bool:
         return count >= most or best < _SAME or (best <= radius and count >= least)
 
-    gap = 1 - _numpy(units.nearest())
+    gap = 1 - _numpy(tokens.nearest())
     suspects, repeats = np.flatnonzero(gap < _SUSPECT), np.empty(0, np.int64)
     if len(suspects):
-        equal, repeats = units.equal(suspects)
+        equal, repeats = tokens.equal(suspects)
         gap[equal] = 0
     order, reach = [int(np.where(gap < _SAME, 0, gap).argmax())], [np.inf]
     # A token equal to an earlier one cannot win before it and is at distance 0 after it: it may be from the start.
     gap[:] = np.inf
     gap[repeats] = 0
-    width, fresh = 32 if units.similarity is None else units.n, order[:]
+    width, fresh = 32 if tokens.similarity is None else tokens.n, order[:]
     while True:
-        np.minimum(gap, 1 - units.nearest_of(fresh), out=gap)
+        np.minimum(gap, 1 - tokens.nearest_of(fresh), out=gap)
         gap[fresh] = -1
         if stop(len(order), float(gap.max())):
             break
         index, bar = _farthest(gap, width)
         n_before = len(order)
-        _pick(units.among(index), gap[index], index, order, reach, stop, bar)
+        _pick(tokens.among(index), gap[index], index, order, reach, stop, bar)
         fresh = order[n_before:]
         width = min(2 * width, 256) if 2 * len(fresh) > width else max(width // 2, 32)
     final = float(gap.max())
@@ -185,7 +181,7 @@ def _pick(
 
     Args:
         sim: `[c, c]`, the cosines among the candidates.
-        gap: `[c]`, their distance to the chosen set, `-1` for the chosen themselves; brought up to date in place.
+        gap: `[c]`, their distance to the chosen set, `-1` for the chosen themselves; updated in place.
         index: `[c]`, the candidates, ascending.
         order: the tokens chosen, appended to.
         reach: how far each was from the ones before it, appended to.

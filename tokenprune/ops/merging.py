@@ -117,7 +117,7 @@ def merge_tokens(
     Raises:
         OptionError: `n_out` or `backend` is out of range.
         InputError: a shape or dtype is wrong; on the CPU also where a group is empty or out of range. On a GPU the
-            groups are not looked at, since that would synchronise.
+            groups are not checked, since that would synchronise.
         BackendError: the explicit backend cannot run here.
     """
     _check_tokens("merge_tokens", "x", x)
@@ -151,7 +151,8 @@ def merge_tokens(
 def _pairs(keys: Tensor, held: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
     """The positions `[B, r]` of the sources that merge, and of what they merge into."""
     if r == 0:
-        return (none := torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)), none
+        none = torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)
+        return none, none
     best, partner = _best_partners(keys, held)
     top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
     return top * 2, partner.gather(1, top).mul_(2).add_(1)
@@ -184,7 +185,7 @@ def _best_partners(keys: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
                 cosine.masked_fill_(held[:, None, 1::2], -torch.inf)
             parts.append(cosine.max(dim=2))
             del cosine  # Before the next one is made.
-    best, partner = parts[0] if len(parts) == 1 else (torch.cat(some, 1) for some in zip(*parts, strict=True))
+    best, partner = (torch.cat(some, 1) for some in zip(*parts, strict=True))
     return best if held is None else best.masked_fill_(held[:, ::2], -torch.inf), partner
 
 
@@ -213,9 +214,6 @@ def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | N
     if held is None:
         possible = [(n + 1) // 2 if n > 1 else 0]
     else:
-        n_held = int(held.sum())
-        if valid is None and r <= (n + 1) // 2 - n_held and n_held < n // 2:  # wherever they stand
-            return
         taking = held.new_ones(1, n) if valid is None else valid.to(held.device)
         odd = taking.cumsum(1) % 2 == 0
         possible = ((~held & ~odd).sum(1) * (~held & odd).any(1)).tolist()
