@@ -26,6 +26,7 @@ import tokenprune.kernels.decode_logits as decode_logits
 import tokenprune.kernels.decode_values as decode_values
 import torch
 import triton
+from tokenprune.kernels.common import shared_memory
 
 _STREAMS = 2  # Programs per processor that keep its memory busy.
 
@@ -53,13 +54,19 @@ def _stored(x: Any) -> _Stored:
     return _Stored(high, low, x.scale, True)
 
 
-def _tile(query: torch.Tensor, group: int) -> dict[str, Any]:
-    """What both halves of the step are compiled for: heads of a group, and a block of keys that fits on chip."""
-    width = query.shape[-1]
+def blocks_for(width: int, element_size: int, shared: int) -> dict[str, int]:
+    """Channels of half a vector, padded, and keys that are worked on at once.
+
+    Args:
+        width: of a head.
+        element_size: bytes of a number of the query.
+        shared: bytes of shared memory that a program may have.
+    """
     half = max(16, triton.next_power_of_2((width + 1) // 2))
-    block = 32 if query.element_size() > 2 or half > 64 else 64
-    rows = max(16, triton.next_power_of_2(group))
-    return {"GROUP": group, "ROWS": rows, "WIDTH": width, "HALF": half, "BLOCK": block, "enable_fp_fusion": True}
+    block = 32 if element_size > 2 or half > 64 else 64
+    if element_size > 2 and 17 * half * block > shared:  # Both halves in two stages, and the probabilities.
+        block = 16
+    return {"HALF": half, "BLOCK": block}
 
 
 def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple[int, int]:
@@ -94,7 +101,9 @@ def launch(
     keys, values = _stored(key), _stored(value)
     (batch, n_heads, _, width), (groups, length) = query.shape, keys.main.shape[1:3]
     group = n_heads // groups
-    tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
+    tile: dict[str, Any] = blocks_for(width, query.element_size(), shared_memory(query.device))
+    tile |= {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group)), "WIDTH": width, "enable_fp_fusion": True}
+    tile |= {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
     n_splits, split_length = _split(length, tile["BLOCK"], batch * groups, query.device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

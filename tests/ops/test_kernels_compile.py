@@ -164,6 +164,7 @@ def top_k(dtype: torch.dtype, *, masked: bool = False) -> Callable[[], object]:
 CASES: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
     "importance-bf16-128": (importance(128, BF16), (80, 90, 100)),
     "importance-fp16-128": (importance(128, FP16), (75,)),
+    "decoding-fp32-256-everything": (decoding(256, FP32, "everything"), (75,)),
     "importance-bf16-64-window": (importance(64, BF16, "window"), (90,)),
     "importance-bf16-256-bool-capped": (importance(256, BF16, "bool", 50.0), (120,)),
     "importance-fp32-128-float": (importance(128, FP32, "float"), (90,)),
@@ -184,7 +185,7 @@ WIDE: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
 }
 for size in (64, 80, 128, 256):
     WIDE[f"importance-fp16-{size}"] = importance(size, FP16), tuple(KIB)
-for each, size in [(FP16, 64), (FP16, 128), (FP16, 256), (FP32, 256)]:
+for each, size in [(FP16, 64), (FP16, 128), (FP16, 256), (FP32, 128), (FP32, 256)]:
     for what in ("", "planes", "everything"):
         WIDE[f"decoding-{NAMES[each]}-{size}-{what or 'plain'}"] = decoding(size, each, what), KINDS
 for each in (FP16, FP32, FP64):
@@ -235,6 +236,16 @@ def test_blocks_follow_the_shared_memory(kib: int) -> None:
         assert 2 * first["BLOCK_D"] * sides <= kib << 10
         assert first["BLOCK_D"] >= width
         assert (second["BLOCK_N"], second["BLOCK_M"]) == (first["BLOCK_M"], first["BLOCK_N"])
+
+
+@pytest.mark.parametrize("kib", sorted(set(KIB.values())))
+def test_blocks_of_a_decoding_step_follow_the_shared_memory(kib: int) -> None:
+    """Both halves of a block of fp32 vectors, in two stages."""
+    for width in range(1, 257):
+        tile = MODULES["decode_attention"].blocks_for(width, 4, kib << 10)
+        assert 2 * 2 * 4 * tile["HALF"] * tile["BLOCK"] < kib << 10
+        assert tile["HALF"] >= (width + 1) // 2
+        assert tile["BLOCK"] >= 16  # The least of a product.
 
 
 def test_every_kernel_is_launched_by_a_case() -> None:
