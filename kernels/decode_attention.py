@@ -20,7 +20,7 @@ The logits that are kept are those before a soft cap, for the low plane adds to 
 them first. A kernel is compiled for the cap, and without one as if there were none.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenprune.kernels.decode_logits as decode_logits
 import tokenprune.kernels.decode_values as decode_values
@@ -31,27 +31,18 @@ from tokenprune.kernels.common import shared_memory
 _STREAMS = 2  # Programs per processor that keep its memory busy.
 
 
-class _Stored(NamedTuple):
-    """Keys or values as the kernels take them; of a tensor, `low` and `scale` are not read."""
+def _stored(x: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Keys or values as the kernels take them: high plane, low plane and scale, and the strides of vectors and scales.
 
-    main: torch.Tensor
-    low: torch.Tensor
-    scale: torch.Tensor
-    planes: bool
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return (*self.main.stride()[:3], *(self.scale.stride() if self.planes else (0, 0, 0)))
-
-
-def _stored(x: Any) -> _Stored:
+    A tensor takes the place of all three; what is no plane is never read as one.
+    """
     if isinstance(x, torch.Tensor):
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return _Stored(x, x, x, False)
+        return (x, x, x), (*x.stride()[:3], 0, 0, 0)
     high, low = x.high, x.low
     if high.stride() != low.stride() or high.stride(-1) != 1:
         high, low = high.contiguous(), low.contiguous()
-    return _Stored(high, low, x.scale, True)
+    return (high, low, x.scale), (*high.stride()[:3], *x.scale.stride())
 
 
 def blocks_for(width: int, element_size: int, shared: int) -> dict[str, int]:
@@ -98,8 +89,9 @@ def launch(
     Returns:
         The fields of `tokenprune.ops.DecodedStep`.
     """
-    keys, values = _stored(key), _stored(value)
-    (batch, n_heads, _, width), (groups, length) = query.shape, keys.main.shape[1:3]
+    (keys, key_strides), (values, value_strides) = _stored(key), _stored(value)
+    key_planes, value_planes = (not isinstance(x, torch.Tensor) for x in (key, value))
+    (batch, n_heads, _, width), (groups, length) = query.shape, keys[0].shape[1:3]
     group = n_heads // groups
     tile: dict[str, Any] = blocks_for(width, query.element_size(), shared_memory(query.device))
     tile |= {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group)), "WIDTH": width, "enable_fp_fusion": True}
@@ -127,8 +119,8 @@ def launch(
     def softmax(planes: int, *, again: bool) -> None:
         decide = progressive and not again
         decode_logits._logits_kernel[grid](
-            query, keys.main, keys.low, keys.scale, mask, kept, flat, logits, top, total,
-            n_heads, length, scale, split_length, *keys.strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
+            query, *keys, mask, kept, flat, logits, top, total,
+            n_heads, length, scale, split_length, *key_strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
         )  # fmt: skip
         decode_logits._settle_kernel[of_heads](
             top, total, logits, kept, flat, anchor, norm, image, cut, row_counts, n_rows, length, threshold or 0.0,
@@ -138,13 +130,13 @@ def launch(
         )  # fmt: skip
 
     with torch.cuda.device_of(query):
-        softmax((1 if threshold is not None else 2) if keys.planes else 0, again=False)
+        softmax((1 if threshold is not None else 2) if key_planes else 0, again=False)
         if progressive:
             softmax(1, again=True)
         decode_values._values_kernel[grid](
-            logits, values.main, values.low, values.scale, mask, kept, flat, anchor, norm, image, cut,
-            partial, scores, counts, n_heads, length, split_length, *values.strides, *mask_strides,
-            **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if values.planes else 0,
+            logits, *values, mask, kept, flat, anchor, norm, image, cut,
+            partial, scores, counts, n_heads, length, split_length, *value_strides, *mask_strides,
+            **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if value_planes else 0,
             WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
         )  # fmt: skip
         decode_values._combine_kernel[of_heads](
