@@ -60,6 +60,13 @@ def blocks_for(width: int, element_size: int, shared: int) -> dict[str, int]:
     return {"HALF": half, "BLOCK": block}
 
 
+def _tile(query: torch.Tensor, group: int) -> dict[str, Any]:
+    """What both halves of the step are compiled for: heads of a group, and blocks that fit on the device."""
+    width, rows = query.shape[-1], max(16, triton.next_power_of_2(group))
+    blocks = blocks_for(width, query.element_size(), shared_memory(query.device))
+    return {"GROUP": group, "ROWS": rows, "WIDTH": width, **blocks, "enable_fp_fusion": True}
+
+
 def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple[int, int]:
     """Into how many splits a KV length goes so that the device is full, and how long they are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -93,9 +100,7 @@ def launch(
     key_planes, value_planes = (not isinstance(x, torch.Tensor) for x in (key, value))
     (batch, n_heads, _, width), (groups, length) = query.shape, keys[0].shape[1:3]
     group = n_heads // groups
-    tile: dict[str, Any] = blocks_for(width, query.element_size(), shared_memory(query.device))
-    tile |= {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group)), "WIDTH": width, "enable_fp_fusion": True}
-    tile |= {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
+    tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
     n_splits, split_length = _split(length, tile["BLOCK"], batch * groups, query.device)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -140,8 +145,7 @@ def launch(
             WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
         )  # fmt: skip
         decode_values._combine_kernel[of_heads](
-            partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
-            *sizes,
+            partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits, *sizes,
             GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width), SPLITS=splits,
             HAS_VALID=valid is not None, HAS_HEADS=heads is not None, enable_fp_fusion=True,
         )  # fmt: skip
