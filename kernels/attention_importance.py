@@ -16,17 +16,15 @@ columns of a tile they reach does not matter, since the op then makes all scores
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from tokenprune.kernels.common import operand, shared_memory, taking_part
 from tokenprune.kernels.decode_logits import capped
 
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
-WIDEST = 256  # Head width up to which tiles fit into shared memory.
+WIDEST = 256  # Head width up to which `blocks_for` finds tiles that fit into shared memory.
 STEPS = 5  # Of the power iteration.
-_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
 _OFF, _BOOL, _FLOAT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # Kinds of `seen`.
 
 
@@ -35,10 +33,7 @@ def _tile(x, token, inside, start, width, stride_n, stride_d, BLOCK_D: tl.conste
     """`[tokens, BLOCK_D]` of one head from channel `start` on, 0 outside."""
     channel = start + tl.arange(0, BLOCK_D)
     pointer = x + token.to(tl.int64)[:, None] * stride_n + channel[None, :] * stride_d
-    tile = tl.load(pointer, mask=inside[:, None] & (channel < width)[None, :], other=0.0)
-    if _WIDEN or tile.dtype == tl.float64:
-        tile = tile.to(tl.float32)
-    return tile
+    return operand(tl.load(pointer, mask=inside[:, None] & (channel < width)[None, :], other=0.0))
 
 
 @triton.jit
@@ -94,15 +89,6 @@ def _masked(
 
 
 @triton.jit
-def _takes_part(valid, row, position, n_keys, HAS_VALID: tl.constexpr):
-    """Which positions exist and are valid."""
-    inside = position < n_keys
-    if HAS_VALID:
-        inside = inside & (tl.load(valid + row * n_keys + position, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
 def _log_sum_exp_kernel(
     query, key, valid, seen, before, lse, n_queries, n_keys, width, n_heads, group,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -120,7 +106,7 @@ def _log_sum_exp_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     position = first + i
-    i_inside = (i < n_queries) & _takes_part(valid, row, position, n_keys, HAS_VALID)
+    i_inside = taking_part(valid, row * n_keys + position, (i < n_queries) & (position < n_keys), HAS_VALID)
     start, end = 0, n_keys
     if CAUSAL:
         end = tl.minimum(n_keys, first + (block + 1) * BLOCK_M)
@@ -133,7 +119,7 @@ def _log_sum_exp_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for at in range(start, end, BLOCK_N):
         j = at + tl.arange(0, BLOCK_N)
-        j_inside = _takes_part(valid, row, j, n_keys, HAS_VALID)
+        j_inside = taking_part(valid, row * n_keys + j, j < n_keys, HAS_VALID)
         logits = _logits(
             held, query, key, i, j, i_inside, j_inside, width, stride_qn, stride_qd, stride_kn, stride_kd,
             True, WHOLE, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -168,7 +154,7 @@ def _column_kernel(
     base = tl.program_id(1).to(tl.int64) * n_queries
     block = tl.program_id(0)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    j_inside = _takes_part(valid, row, j, n_keys, HAS_VALID)
+    j_inside = taking_part(valid, row * n_keys + j, j < n_keys, HAS_VALID)
     start, end = 0, n_queries
     if CAUSAL:
         start = tl.maximum(0, block * BLOCK_N - first) // BLOCK_M * BLOCK_M
@@ -199,101 +185,86 @@ def _column_kernel(
     tl.store(out + place, tl.where(j_inside, tl.sum(total, axis=0), 0.0), mask=j < n_keys)
 
 
+def blocks_for(width: int, element_size: int, shared: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants and options of both kernels.
+
+    Args:
+        width: of a head, at most `WIDEST`.
+        element_size: bytes of a number.
+        shared: bytes of shared memory that a program may have.
+    """
+    # fp32 products run on the plain cores and fill the registers, so channels come piece by piece. So do all products
+    # before Ampere, whose least is 99 KiB.
+    if element_size > 2 or shared < 99 << 10:
+        both = {"WHOLE": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+        return both, both
+    channels = max(16, triton.next_power_of_2(width))
+    tile = {"WHOLE": True, "BLOCK_D": channels, "num_warps": 8, "num_stages": 3 if channels <= 128 else 2}
+    held = 128 if 2 * channels * (128 + 64 * tile["num_stages"]) <= shared else 64
+    return tile | {"BLOCK_M": held, "BLOCK_N": 64}, tile | {"BLOCK_M": 64, "BLOCK_N": held}
+
+
 def launch(
-    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None,
-    scale: float, temperature: float, causal: bool, window: int | None, softcap: float | None, reduction: str,
+    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None, before: torch.Tensor,
+    scale: float, temperature: float, causal: bool, window: int | None, softcap: float | None, *, pagerank: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Score the keys.
 
     Args:
-        query: `[B, H, Lq, K]`, the last of the positions, any float dtype, any strides; `K` is at most `WIDEST`.
+        query: `[B, H, Lq, K]`, consecutive positions, any float dtype, any strides; `K` is at most `WIDEST`.
         key: `[B, Hkv, Lk, K]`.
         valid: `[B, Lk]` bool, or `None` for all.
-        seen: `[B or 1, 1, Lq, Lk]`, bool or added to the logits, in place of `causal` and `window`, or `None`.
+        seen: `[B, 1, Lq, Lk]`, bool or added to the logits, in place of `causal` and `window`, or `None`.
+        before: `[B]` int64, the position of the first query.
         scale: factor of the logits.
         temperature: divides the logits.
         causal: whether a query sees only the keys up to its own position.
         window: the distance behind the query from which on keys are hidden, or `None`.
         softcap: c of logits that become c tanh(logits / c) before the temperature divides them, or `None`.
-        reduction: `"column_sum"`, `"last_query"` or `"pagerank"`.
+        pagerank: whether scores are those of page-rank, and not column sums.
 
     Returns:
         `[B, Lk]` fp32; of a row where a query that counts sees a product that is not finite, some are NaN.
     """
     if key.element_size() == 1:
         query, key = query.to(torch.bfloat16), key.to(torch.bfloat16)  # Exact; not every GPU multiplies 8-bit floats.
-    (n_rows, n_heads, n_queries, _), n_keys = query.shape, key.shape[2]
-    before = torch.full((n_rows,), n_keys - n_queries, dtype=torch.int32, device=key.device)
-    valid = None if valid is None else valid.contiguous()
-    if reduction == "last_query":
-        query, seen, before = _last(query, valid, seen, before)
-    with torch.cuda.device_of(key):
-        sums = _column_sums(query, key, valid, seen, before, scale, temperature, causal, window, softcap)
-        if reduction != "pagerank":
-            scores = sums(None)
-            return scores.sum(1) if reduction == "column_sum" else scores.mean(1)
-        weight = key.new_ones(n_rows, n_keys, dtype=torch.float32) if valid is None else valid.to(torch.float32)
-        weight = (weight / weight.sum(1, keepdim=True).clamp_min(1))[:, None].expand(-1, n_heads, -1).contiguous()
-        for _ in range(STEPS):
-            weight = sums(weight)
-        return weight.square().mean(1).sqrt()
-
-
-def _last(
-    query: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None, before: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The last valid query of every row, what it sees, and its position; without one, the first, which is not valid."""
-    at = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)
-    at = at[-1:].expand(len(query)) if valid is None else (valid[:, -len(at) :] * at).amax(1)
-    place = at[:, None, None, None]
-    if seen is not None:
-        seen = seen.expand(len(query), -1, -1, -1).gather(2, place.expand(-1, -1, -1, seen.shape[3]))
-    query = query.gather(2, place.expand(-1, query.shape[1], -1, query.shape[3]))
-    return query, seen, (before + at).to(torch.int32)
-
-
-def tiles(width: int, element_size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants and options of both kernels, by head width and bytes of a number."""
-    if element_size > 2:  # Products run on the plain cores and fill the registers, so channels come piece by piece.
-        both = {"WHOLE": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-        return both, both
-    shared = {"WHOLE": True, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 8}
-    shared["num_stages"] = 3 if shared["BLOCK_D"] <= 128 else 2
-    return shared | {"BLOCK_M": 128, "BLOCK_N": 64}, shared | {"BLOCK_M": 64, "BLOCK_N": 128}
-
-
-def _column_sums(
-    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, seen: torch.Tensor | None, before: torch.Tensor,
-    scale: float, temperature: float, causal: bool, window: int | None, softcap: float | None,
-) -> Callable[[torch.Tensor | None], torch.Tensor]:  # fmt: skip
-    """Run the first pass; the result runs the second: `weight [B, H, Lq]` or none to column sums `[B, H, Lk]`."""
     (n_rows, n_heads, n_queries, width), n_keys = query.shape, key.shape[2]
+    valid = None if valid is None else valid.contiguous()
     kind, low, strides = 0, 0.0, (0, 0, 0)
     if seen is not None:
         kind = 1 if seen.dtype == torch.bool else 2
         low = torch.finfo(seen.dtype).min / 2 if kind == 2 else 0.0
-        strides = (seen.stride(0) if len(seen) > 1 else 0, seen.stride(2), seen.stride(3))
+        strides = (seen.stride(0), seen.stride(2), seen.stride(3))
     lse = torch.empty(n_rows, n_heads, n_queries, dtype=torch.float32, device=key.device)
-    tensors = (query, key, key if valid is None else valid, key if seen is None else seen, before, lse)
+    mask, bias = key if valid is None else valid, key if seen is None else seen
     unit = math.log2(math.e) / temperature
     numbers = (
         n_queries, n_keys, width, n_heads, n_heads // key.shape[1], *query.stride(), *key.stride(), *strides,
         scale * unit if softcap is None else scale, unit, low, window or 0,
     )  # fmt: skip
+    tensors = (query, key, mask, bias, before.to(torch.int32), lse)
     kinds = {
         "CAUSAL": causal and kind == 0, "WINDOW": window is not None and kind == 0, "SEEN": kind,
         "HAS_VALID": valid is not None, "CAP": softcap,
     }  # fmt: skip
-    first, second = tiles(width, key.element_size())
-    _log_sum_exp_kernel[(triton.cdiv(n_queries, first["BLOCK_M"]), n_rows * n_heads)](
-        *tensors, *numbers, **kinds, **first
-    )
+    first, second = blocks_for(width, key.element_size(), shared_memory(key.device))
 
     def columns(weight: torch.Tensor | None) -> torch.Tensor:
+        """Column sums `[B, H, Lk]`, of rows times `weight [B, H, Lq]` where it is given."""
         out = torch.empty(n_rows, n_heads, n_keys, dtype=torch.float32, device=key.device)
         _column_kernel[(triton.cdiv(n_keys, second["BLOCK_N"]), n_rows * n_heads)](
             *tensors, lse if weight is None else weight, out, *numbers, **kinds, WEIGHTED=weight is not None, **second
         )
         return out
 
-    return columns
+    with torch.cuda.device_of(key):
+        _log_sum_exp_kernel[(triton.cdiv(n_queries, first["BLOCK_M"]), n_rows * n_heads)](
+            *tensors, *numbers, **kinds, **first
+        )
+        if not pagerank:
+            return columns(None).sum(1)
+        weight = key.new_ones(n_rows, n_keys, dtype=torch.float32) if valid is None else valid.to(torch.float32)
+        weight = (weight / weight.sum(1, keepdim=True).clamp_min(1))[:, None].expand(-1, n_heads, -1).contiguous()
+        for _ in range(STEPS):
+            weight = columns(weight)
+        return weight.square().mean(1).sqrt()

@@ -1,38 +1,21 @@
 """Bipartite matching of tokens on the GPU; `tokenprune.ops.bipartite_match` is the door and states the rule.
 
-Three launches, no synchronisation with the host and nothing as large as the similarity:
+Four launches, no synchronisation with the host and nothing as large as the similarity:
 
+- `cosine.inverse_lengths`: what makes the keys unit vectors.
 - `_partner_kernel`: a tile of sources passes over all tiles of destinations and keeps the best one of each source.
 - `_rank_kernel`, one program per row: a source merges if fewer than r others are ahead of it; how many merge before
   each source follows by a running sum.
 - `_assign_kernel`: from that sum, the group of every token and the position of every group.
 
-Equal destinations have to tie bit for bit, so a cosine may depend on its two vectors only: every tile is computed in
-the same way, and the compiler may not fuse the scaling with what follows.
+Equal destinations have to tie bit for bit; `cosine` says how.
 """
 
 import torch
 import triton
 import triton.language as tl
-
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
-_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
-_EXACT = {"enable_fp_fusion": False}
-
-
-@triton.jit
-def _multiplicand(block):
-    """Half precision multiplies exactly into fp32 on the tensor cores; fp64 is narrowed to the fp32 of the rule."""
-    if _WIDEN or block.dtype == tl.float64:
-        block = block.to(tl.float32)
-    return block
-
-
-@triton.jit
-def _inverse(squares):
-    """1 / max(length, 1e-12), and 0 for vectors that are not finite, whose cosines become 0."""
-    length = tl.sqrt(squares)
-    return tl.where(length < float("inf"), 1.0 / tl.maximum(length, 1e-12), 0.0)  # False for a NaN too.
+from tokenprune.kernels.common import EXACT, taking_part
+from tokenprune.kernels.cosine import cosines, inverse_lengths
 
 
 @triton.jit
@@ -42,14 +25,12 @@ def _tokens_at(order, free, base, free_base, place, n_tokens, HAS_ORDER: tl.cons
     token = place
     if HAS_ORDER:
         token = tl.load(order + base + place, mask=inside, other=0).to(tl.int32)
-    if HAS_FREE:
-        inside = inside & (tl.load(free + free_base + token, mask=inside, other=0) != 0)
-    return token, inside
+    return token, taking_part(free + free_base, token, inside, HAS_FREE)
 
 
 @triton.jit
 def _partner_kernel(
-    keys, order, free, best, partner, n_tokens, width, stride_b, stride_n, stride_d, free_stride,
+    keys, inverse, order, free, best, partner, n_tokens, width, stride_b, stride_n, stride_d, free_stride,
     HAS_ORDER: tl.constexpr, HAS_FREE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`best [B, S]`, the highest cosine of each source (`-inf` if it may not merge), and whose it is, `partner`."""
@@ -57,38 +38,15 @@ def _partner_kernel(
     base, free_base = row * n_tokens, row * free_stride
     source = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     left, left_inside = _tokens_at(order, free, base, free_base, source * 2, n_tokens, HAS_ORDER, HAS_FREE)
-    channel = tl.arange(0, BLOCK_D)
-    offset = channel.to(tl.int64) * stride_d
-    a_start = keys + row * stride_b + left.to(tl.int64)[:, None] * stride_n + offset[None, :]
-    a_pointer = a_start
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        mask = left_inside[:, None] & (channel < width - start)[None, :]
-        a = tl.load(a_pointer, mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(a * a, axis=1)
-        a_pointer += BLOCK_D * stride_d
-    left_inverse = _inverse(squares)
-
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     whose = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n_tokens // 2, BLOCK):
         place = (first + tl.arange(0, BLOCK)) * 2 + 1
         right, right_inside = _tokens_at(order, free, base, free_base, place, n_tokens, HAS_ORDER, HAS_FREE)
-        a_pointer = a_start
-        b_pointer = keys + row * stride_b + right.to(tl.int64)[None, :] * stride_n + offset[:, None]
-        dots = tl.zeros([BLOCK, BLOCK], tl.float32)
-        squares = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, width, BLOCK_D):
-            inside = channel < width - start
-            a = tl.load(a_pointer, mask=left_inside[:, None] & inside[None, :], other=0.0)
-            b = tl.load(b_pointer, mask=right_inside[None, :] & inside[:, None], other=0.0)
-            dots = tl.dot(_multiplicand(a), _multiplicand(b), dots, input_precision="ieee")
-            b = b.to(tl.float32)
-            squares += tl.sum(b * b, axis=0)
-            a_pointer += BLOCK_D * stride_d
-            b_pointer += BLOCK_D * stride_d
-        scale = left_inverse[:, None] * _inverse(squares)[None, :]
-        cosine = tl.where(scale > 0.0, dots * scale, 0.0)
+        cosine = cosines(
+            keys + row * stride_b, inverse + base, left, right, n_tokens, width, stride_n, stride_d,
+            BLOCK, BLOCK, BLOCK_D,
+        )  # fmt: skip
         cosine = tl.minimum(cosine, 0.99999904632568359375)  # 1 - 2^-20: above it differences are fp32 noise.
         cosine = tl.where(right_inside[None, :], cosine, float("-inf"))
         value, index = tl.max(cosine, axis=1, return_indices=True, return_indices_tie_break_left=True)
@@ -130,11 +88,10 @@ def _assign_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < n_tokens
     base, line = row * n_tokens, before + row * (n_sources + 1)
-    place, is_source = token, inside
+    place = token
     if HAS_ORDER:
         place = tl.load(n_before + base + token, mask=inside, other=0).to(tl.int32)
-        is_source = inside & (tl.load(valid + base + token, mask=inside, other=0) != 0)
-    is_source = is_source & (place % 2 == 0)
+    is_source = taking_part(valid, base + token, inside, HAS_ORDER) & (place % 2 == 0)
     source = place // 2
     earlier = tl.load(line + source, mask=is_source, other=0)
     merges = is_source & (tl.load(line + source + 1, mask=is_source, other=0) > earlier)
@@ -182,10 +139,10 @@ def launch(
     ordered = valid is not None
     with torch.cuda.device_of(keys):
         _partner_kernel[(triton.cdiv(n_sources, 64), n_rows)](
-            keys, order, mask, best, partner, n_tokens, width, *keys.stride(),
+            keys, inverse_lengths(keys), order, mask, best, partner, n_tokens, width, *keys.stride(),
             n_tokens if free is not None and len(free) > 1 else 0,
             HAS_ORDER=ordered, HAS_FREE=free is not None, BLOCK=64, BLOCK_D=32 if keys.element_size() > 2 else 64,
-            **_EXACT,
+            **EXACT,
         )  # fmt: skip
         _rank_kernel[(n_rows,)](
             best, before, n_sources, r, BLOCK=whole, BLOCK_J=max(1, min(whole, 8192 // whole)),

@@ -20,54 +20,51 @@ The logits that are kept are those before a soft cap, for the low plane adds to 
 them first. A kernel is compiled for the cap, and without one as if there were none.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenprune.kernels.decode_logits as decode_logits
 import tokenprune.kernels.decode_values as decode_values
 import torch
 import triton
+from tokenprune.kernels.common import shared_memory
 
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels run on CPU tensors too.
 _STREAMS = 2  # Programs per processor that keep its memory busy.
 
 
-class _Stored(NamedTuple):
-    """Keys or values as the kernels take them; of a tensor, `low` and `scale` stand for nothing."""
+def _stored(x: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Keys or values as the kernels take them: high plane, low plane and scale, and the strides of vectors and scales.
 
-    main: torch.Tensor
-    low: torch.Tensor
-    scale: torch.Tensor
-    planes: bool
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return (*self.main.stride()[:3], *(self.scale.stride() if self.planes else (0, 0, 0)))
-
-    def bytes(self, threshold: float | None) -> tuple[int, int]:
-        """Bytes of a vector, of both planes where there is no threshold, and of its low plane."""
-        size = self.main.shape[-1] * self.main.element_size()
-        low = self.low.shape[-1] if self.planes else 0
-        scale = self.scale.element_size() if self.planes else 0
-        return size + scale + (low if threshold is None else 0), low
-
-
-def _stored(x: Any) -> _Stored:
+    A tensor takes the place of all three; what is no plane is never read as one.
+    """
     if isinstance(x, torch.Tensor):
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return _Stored(x, x, x, False)
+        return (x, x, x), (*x.stride()[:3], 0, 0, 0)
     high, low = x.high, x.low
     if high.stride() != low.stride() or high.stride(-1) != 1:
         high, low = high.contiguous(), low.contiguous()
-    return _Stored(high, low, x.scale, True)
+    return (high, low, x.scale), (*high.stride()[:3], *x.scale.stride())
+
+
+def blocks_for(width: int, element_size: int, shared: int) -> dict[str, int]:
+    """Channels of half a vector, padded, and keys that are worked on at once.
+
+    Args:
+        width: of a head.
+        element_size: bytes of a number of the query.
+        shared: bytes of shared memory that a program may have.
+    """
+    half = max(16, triton.next_power_of_2((width + 1) // 2))
+    block = 32 if element_size > 2 or half > 64 else 64
+    if element_size > 2 and 17 * half * block > shared:  # Both halves in two stages, and the probabilities.
+        block = 16
+    return {"HALF": half, "BLOCK": block}
 
 
 def _tile(query: torch.Tensor, group: int) -> dict[str, Any]:
-    """What both halves of the step are compiled for: heads of a group, and a block of keys that fits on chip."""
-    width = query.shape[-1]
-    half = max(16, triton.next_power_of_2((width + 1) // 2))
-    block = 32 if query.element_size() > 2 or half > 64 else 64
-    rows = max(16, triton.next_power_of_2(group))
-    return {"GROUP": group, "ROWS": rows, "WIDTH": width, "HALF": half, "BLOCK": block, "enable_fp_fusion": True}
+    """What both halves of the step are compiled for: heads of a group, and blocks that fit on the device."""
+    width, rows = query.shape[-1], max(16, triton.next_power_of_2(group))
+    blocks = blocks_for(width, query.element_size(), shared_memory(query.device))
+    return {"GROUP": group, "ROWS": rows, "WIDTH": width, **blocks, "enable_fp_fusion": True}
 
 
 def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple[int, int]:
@@ -80,7 +77,7 @@ def _split(length: int, block: int, n_pairs: int, device: torch.device) -> tuple
 
 def launch(
     query: torch.Tensor, key: Any, value: Any, scale: float, valid: torch.Tensor | None, heads: torch.Tensor | None,
-    n_values: int | torch.Tensor | None, threshold: float | None, softcap: float | None,
+    n_values: int | torch.Tensor | None, threshold: float | None, softcap: float | None, sizes: tuple[int, ...],
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Attend from one token.
 
@@ -94,12 +91,14 @@ def launch(
         n_values: values that a head reads, an int, int64 `[B]`, or None for all.
         threshold: largest probability below which a head reads the low planes; None to read both planes at once.
         softcap: bound of the logits, or None.
+        sizes: bytes of a key as it is read first, of its low plane, both of a value, and of a dense key and value.
 
     Returns:
         The fields of `tokenprune.ops.DecodedStep`.
     """
-    keys, values = _stored(key), _stored(value)
-    (batch, n_heads, _, width), (groups, length) = query.shape, keys.main.shape[1:3]
+    (keys, key_strides), (values, value_strides) = _stored(key), _stored(value)
+    key_planes, value_planes = (not isinstance(x, torch.Tensor) for x in (key, value))
+    (batch, n_heads, _, width), (groups, length) = query.shape, keys[0].shape[1:3]
     group = n_heads // groups
     tile = _tile(query, group) | {"HAS_VALID": valid is not None, "HAS_HEADS": heads is not None, "CAP": softcap}
     n_splits, split_length = _split(length, tile["BLOCK"], batch * groups, query.device)
@@ -125,8 +124,8 @@ def launch(
     def softmax(planes: int, *, again: bool) -> None:
         decide = progressive and not again
         decode_logits._logits_kernel[grid](
-            query, keys.main, keys.low, keys.scale, mask, kept, flat, logits, top, total,
-            n_heads, length, scale, split_length, *keys.strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
+            query, *keys, mask, kept, flat, logits, top, total,
+            n_heads, length, scale, split_length, *key_strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
         )  # fmt: skip
         decode_logits._settle_kernel[of_heads](
             top, total, logits, kept, flat, anchor, norm, image, cut, row_counts, n_rows, length, threshold or 0.0,
@@ -136,18 +135,17 @@ def launch(
         )  # fmt: skip
 
     with torch.cuda.device_of(query):
-        softmax((1 if threshold is not None else 2) if keys.planes else 0, again=False)
+        softmax((1 if threshold is not None else 2) if key_planes else 0, again=False)
         if progressive:
             softmax(1, again=True)
         decode_values._values_kernel[grid](
-            logits, values.main, values.low, values.scale, mask, kept, flat, anchor, norm, image, cut,
-            partial, scores, counts, n_heads, length, split_length, *values.strides, *mask_strides,
-            **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if values.planes else 0,
+            logits, *values, mask, kept, flat, anchor, norm, image, cut,
+            partial, scores, counts, n_heads, length, split_length, *value_strides, *mask_strides,
+            **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if value_planes else 0,
             WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
         )  # fmt: skip
         decode_values._combine_kernel[of_heads](
-            partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
-            *keys.bytes(threshold), *values.bytes(threshold), 2 * width * output.element_size(),
+            partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits, *sizes,
             GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width), SPLITS=splits,
             HAS_VALID=valid is not None, HAS_HEADS=heads is not None, enable_fp_fusion=True,
         )  # fmt: skip

@@ -2,25 +2,21 @@
 
 import triton
 import triton.language as tl
+from tokenprune.kernels.common import operand, taking_part
 from tokenprune.kernels.top_k_select import image_of, search
-
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
-_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
 
 
 @triton.jit
 def product(a, b, total):
     """`a @ b + total` in fp32, with operands of a half type on the tensor cores."""
-    if _WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(operand(a), operand(b), total, input_precision="ieee")
 
 
 @triton.jit
 def capped(logit, CAP: tl.constexpr):
     """`CAP * tanh(logit / CAP)` to a few units in the last place of fp32; the logits themselves if `CAP` is None.
 
-    The exponential is that of a negative number. Near 0, where a difference of it would cancel, a series stands for it.
+    The exponential is that of a negative number. Near 0, where a difference of it would cancel, a series replaces it.
     """
     result = logit
     if CAP is not None:
@@ -35,21 +31,14 @@ def capped(logit, CAP: tl.constexpr):
 @triton.jit
 def kept_rows(heads, again, base, member, GROUP: tl.constexpr, HAS_HEADS: tl.constexpr, AGAIN: tl.constexpr):
     """Which rows of a padded group are heads that take part."""
-    kept = member < GROUP
-    if HAS_HEADS:
-        kept = kept & (tl.load(heads + base + member, mask=kept, other=0) != 0)
-    if AGAIN:
-        kept = kept & (tl.load(again + base + member, mask=kept, other=0) != 0)
-    return kept
+    kept = taking_part(heads, base + member, member < GROUP, HAS_HEADS)
+    return taking_part(again, base + member, kept, AGAIN)
 
 
 @triton.jit
 def existing(valid, batch, group, token, end, valid_b, valid_g, valid_n, HAS_VALID: tl.constexpr):
-    inside = token < end
-    if HAS_VALID:
-        place = batch * valid_b + group * valid_g + token.to(tl.int64) * valid_n
-        inside = inside & (tl.load(valid + place, mask=inside, other=0) != 0)
-    return inside
+    place = batch * valid_b + group * valid_g + token.to(tl.int64) * valid_n
+    return taking_part(valid, place, token < end, HAS_VALID)
 
 
 @triton.jit
@@ -64,7 +53,7 @@ def load_halves(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_plane(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """Both halves in fp32 of what a plane stands for before it is scaled; `STEP` is 16 for the high one, 1 for the low.
+    """Both halves in fp32 of what a plane represents before it is scaled; `STEP` is 16 for the high one, 1 for the low.
 
     Nibbles are counted from their middle, and the whole from 128: so the low plane adds to the high one.
     """

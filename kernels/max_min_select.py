@@ -9,99 +9,23 @@ Two schemes, both without a synchronisation with the host:
   Many programs share a row, since one cannot stream all features from memory fast enough. A launch per choice keeps
   them in step; a barrier inside one launch would hang wherever not all programs are resident at once.
 
-A cosine is to depend on its two vectors, not on where they stand, so that equal tokens tie bit for bit and padding
-changes nothing. Hence both schemes accumulate over the channels in the same order and scale by a product that commutes,
-and the compiler may not fuse that scaling with what follows (`enable_fp_fusion=False`; dot products are not affected).
+Both schemes compute cosines in the same way, so that equal tokens tie bit for bit; `cosine` says how.
 """
 
 import torch
 import triton
 import triton.language as tl
+from tokenprune.kernels.common import EXACT, taking_part
+from tokenprune.kernels.cosine import cosines, inverse_lengths, tile_shape
 
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
-_WIDEN = tl.constexpr(INTERPRETED)  # The interpreter multiplies bf16 as if it were integers.
-_EXACT = {"enable_fp_fusion": False}
+_SAME = 2.0**-20  # A cosine distance below this is fp32 noise and counts as 0, so that equal tokens tie.
 
 
 @triton.jit
 def _distance(similarity):
-    """Cosine distance; below 2^-20 it is fp32 noise and counts as 0, so that equal tokens tie."""
+    """Cosine distance, 0 below 2^-20 = `_SAME`."""
     distance = 1.0 - similarity
     return tl.where(distance < 9.5367431640625e-07, 0.0, distance)
-
-
-@triton.jit
-def _usable(valid, base, token, n_tokens, HAS_VALID: tl.constexpr):
-    """Which of the tokens of a row exist and take part."""
-    inside = token < n_tokens
-    if HAS_VALID:
-        inside = inside & (tl.load(valid + base + token, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
-def _multiplicand(block):
-    """Half precision multiplies exactly into fp32 on the tensor cores; fp64 is narrowed to the fp32 of the rule."""
-    if _WIDEN or block.dtype == tl.float64:
-        block = block.to(tl.float32)
-    return block
-
-
-@triton.jit
-def _inverse_length_kernel(
-    x, inverse, n_tokens, width, stride_b, stride_n, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write `inverse [B, N]`: 1 / max(length, 1e-12), and 0 for vectors that are not finite, whose cosines become 0."""
-    row = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    channel = tl.arange(0, BLOCK_D)
-    pointer = x + row * stride_b + token.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        mask = (token < n_tokens)[:, None] & (channel < width - start)[None, :]
-        value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-        total += value * value
-        pointer += BLOCK_D * stride_d
-    length = tl.sqrt(tl.sum(total, axis=1))
-    finite = length < float("inf")  # False for a NaN too.
-    result = tl.where(finite, 1.0 / tl.maximum(length, 1e-12), 0.0)
-    tl.store(inverse + row * n_tokens + token, result, mask=token < n_tokens)
-
-
-@triton.jit
-def _dots(
-    x,
-    left,
-    right,
-    n_tokens,
-    width,
-    stride_n,
-    stride_d,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Dot products `[ROWS, COLUMNS]` in fp32 of the tokens `left` with the tokens `right` of the row at `x`."""
-    channel = tl.arange(0, BLOCK_D)
-    offset = channel.to(tl.int64) * stride_d
-    a_pointer = x + left.to(tl.int64)[:, None] * stride_n + offset[None, :]
-    b_pointer = x + right.to(tl.int64)[None, :] * stride_n + offset[:, None]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        inside = channel < width - start
-        a = tl.load(a_pointer, mask=(left < n_tokens)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_pointer, mask=(right < n_tokens)[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(_multiplicand(a), _multiplicand(b), total, input_precision="ieee")
-        a_pointer += BLOCK_D * stride_d
-        b_pointer += BLOCK_D * stride_d
-    return total
-
-
-@triton.jit
-def _cosines(dots, left_inverse, right_inverse):
-    """Scale by one product of both inverses, which is the same from either side; vectors that are not finite give 0."""
-    scale = left_inverse[:, None] * right_inverse[None, :]
-    return tl.where(scale > 0.0, dots * scale, 0.0)
 
 
 @triton.jit
@@ -119,11 +43,10 @@ def _similarity_kernel(
         return
     n_tiles = tl.num_programs(0)
     left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
-    dots = _dots(x + row * stride_b, left, right, n_tokens, width, stride_n, stride_d, BLOCK, BLOCK, BLOCK_D)
     base = row * n_tokens
-    left_inverse = tl.load(inverse + base + left, mask=left < n_tokens, other=0.0)
-    right_inverse = tl.load(inverse + base + right, mask=right < n_tokens, other=0.0)
-    cosine = _cosines(dots, left_inverse, right_inverse)
+    cosine = cosines(
+        x + row * stride_b, inverse + base, left, right, n_tokens, width, stride_n, stride_d, BLOCK, BLOCK, BLOCK_D
+    )
 
     left_inside, right_inside = left < n_tokens, right < n_tokens
     if STORE:
@@ -134,8 +57,8 @@ def _similarity_kernel(
             tl.store(similarity + place, tl.trans(cosine), mask=right_inside[:, None] & left_inside[None, :])
 
     other = left[:, None] != right[None, :]
-    left_usable = _usable(valid, base, left, n_tokens, HAS_VALID)
-    right_usable = _usable(valid, base, right, n_tokens, HAS_VALID)
+    left_usable = taking_part(valid, base + left, left_inside, HAS_VALID)
+    right_usable = taking_part(valid, base + right, right_inside, HAS_VALID)
     best = tl.max(tl.where(other & right_usable[None, :], cosine, float("-inf")), axis=1)
     tl.store(near + (row * n_tiles + j) * n_tokens + left, best, mask=left_inside)
     if i != j:
@@ -144,23 +67,11 @@ def _similarity_kernel(
 
 
 @triton.jit
-def _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
-    """Distance of tokens to their nearest other one, infinite if there is none; `-1` for those that take no part."""
-    closest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for tile in range(n_tiles):
-        pointer = near + (row * n_tiles + tile) * n_tokens + token
-        closest = tl.maximum(closest, tl.load(pointer, mask=token < n_tokens, other=float("-inf")))
-    return tl.where(_usable(valid, row * n_tokens, token, n_tokens, HAS_VALID), _distance(closest), -1.0)
-
-
-@triton.jit
-def _greedy_kernel(
-    similarity, near, valid, order, path, n_tokens, n_tiles, k, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr
-):
+def _greedy_kernel(similarity, first, order, path, n_tokens, k, BLOCK: tl.constexpr):
     """The greedy loop of one row; `gap`, the distance to the chosen set, stays in registers, `-1` for the chosen."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK)
-    gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
+    gap = tl.load(first + row * n_tokens + token, mask=token < n_tokens, other=-1.0)
     best, chosen = tl.max(gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
     gap = tl.where(gap < 0.0, -1.0, float("inf"))
     for step in range(k):
@@ -171,24 +82,12 @@ def _greedy_kernel(
         tl.store(path + row * k + step, tl.maximum(best, 0.0))
 
 
-@triton.jit
-def _start_kernel(near, valid, gap, best, where, n_tokens, n_tiles, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr):
-    """Before any choice: an infinite `gap [B, N]`; in `best, where [B, 2, tiles]`, every tile's best first choice."""
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token = tile * BLOCK + tl.arange(0, BLOCK)
-    first_gap = _first_gap(near, valid, row, token, n_tokens, n_tiles, HAS_VALID, BLOCK)
-    tl.store(gap + row * n_tokens + token, tl.where(first_gap < 0.0, -1.0, float("inf")), mask=token < n_tokens)
-    value, index = tl.max(first_gap, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best + row * 2 * n_tiles + tile, value)
-    tl.store(where + row * 2 * n_tiles + tile, tile * BLOCK + index)
-
-
 @triton.jit(do_not_specialize=["step"])
 def _step_kernel(
     x, inverse, gap, best, where, order, path, n_tokens, width, stride_b, stride_n, stride_d, k, step,
     TILES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Choice number `step`: read the tiles' best candidates, bring one tile of `gap [B, N]` up to date, write its best.
+    """Choice number `step`: read the tiles' best candidates, update one tile of `gap [B, N]`, write its best.
 
     Candidates are read from one half of `best` and written to the other, since programs of a launch run in any order.
     """
@@ -207,11 +106,11 @@ def _step_kernel(
     inside, base = token < n_tokens, row * n_tokens
     # Sixteen equal columns: the narrowest product, and the same order of additions as in the similarity kernel.
     right = tl.zeros([16], tl.int32) + chosen
-    dots = _dots(x + row * stride_b, token, right, n_tokens, width, stride_n, stride_d, BLOCK, 16, BLOCK_D)
-    left_inverse = tl.load(inverse + base + token, mask=inside, other=0.0)
-    cosine = tl.max(_cosines(dots, left_inverse, tl.load(inverse + base + right)), axis=1)
+    cosine = cosines(
+        x + row * stride_b, inverse + base, token, right, n_tokens, width, stride_n, stride_d, BLOCK, 16, BLOCK_D
+    )
     before = tl.load(gap + base + token, mask=inside, other=-1.0)
-    after = tl.where(token == chosen, -1.0, tl.minimum(before, _distance(cosine)))
+    after = tl.where(token == chosen, -1.0, tl.minimum(before, _distance(tl.max(cosine, axis=1))))
     tl.store(gap + base + token, after, mask=inside)
     value, index = tl.max(after, axis=0, return_indices=True, return_indices_tie_break_left=True)
     half = (row * 2 + (step + 1) % 2) * n_tiles
@@ -241,9 +140,7 @@ def launch(
     path = torch.empty(n_rows, k, dtype=torch.float32, device=features.device)
     if valid is not None:
         valid = valid.contiguous()
-    # fp32 products run on the plain cores and fill the registers sooner; the others run on the tensor cores.
-    block, block_d, warps = (64, 32, 4) if features.element_size() > 2 else (128, 64, 8)
-    tiles = triton.cdiv(n_tokens, block)
+    tiles = triton.cdiv(n_tokens, tile_shape(features)[0])
     row_bytes, small = features[:1].numel() * features.element_size(), 4 * n_tokens * (tiles + 2)
     if hold is None:
         hold = small + 4 * n_tokens**2 <= max(memory, row_bytes) and n_tokens <= 16384  # `_greedy_kernel`'s registers.
@@ -253,46 +150,44 @@ def launch(
         for i in range(0, n_rows, step):
             part = slice(i, i + step)
             some = None if valid is None else valid[part]
-            _launch_rows(features[part], some, k, order[part], path[part], hold, block, block_d, warps)
+            _launch_rows(features[part], some, k, order[part], path[part], hold)
     return order, path
 
 
 def _launch_rows(
-    x: torch.Tensor, valid: torch.Tensor | None, k: int, order: torch.Tensor, path: torch.Tensor,
-    hold: bool, block: int, block_d: int, warps: int,
-) -> None:  # fmt: skip
+    x: torch.Tensor, valid: torch.Tensor | None, k: int, order: torch.Tensor, path: torch.Tensor, hold: bool
+) -> None:
     """Fill `order` and `path [B, k]` for rows that fit into the memory together."""
     n_rows, n_tokens, width = x.shape
+    block, block_d, warps = tile_shape(x)
     tiles = triton.cdiv(n_tokens, block)
-    masked, mask = valid is not None, x if valid is None else valid
-
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    inverse, near = floats(n_rows, n_tokens), floats(n_rows, tiles, n_tokens)
-    similarity = floats(n_rows, n_tokens, n_tokens) if hold else near
-    _inverse_length_kernel[(triton.cdiv(n_tokens, 16), n_rows)](
-        x, inverse, n_tokens, width, *x.stride(), BLOCK=16, BLOCK_D=128, **_EXACT
-    )
+    inverse = inverse_lengths(x)
+    near = torch.empty(n_rows, tiles, n_tokens, dtype=torch.float32, device=x.device)
+    similarity = near.new_empty(n_rows, n_tokens, n_tokens) if hold else near
     _similarity_kernel[(tiles, tiles, n_rows)](
-        x, inverse, mask, similarity, near, n_tokens, width, *x.stride(),
-        HAS_VALID=masked, STORE=hold, BLOCK=block, BLOCK_D=block_d, num_warps=warps, **_EXACT,
+        x, inverse, x if valid is None else valid, similarity, near, n_tokens, width, *x.stride(),
+        HAS_VALID=valid is not None, STORE=hold, BLOCK=block, BLOCK_D=block_d, num_warps=warps, **EXACT,
     )  # fmt: skip
+    # Distances of tokens to their nearest other one, infinite if there is none; -1 for those that take no part.
+    first = 1 - near.amax(1)
+    first.masked_fill_(first < _SAME, 0.0)
+    if valid is not None:
+        first.masked_fill_(~valid, -1.0)
     if hold:
         whole = triton.next_power_of_2(n_tokens)
         _greedy_kernel[(n_rows,)](
-            similarity, near, mask, order, path, n_tokens, tiles, k,
-            HAS_VALID=masked, BLOCK=whole, num_warps=min(max(whole // 256, 1), 16), **_EXACT,
+            similarity, first, order, path, n_tokens, k,
+            BLOCK=whole, num_warps=min(max(whole // 256, 1), 16), **EXACT,
         )  # fmt: skip
         return
-    gap, best = floats(n_rows, n_tokens), floats(n_rows, 2, tiles)
+    gap, best = torch.full_like(first, torch.inf).masked_fill_(first < 0, -1.0), near.new_empty(n_rows, 2, tiles)
     where = torch.empty(n_rows, 2, tiles, dtype=torch.int32, device=x.device)
-    _start_kernel[(tiles, n_rows)](
-        near, mask, gap, best, where, n_tokens, tiles, HAS_VALID=masked, BLOCK=block, **_EXACT
-    )
+    padded = torch.nn.functional.pad(first, (0, tiles * block - n_tokens), value=-1.0)
+    best[:, 0], index = padded.view(n_rows, tiles, block).max(2)
+    where[:, 0] = index + torch.arange(0, tiles * block, block, dtype=torch.int64, device=x.device)
     for step in range(k):
         _step_kernel[(tiles, n_rows)](
             x, inverse, gap, best, where, order, path, n_tokens, width, *x.stride(), k, step,
-            TILES=triton.next_power_of_2(tiles), BLOCK=block, BLOCK_D=block_d, **_EXACT,
+            TILES=triton.next_power_of_2(tiles), BLOCK=block, BLOCK_D=block_d, **EXACT,
         )  # fmt: skip
     path[:, -1] = best[:, k % 2].amax(1).clamp_min(0.0)

@@ -8,9 +8,7 @@ that order. Sums are therefore the same, bit for bit, in every run and in the to
 import torch
 import triton
 import triton.language as tl
-
-INTERPRETED = triton.knobs.runtime.interpret  # The kernels below run on CPU tensors too.
-_EXACT = {"enable_fp_fusion": False}
+from tokenprune.kernels.common import EXACT
 
 
 @triton.jit
@@ -107,6 +105,6 @@ def launch(
         )
         _mean_kernel[(triton.cdiv(n_out, 8), n_rows, triton.cdiv(width, block_d))](
             x, weights, order, start, count, out, size, n_tokens, n_out, width, *x.stride(),
-            HAS_WEIGHT=weight is not None, BLOCK=8, BLOCK_D=block_d, **_EXACT,
+            HAS_WEIGHT=weight is not None, BLOCK=8, BLOCK_D=block_d, **EXACT,
         )  # fmt: skip
     return out, size

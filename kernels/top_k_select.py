@@ -11,8 +11,7 @@ the first. The histogram is counted by votes of a warp, so that scores which sha
 import torch
 import triton
 import triton.language as tl
-
-INTERPRETED = triton.knobs.runtime.interpret  # The kernel below runs on CPU tensors too.
+from tokenprune.kernels.common import taking_part
 
 
 @triton.jit
@@ -29,9 +28,7 @@ def load_image(scores, valid, row, token, n_tokens, stride_b, stride_n, HAS_VALI
     """Images of some entries of a row, and which of them exist and take part."""
     inside = token < n_tokens
     value = tl.load(scores + row * stride_b + token.to(tl.int64) * stride_n, mask=inside, other=0.0).to(tl.float32)
-    if HAS_VALID:
-        inside = inside & (tl.load(valid + row * n_tokens + token, mask=inside, other=0) != 0)
-    return image_of(value), inside
+    return image_of(value), taking_part(valid, row * n_tokens + token, inside, HAS_VALID)
 
 
 @triton.jit

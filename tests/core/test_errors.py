@@ -170,7 +170,7 @@ def test_an_unknown_backend_is_answered_with_the_known_ones(llava, backend):
 
 
 def test_a_backend_that_cannot_run_here_is_named_and_never_replaced(monkeypatch):
-    kernel = pytest.importorskip("tokenprune.kernels.max_min_select", exc_type=ImportError)
+    kernel = pytest.importorskip("tokenprune.kernels.common", exc_type=ImportError)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     model, prompt = tiny("llava"), batch("llava")
     cache = DynamicCache(config=model.config)

@@ -77,7 +77,7 @@ def test_importance_hands_its_backend_tensors_of_one_device(
         WIDEST = 256
 
         @staticmethod
-        def launch(*arguments: Any) -> Tensor:
+        def launch(*arguments: Any, pagerank: bool) -> Tensor:
             handed.extend(tensors(arguments))
             return states(3, 9)
 
@@ -85,7 +85,7 @@ def test_importance_hands_its_backend_tensors_of_one_device(
     query, key = states(3, 4, 9, 8), states(3, 2, 9, 8)
     bias = torch.zeros(1, 1, 9, 9, dtype=seen, device=THERE)
     scores = ops.attention_importance(query, key, scale=1.0, valid=mask(3, 9), seen=bias, reduction=reduction)
-    assert [x.device for x in handed] == [HERE] * 4
+    assert [x.device for x in handed] == [HERE] * 5
     assert scores.device == HERE
 
 

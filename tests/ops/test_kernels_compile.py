@@ -1,10 +1,18 @@
-"""Every Triton kernel compiles to a cubin for sm_80, sm_90 and sm_100; no GPU is needed."""
+"""What the launchers launch compiles ahead of time and fits on every architecture; no GPU is needed.
+
+A case calls a launcher with tensors of a user's shapes, as it would be called on an architecture, and records what it
+launches. Each of those kernels is compiled with the constants and options that the launcher chose, and may not need
+more shared memory than a program has there: where it does, Triton raises when it is launched.
+"""
 
 import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -12,220 +20,234 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tokenprune.ops import Planes, quantize_planes
+
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
-
-# A case names a kernel, the types of its arguments, its constants and its options; a new kernel needs one here.
-Case = tuple[str, dict[str, str], dict[str, Any], dict[str, Any]]
-
-
-def max_min_select_cases(dtype: str, block: int, block_d: int, warps: int) -> list[Case]:
-    """The cases of `kernels/max_min_select.py`, with the constants that its launcher chooses."""
-    tokens = {"x": f"*{dtype}", "n_tokens": "i32", "width": "i32", "stride_b": "i64", "stride_n": "i32"}
-    scratch = {"inverse": "*fp32", "valid": "*i1", "similarity": "*fp32", "near": "*fp32", "gap": "*fp32"}
-    outputs = {
-        "best": "*fp32",
-        "where": "*i32",
-        "order": "*i64",
-        "path": "*fp32",
-        "n_tiles": "i32",
-        "k": "i32",
-        "step": "i32",
-    }
-    types, tile = tokens | scratch | outputs, {"stride_d": 1, "BLOCK": block, "BLOCK_D": block_d}
-    return [
-        ("_inverse_length_kernel", types, {"stride_d": 1, "BLOCK": 16, "BLOCK_D": 128}, {}),
-        ("_similarity_kernel", types, tile | {"HAS_VALID": True, "STORE": True}, {"num_warps": warps}),
-        ("_step_kernel", types, tile | {"TILES": 64}, {}),
-        ("_start_kernel", types, {"HAS_VALID": True, "BLOCK": block}, {}),
-        ("_greedy_kernel", types, {"HAS_VALID": True, "BLOCK": 4096}, {"num_warps": 16}),
-    ]
+KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # Shared memory of a program by architecture.
+MODULES = {path.stem: importlib.import_module(f"tokenprune.kernels.{path.stem}") for path in FOLDER.glob("*.py")}
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def top_k_select_cases(dtype: str, block: int, *, masked: bool) -> list[Case]:
-    """The cases of `kernels/top_k_select.py`, with the constants that its launcher chooses."""
-    types = {"scores": f"*{dtype}", "valid": "*i1", "counts": "*i32", "index": "*i64"}
-    sizes = {"n_tokens": "i32", "width": "i32", "stride_b": "i32"}
-    constants = {"stride_n": 1, "HAS_VALID": masked, "HAS_COUNTS": masked, "BLOCK": block}
-    return [("_top_k_kernel", types | sizes, constants, {"num_warps": min(block // 256, 16)})]
+class Launch(NamedTuple):
+    """One launch: the kernel, its arguments by name, and the options of the compiler."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
 
 
-def bipartite_match_cases(dtype: str, block_d: int, *, masked: bool) -> list[Case]:
-    """The cases of `kernels/bipartite_match.py`, with the constants that its launcher chooses."""
-    tokens = {"keys": f"*{dtype}", "n_tokens": "i32", "width": "i32", "stride_b": "i64", "stride_n": "i32"}
-    masks = {"order": "*i64", "free": "*i1", "valid": "*i1", "n_before": "*i64", "free_stride": "i32"}
-    scratch = {"best": "*fp32", "partner": "*i32", "before": "*i32", "n_sources": "i32", "r": "i32"}
-    types = tokens | masks | scratch | {"index": "*i64", "assign": "*i64", "n_groups": "i32"}
-    tile = {"stride_d": 1, "BLOCK": 64, "BLOCK_D": block_d, "HAS_ORDER": masked, "HAS_FREE": masked}
-    return [
-        ("_partner_kernel", types, tile, {}),
-        ("_assign_kernel", types, {"HAS_ORDER": masked, "BLOCK": 128}, {}),
-        ("_rank_kernel", types, {"BLOCK": 128, "BLOCK_J": 64}, {"num_warps": 4}),
-        ("_rank_kernel", types, {"BLOCK": 4096, "BLOCK_J": 2}, {"num_warps": 16}),
-    ][: 2 if masked else 4]
+class Recorder:
+    """Stands in a kernel's place and writes down its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            names = self.kernel.arg_names
+            arguments = dict(zip(names, args, strict=False)) | {x: y for x, y in kwargs.items() if x in names}
+            self.launches.append(Launch(self.kernel, arguments, {x: y for x, y in kwargs.items() if x not in names}))
+
+        return launch
 
 
-def merge_tokens_cases(dtype: str, *, weighted: bool) -> list[Case]:
-    """The cases of `kernels/merge_tokens.py`, with the constants that its launcher chooses."""
-    tokens = {"x": f"*{dtype}", "weight": "*fp32", "out": f"*{dtype}", "size": "*fp32"}
-    groups = {"assign": "*i64", "order": "*i32", "start": "*i32", "count": "*i32"}
-    sizes = {"n_tokens": "i32", "n_groups": "i32", "width": "i32", "stride_b": "i64", "stride_n": "i32"}
-    types = tokens | groups | sizes
-    return [
-        ("_order_kernel", types, {"BLOCK": 64, "BLOCK_J": 64}, {}),
-        ("_mean_kernel", types, {"stride_d": 1, "HAS_WEIGHT": weighted, "BLOCK": 8, "BLOCK_D": 256}, {}),
-    ]
+def kernels_of(module: ModuleType) -> dict[str, Any]:
+    found = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    return {name: value for name, value in found.items() if name.endswith("_kernel")}
 
 
-def attention_importance_cases(dtype: str, width: int) -> list[Case]:
-    """The cases of `kernels/attention_importance.py`: plain causal ones, and all that a mask and a window add."""
-    from tokenprune.kernels.attention_importance import tiles
-
-    tensors = {"query": f"*{dtype}", "key": f"*{dtype}", "valid": "*i1", "before": "*i32"}
-    floats = {"lse": "*fp32", "weight": "*fp32", "out": "*fp32", "scale": "fp32", "bias_scale": "fp32", "low": "fp32"}
-    integers = ("n_queries", "n_keys", "width", "n_heads", "group", "window", "stride_sb", "stride_sq")
-    strides = [f"stride_{side}{axis}" for side in "qk" for axis in "bhn"]
-    types = tensors | floats | dict.fromkeys([*integers, *strides], "i32")
-    cases = []
-    for seen, pointer, masked in ((0, f"*{dtype}", False), (1, "*i1", True), (2, "*fp32", True)):
-        kinds = {"CAUSAL": seen == 0, "WINDOW": masked, "SEEN": seen, "HAS_VALID": masked}
-        kinds |= {"CAP": 50.0 if seen == 1 else None}
-        fixed = kinds | {"stride_qd": 1, "stride_kd": 1, "stride_sk": 1}
-        for name, chosen in zip(("_log_sum_exp_kernel", "_column_kernel"), tiles(width, ITEMSIZE[dtype]), strict=True):
-            options = {option: chosen[option] for option in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-            tile = {constant: value for constant, value in chosen.items() if constant.isupper()}
-            tile |= {"WEIGHTED": masked} if name == "_column_kernel" else {}
-            cases.append((name, types | {"seen": pointer}, fixed | tile, options))
-    return cases
+def launches_of(case: Callable[[], object], kib: int) -> list[Launch]:
+    """What a case launches where a program has so much shared memory, without repeats."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES.values():
+            if hasattr(module, "shared_memory"):
+                patch.setattr(module, "shared_memory", lambda _: kib << 10)
+            for name, kernel in kernels_of(module).items():
+                patch.setattr(module, name, Recorder(kernel, launches))
+        case()
+    return list({str(signature_of(one)) + str(one.options) + one.kernel.__name__: one for one in launches}.values())
 
 
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Types of the arguments, the constants among them, and which ones are divisible by 16, as Triton finds them."""
+    types, constants, aligned = {}, {}, []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            types[name] = f"*{NAMES[value.dtype]}"
+            aligned.append(name)
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            types[name], constants[name] = "constexpr", value
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(name)
+    return types, constants, aligned
 
 
-def decode_cases(
-    kernel: str, dtype: str, planes: int, *, masked: bool, half: int = 64, cap: float | None = None
-) -> list[Case]:
-    """The cases of `kernels/decode_logits.py` and `kernels/decode_values.py`, with the constants of their launcher."""
-    stored = "u8" if planes else dtype
-    tensors = {
-        "query": dtype,
-        "key": stored,
-        "value": stored,
-        "low": stored,
-        "key_scale": "fp32",
-        "value_scale": "fp32",
-    }
-    floats = dict.fromkeys(("logits", "top", "total", "anchor", "norm", "partial", "scores", "magnitude"), "fp32")
-    others = {"valid": "i1", "heads": "i8", "again": "i8", "flat": "i8", "image": "i32", "cut": "i32", "counts": "i32"}
-    outputs = {"output": dtype, "read": "i64", "valid_counts": "i64"}
-    types = {name: f"*{of}" for name, of in (tensors | floats | others | outputs).items()}
-    types |= {"scale": "fp32", "threshold": "fp32"}
-    types |= {f"{name}_b": "i64" for name in ("key", "value", "scale", "valid")}
-    names = ("n_heads", "length", "split_length", "n_values", "n_splits")
-    sizes = ("key_row", "key_low", "value_row", "value_low", "dense_row")
-    types |= dict.fromkeys(
-        [*names, *sizes, *(f"{x}_{y}" for x in ("key", "value", "scale", "valid") for y in "gn")], "i32"
-    )
-    tile = {"GROUP": 4, "ROWS": 16, "HALF": half, "BLOCK": 32 if dtype == "fp32" or half > 64 else 64, "PLANES": planes}
-    tile |= {"WIDTH": 2 * half, "HAS_VALID": masked, "HAS_HEADS": masked, "CAP": cap}
-    settle = {"HAS_HEADS": masked, "DECIDE": planes == 1, "SELECT": masked, "HAS_COUNTS": masked, "SPLITS": 64}
-    combine = {"GROUP": 4, "WIDTH": 2 * half, "PADDED": 2 * half, "SPLITS": 64}
-    constants = {
-        "_logits_kernel": tile | {"AGAIN": False},
-        "_settle_kernel": settle | {"BLOCK": 8192},
-        "_values_kernel": tile | {"WIDE": dtype == "fp32", "SELECT": masked},
-        "_combine_kernel": combine | {"HAS_VALID": masked, "HAS_HEADS": masked},
-    }[kernel]
-    again = [(kernel, types, constants | {"AGAIN": True}, {})] if kernel == "_logits_kernel" and planes == 1 else []
-    return [(kernel, types, constants, {"num_warps": 8} if kernel == "_settle_kernel" else {}), *again]
-
-
-CASES: dict[str, dict[str, list[Case]]] = {
-    "attention_importance": {
-        "bf16": [case for width in (64, 128, 256) for case in attention_importance_cases("bf16", width)[:2]]
-        + attention_importance_cases("bf16", 80)[2:],
-        "fp32": attention_importance_cases("fp32", 128)[::5],
-        "fp16": attention_importance_cases("fp16", 128),
-        "fp64": attention_importance_cases("fp64", 64)[:2],
-    },
-    "bipartite_match": {
-        "fp32": bipartite_match_cases("fp32", 32, masked=False) + bipartite_match_cases("fp32", 32, masked=True),
-        "bf16": bipartite_match_cases("bf16", 64, masked=True),
-        "fp16": bipartite_match_cases("fp16", 64, masked=True)[:1],
-        "fp64": bipartite_match_cases("fp64", 32, masked=True)[:1],
-    },
-    "merge_tokens": {
-        "fp32": merge_tokens_cases("fp32", weighted=False),
-        "bf16": merge_tokens_cases("bf16", weighted=True),
-        "fp16": merge_tokens_cases("fp16", weighted=True)[1:],
-        "fp64": merge_tokens_cases("fp64", weighted=True)[1:],
-    },
-    "decode_logits": {
-        "fp32": decode_cases("_logits_kernel", "fp32", 0, masked=True)
-        + decode_cases("_settle_kernel", "fp32", 1, masked=False)
-        + decode_cases("_settle_kernel", "fp32", 0, masked=True),
-        "bf16": decode_cases("_logits_kernel", "bf16", 0, masked=False)
-        + decode_cases("_logits_kernel", "bf16", 1, masked=True)
-        + decode_cases("_logits_kernel", "bf16", 1, masked=True, cap=50.0),
-        "fp16": decode_cases("_logits_kernel", "fp16", 0, masked=True)
-        + decode_cases("_logits_kernel", "fp16", 2, masked=False, half=128),
-    },
-    "decode_values": {
-        "fp32": decode_cases("_values_kernel", "fp32", 3, masked=True),
-        "bf16": decode_cases("_values_kernel", "bf16", 0, masked=False)
-        + decode_cases("_values_kernel", "bf16", 3, masked=True)
-        + decode_cases("_values_kernel", "bf16", 3, masked=True, cap=50.0)
-        + decode_cases("_combine_kernel", "bf16", 0, masked=True),
-        "fp16": decode_cases("_values_kernel", "fp16", 1, masked=True)
-        + decode_cases("_values_kernel", "fp16", 2, masked=False, half=128)
-        + decode_cases("_combine_kernel", "fp16", 0, masked=False),
-    },
-    "max_min_select": {
-        "fp32": max_min_select_cases("fp32", 64, 32, 4),
-        "bf16": max_min_select_cases("bf16", 128, 64, 8),
-        "fp16": max_min_select_cases("fp16", 128, 64, 8)[:3],
-        "fp64": max_min_select_cases("fp64", 64, 32, 4)[:3],
-    },
-    "top_k_select": {
-        "fp32": top_k_select_cases("fp32", 8192, masked=False),
-        "bf16": top_k_select_cases("bf16", 8192, masked=True),
-        "fp16": top_k_select_cases("fp16", 8192, masked=True),
-    },
+NAMES = {
+    **{BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64", torch.bool: "i1", torch.uint8: "u8"},
+    **{torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"},
 }
 
 
-def parameters() -> list[Any]:
-    """One test per file, dtype, kernel and architecture; the rarer dtypes only in the wide matrix."""
-    return [
-        pytest.param(
-            file,
-            case,
-            arch,
-            id=f"{file}-{case[0]}-{dtype}-sm_{arch}",
-            marks=[pytest.mark.matrix] * (dtype in ("fp16", "fp64")),
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def importance(width: int, dtype: torch.dtype, seen: str = "", softcap: float | None = None) -> Callable[[], object]:
+    """Causal attention importance of a prompt; `seen`: a mask of that kind, with padding, a window and weights."""
+
+    def case() -> None:
+        query, key = (torch.empty(2, heads, 300, width, dtype=dtype) for heads in (8, 2))
+        mask = torch.empty(2, 1, 300, 300, dtype=torch.bool if seen == "bool" else FP32) if "l" in seen else None
+        valid, before = torch.ones(2, 300, dtype=torch.bool) if seen else None, torch.zeros(2, dtype=torch.int64)
+        rule = width**-0.5, 1.0, True, 90 if seen == "window" else None, softcap
+        MODULES["attention_importance"].launch(query, key, valid, mask, before, *rule, pagerank=bool(seen))
+
+    return case
+
+
+def decoding(width: int, dtype: torch.dtype, kind: str = "") -> Callable[[], object]:
+    """A decoding step; `kind`: plain, with planes read at once, or with all that a step may do."""
+
+    def case() -> None:
+        query = torch.zeros(2, 8, 1, width, dtype=dtype)
+        key: Any = torch.zeros(2, 2, 3000, width, dtype=dtype)
+        key = quantize_planes(key) if kind else key
+        assert isinstance(key, Planes) == bool(kind)
+        masks: tuple[Any, ...] = (None, None, None)
+        if kind == "everything":
+            masks = torch.ones(2, 2, 3000) > 0, torch.ones(2, 8) > 0, torch.ones(2, dtype=torch.int64)
+        threshold, softcap = (0.1, 50.0) if kind == "everything" else (None, None)
+        MODULES["decode_attention"].launch(
+            query, key, key, width**-0.5, *masks, threshold, softcap, (132, 64, 132, 64, 512)
         )
-        for file, dtypes in CASES.items()
-        for dtype, cases in dtypes.items()
-        for case in cases
-        for arch in (80, 90, 100)
-    ]
+
+    return case
 
 
-@pytest.mark.parametrize(("file", "case", "arch"), parameters())
-def test_kernel_compiles(file: str, case: Case, arch: int) -> None:
-    name, types, constants, options = case
-    kernel = getattr(importlib.import_module(f"tokenprune.kernels.{file}"), name)
-    signature = {argument: "constexpr" if argument in constants else types[argument] for argument in kernel.arg_names}
-    aligned = [i for i, argument in enumerate(kernel.arg_names) if signature[argument].startswith("*")]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"enable_fp_fusion": False} | options
-    assert triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+def max_min(dtype: torch.dtype, *, hold: bool) -> Callable[[], object]:
+    def case() -> None:
+        x, valid = torch.empty(2, 3000, 1024, dtype=dtype), torch.ones(2, 3000, dtype=torch.bool)
+        MODULES["max_min_select"].launch(x, valid, 3, memory=1 << 30, hold=hold)
+
+    return case
 
 
-def test_every_kernel_has_a_case() -> None:
-    for path in FOLDER.glob("*.py"):
-        module = importlib.import_module(f"tokenprune.kernels.{path.stem}")
-        kernels = {
-            name for name, value in vars(module).items() if isinstance(value, triton.JITFunction) and "_kernel" in name
-        }
-        covered = {case[0] for cases in CASES.get(path.stem, {}).values() for case in cases}
-        assert kernels == covered, f"kernels/{path.name}: cases are missing or stale in {Path(__file__).name}"
+def match(dtype: torch.dtype, n: int = 577, *, masked: bool = False) -> Callable[[], object]:
+    def case() -> None:
+        mask = torch.ones(2, n, dtype=torch.bool) if masked else None
+        MODULES["bipartite_match"].launch(torch.empty(2, n, 64, dtype=dtype), mask, mask, 16)
+
+    return case
+
+
+def merge(dtype: torch.dtype, *, weighted: bool = False) -> Callable[[], object]:
+    def case() -> None:
+        weight = torch.ones(2, 577) if weighted else None
+        assign = torch.zeros(2, 577, dtype=torch.int64)
+        MODULES["merge_tokens"].launch(torch.empty(2, 577, 1024, dtype=dtype), assign, 500, weight)
+
+    return case
+
+
+def top_k(dtype: torch.dtype, *, masked: bool = False) -> Callable[[], object]:
+    def case() -> None:
+        valid, counts = (torch.ones(2, 9000, dtype=torch.bool), [100, 3]) if masked else (None, None)
+        MODULES["top_k_select"].launch(torch.empty(2, 9000, dtype=dtype), valid, 100, counts)
+
+    return case
+
+
+# What is compiled in every run, and for which architectures.
+CASES: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
+    "importance-bf16-128": (importance(128, BF16), (80, 90, 100)),
+    "importance-fp16-128": (importance(128, FP16), (75,)),
+    "decoding-fp32-256-everything": (decoding(256, FP32, "everything"), (75,)),
+    "importance-bf16-64-window": (importance(64, BF16, "window"), (90,)),
+    "importance-bf16-256-bool-capped": (importance(256, BF16, "bool", 50.0), (120,)),
+    "importance-fp32-128-float": (importance(128, FP32, "float"), (90,)),
+    "decoding-bf16-128": (decoding(128, BF16), (80, 100)),
+    "decoding-bf16-256-everything": (decoding(256, BF16, "everything"), (90,)),
+    "max-min-bf16-held": (max_min(BF16, hold=True), (80, 90)),
+    "max-min-fp32-streamed": (max_min(FP32, hold=False), (90,)),
+    "match-bf16-masked": (match(BF16, masked=True), (80, 100)),
+    "match-fp32-8000": (match(FP32, 8000), (90,)),
+    "merge-bf16-weighted": (merge(BF16, weighted=True), (90,)),
+    "top-k-bf16-masked": (top_k(BF16, masked=True), (90,)),
+}
+# The wide matrix: what blocks of importance follow is compiled for every architecture, the rest for one of each kind.
+KINDS = (75, 86, 90, 100)
+WIDE: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {
+    "importance-bf16-256": (importance(256, BF16), tuple(KIB)),
+    "importance-fp16-256-float": (importance(256, FP16, "float"), tuple(KIB)),
+}
+for size in (64, 80, 128, 256):
+    WIDE[f"importance-fp16-{size}"] = importance(size, FP16), tuple(KIB)
+for each, size in [(FP16, 64), (FP16, 128), (FP16, 256), (FP32, 128), (FP32, 256)]:
+    for what in ("", "planes", "everything"):
+        WIDE[f"decoding-{NAMES[each]}-{size}-{what or 'plain'}"] = decoding(size, each, what), KINDS
+for each in (FP16, FP32, FP64):
+    WIDE |= {
+        f"max-min-{NAMES[each]}-held": (max_min(each, hold=True), KINDS),
+        f"max-min-{NAMES[each]}-step": (max_min(each, hold=False), KINDS),
+        f"match-{NAMES[each]}": (match(each), KINDS),
+        f"match-{NAMES[each]}-protected": (match(each, masked=True), KINDS),
+        f"merge-{NAMES[each]}": (merge(each), KINDS),
+        f"top-k-{NAMES[each]}": (top_k(each), KINDS),
+    }
+
+
+def parameters() -> Iterator[Any]:
+    """Cases and architectures, the usual ones and those of the wide matrix."""
+    for cases, marks in ((CASES, ()), (WIDE, (pytest.mark.matrix,))):
+        for name, (case, architectures) in cases.items():
+            for arch in architectures:
+                yield pytest.param(case, arch, id=f"{name}-sm_{arch}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "arch"), list(parameters()))
+def test_what_is_launched_compiles_and_fits(case: Callable[[], object], arch: int) -> None:
+    launches = launches_of(case, KIB[arch])
+    assert launches
+    for launch in launches:
+        types, constants, aligned = signature_of(launch)
+        attributes = {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(launch.kernel, types, constants, attributes)
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+        assert done.asm["cubin"]
+        assert done.metadata.shared <= KIB[arch] << 10, launch.kernel.__name__
+
+
+@pytest.mark.parametrize("kib", sorted(set(KIB.values())))
+def test_blocks_follow_the_shared_memory(kib: int) -> None:
+    """A tile that is held, and as many of those that pass by as there are stages, fit in whatever is left of it."""
+    blocks_for = MODULES["attention_importance"].blocks_for
+    pieces = blocks_for(128, 4, kib << 10)
+    assert kib << 10 >= 4 * 32 * 2 * (64 + 64)
+    for width in range(1, 257):
+        assert blocks_for(width, 4, kib << 10) == blocks_for(width, 8, kib << 10) == pieces
+        first, second = blocks_for(width, 2, kib << 10)
+        if kib < 99:
+            assert (first, second) == pieces
+            continue
+        sides = first["BLOCK_M"] + first["num_stages"] * first["BLOCK_N"]
+        assert 2 * first["BLOCK_D"] * sides <= kib << 10
+        assert first["BLOCK_D"] >= width
+        assert (second["BLOCK_N"], second["BLOCK_M"]) == (first["BLOCK_M"], first["BLOCK_N"])
+
+
+@pytest.mark.parametrize("kib", sorted(set(KIB.values())))
+def test_blocks_of_a_decoding_step_follow_the_shared_memory(kib: int) -> None:
+    """Both halves of a block of fp32 vectors, in two stages."""
+    for width in range(1, 257):
+        tile = MODULES["decode_attention"].blocks_for(width, 4, kib << 10)
+        assert 2 * 2 * 4 * tile["HALF"] * tile["BLOCK"] < kib << 10
+        assert tile["HALF"] >= (width + 1) // 2
+        assert tile["BLOCK"] >= 16  # The least of a product.
+
+
+def test_every_kernel_is_launched_by_a_case() -> None:
+    launched = {one.kernel.__name__ for case, _ in CASES.values() for one in launches_of(case, KIB[90])}
+    assert launched == {name for module in MODULES.values() for name in kernels_of(module)}

@@ -4,19 +4,17 @@ This file also is the program that runs the Triton cases, in a process of its ow
 `python test_ops_decode.py CASES RESULTS`.
 """
 
-import importlib
 import os
 import subprocess
 import sys
 from typing import Any
 
+import naive_ops
 import pytest
 import torch
 
 from tokenprune import ops
 from tokenprune.errors import BackendError, InputError, OptionError
-
-reference = importlib.import_module("tokenprune.kernels.reference")
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -149,7 +147,7 @@ def naive(arguments: tuple[Any, ...], options: dict[str, Any]) -> ops.DecodedSte
             members = [h for h in range(n_heads) if h // (n_heads // groups) == g and heads[b, h]]
             for h in members:
                 stored = [[x[b, g] for x in levels(whole)] for whole in (key, value)]
-                found = reference.decode_attention(
+                found = naive_ops.decode_attention(
                     query[b, h, 0], *stored, options["scale"], valid[b, g].tolist(), count, threshold,
                     options.get("softcap"),
                 )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import naive_ops
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +21,6 @@ from hypothesis import strategies as st
 from tokenprune import ops
 from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops import max_min_search
-
-reference = importlib.import_module("tokenprune.kernels.reference")
 
 SIZES = (1, 2, 63, 197, 577)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,11 +33,10 @@ def features(n: int, dtype: torch.dtype = torch.float32, rows: int = 1, width: i
 
 @pytest.fixture(params=["held", "lazy", "blockwise"])
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the similarity held, with unit vectors only, and with neither, in blocks of a few tokens."""
-    if request.param != "held":
-        monkeypatch.setattr(max_min_search._Units, "similarity", None)
+    """Runs a test with the similarity held, without it, and without it in blocks of a few tokens."""
+    if request.param == "lazy":
         monkeypatch.setattr(
-            max_min_search._Units, "holds_similarity", property(lambda _: False, lambda *_: None), raising=False
+            max_min_search._Cosines, "similarity", property(lambda _: None, lambda *_: None), raising=False
         )
     if request.param == "blockwise":
         monkeypatch.setattr(max_min_search, "MEMORY", 0)
@@ -62,7 +60,7 @@ def poison():
 def test_torch_follows_the_naive_loop(n: int, dtype: torch.dtype, scheme: str, poison: None) -> None:
     x = features(n, dtype)
     for k in {1, max(1, n // 4), min(n, 150)}:
-        order, radius = reference.max_min_select(x[0], k)
+        order, radius = naive_ops.max_min_select(x[0], k)
         got = ops.max_min_select(x, k=k)
         assert got.order[0].tolist() == order
         assert got.index[0].tolist() == sorted(order)
@@ -127,7 +125,7 @@ def test_repeats_come_last_and_in_order(scheme: str) -> None:
     x = features(90, width=1000)
     x = torch.cat([x, x[:, 40:], x[:, :40]], 1)
     order = ops.max_min_select(x, k=120).order[0].tolist()
-    assert order == reference.max_min_select(x[0], 120)[0]
+    assert order == naive_ops.max_min_select(x[0], 120)[0]
     assert sorted(order[:90]) == list(range(90))
     assert order[90:] == list(range(90, 120))
 
@@ -164,9 +162,9 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(scheme: str, poison: None) -> 
         assert torch.equal(got.radius_path[i], want.radius_path[0])
 
 
-@pytest.mark.parametrize("n", [577, 2100])
-def test_a_row_of_a_batch_is_the_row_alone(n: int) -> None:
-    x = features(n, rows=3, width=96)
+@pytest.mark.parametrize(("n", "width"), [(577, 96), (2100, 96), (577, 9), (301, 33)])
+def test_a_row_of_a_batch_is_the_row_alone(n: int, width: int) -> None:
+    x = features(n, rows=3, width=width)
     got = ops.max_min_select(x, k=99)
     for i in range(3):
         want = ops.max_min_select(x[i : i + 1], k=99)
@@ -229,7 +227,7 @@ def test_properties_of_the_choice(case: tuple[list[list[int]], int]) -> None:
     assert index == sorted(order)
     assert ops.max_min_select(x[None], k=len(x)).order[0, :k].tolist() == order
 
-    distance = reference.cosine_distance(x)
+    distance = naive_ops.cosine_distance(x)
     assert got.radius.item() == pytest.approx(distance[:, order].amin(1).max().item(), abs=1e-6)
     for i in range(1, k):  # Every choice is as far as any other token could have been.
         gap = distance[:, order[:i]].amin(1)
@@ -273,8 +271,9 @@ def test_memory_of_the_triton_version_is_bounded(monkeypatch: pytest.MonkeyPatch
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: None
 
-    for name in [name for name in vars(kernel) if name.endswith("_kernel")]:
-        monkeypatch.setattr(kernel, name, Skipped())
+    for module in (kernel, importlib.import_module("tokenprune.kernels.cosine")):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Skipped())
     for n, width, rows, dtype in (
         (8192, 1024, 3, torch.bfloat16),
         (2880, 1024, 5, torch.float32),

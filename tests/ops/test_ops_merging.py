@@ -4,7 +4,6 @@ Triton has to know that it is to interpret before it is imported, so this file a
 cases in a process of its own: `python test_ops_merging.py CASES RESULTS`.
 """
 
-import importlib
 import itertools
 import os
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import naive_ops
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 from tokenprune import ops
 from tokenprune.errors import BackendError, InputError, OptionError
 from tokenprune.ops import merging
-
-reference = importlib.import_module("tokenprune.kernels.reference")
 
 SIZES = (1, 2, 63, 197, 577)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +39,7 @@ def same_as_naive(
     r = x.shape[1] - got.index.shape[1]
     for i, row in enumerate(x):
         safe = None if protected is None else protected.expand(x.shape[:2])[i].tolist()
-        index, assign = reference.bipartite_match(row, r, safe, None if valid is None else valid[i].tolist())
+        index, assign = naive_ops.bipartite_match(row, r, safe, None if valid is None else valid[i].tolist())
         assert got.index[i].tolist() == index
         assert got.assign[i].tolist() == assign
 
@@ -215,7 +213,7 @@ def test_merging_follows_the_naive_loop(n: int, dtype: torch.dtype, poison: None
             got = ops.merge_tokens(x, assign, n_out=m, weight=w)
             assert (got.tokens.dtype, got.size.dtype) == (dtype, torch.float32)
             for i in range(2):
-                want, size = reference.merge_tokens(x[i], assign[i].tolist(), m, None if w is None else w[i].tolist())
+                want, size = naive_ops.merge_tokens(x[i], assign[i].tolist(), m, None if w is None else w[i].tolist())
                 epsilon = max(torch.finfo(dtype).eps, 1e-7)
                 torch.testing.assert_close(got.tokens[i].double(), want, atol=4 * epsilon, rtol=2 * epsilon)
                 torch.testing.assert_close(got.size[i], torch.tensor(size), atol=0, rtol=1e-5)

@@ -38,7 +38,7 @@ SOURCES = (
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 IMPORTED = [
     "tokenprune",
-    *(f"tokenprune.kernels.{name}" for name in (KERNELS if find_spec("triton") else ["reference"])),
+    *(f"tokenprune.kernels.{name}" for name in KERNELS if find_spec("triton")),
 ]
 HEAVY = ("accelerate", "matplotlib", "PIL", "timm", "torchvision", "transformers", "triton")
 ORIGINS = "print(json.dumps({name: importlib.import_module(name).__file__ for name in json.loads(sys.argv[2])}))"

@@ -2,6 +2,9 @@
 
 `backend` is `"auto"`, `"torch"` or `"triton"`. The torch versions are the specification. `"auto"` takes Triton for CUDA
 tensors where Triton is installed, and torch everywhere else; an explicit backend never falls back to another one.
+
+Every formula is written once for users, here, and once more as a naive loop that the tests compare it with: that oracle
+is no part of the library, and lies with the tests.
 """
 
 from tokenprune.ops.attention import attention_importance

@@ -1,13 +1,12 @@
 """How much attention every key gets."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
-from tokenprune.ops import attention_rows
-from tokenprune.ops.backend import check_softcap, find_kernel, uncast
+from tokenprune.ops.attention_rows import Row, Rule, one_query
+from tokenprune.ops.backend import find_kernel, uncast
+from tokenprune.ops.checks import LARGEST, LEAST_POSITIVE, check_number, check_softcap, check_tensor
 
 REDUCTIONS = ("column_sum", "last_query", "pagerank")
 
@@ -37,7 +36,7 @@ def attention_importance(
     - `"pagerank"`: five steps `s <- s P` per head from the uniform vector over the `n` valid tokens of a row, then the
       root mean square over heads (AIM, arXiv 2412.03248, whose temperature is 0.1).
 
-    Padding is left out of everything, its rows and its columns; its scores are 0. A query that sees nothing contributes
+    Padding takes no part, neither as queries nor as keys; its scores are 0. A query that sees nothing contributes
     nothing. What a row gets depends on its valid tokens alone. Products and sums are taken in fp32 whatever the dtype.
 
     A NaN or an infinity is told: if a query that counts (a valid one; for `"last_query"` the last of them) sees a key
@@ -75,57 +74,73 @@ def attention_importance(
             queries than keys.
         BackendError: the explicit backend cannot run here, or not with these arguments.
     """
-    _check_options(scale, window, reduction, temperature)
-    check_softcap("attention_importance", softcap)
-    _check_tensors(query, key, valid, seen)
+    name = "attention_importance"
+    if reduction not in REDUCTIONS:
+        raise OptionError(f"attention_importance knows the reductions {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    check_number(name, "scale", scale, "a finite number", -LARGEST)
+    check_number(name, "temperature", temperature, "a positive, finite number", LEAST_POSITIVE)
+    if window is not None:
+        check_number(name, "window", window, "an int of at least 1, or None,", 1, whole=True)
+    check_softcap(name, softcap)
+    _check_tensors(query, key)
+    n_rows, n_queries, n_keys = len(key), query.shape[2], key.shape[2]
+    check_tensor(name, "valid", valid, "torch.bool", (n_rows, n_keys))
+    check_tensor(name, "seen", seen, "torch.bool or floats", (n_rows, 1, n_queries, n_keys), (1, 1, n_queries, n_keys))
     if reduction == "pagerank" and query.shape[2] != key.shape[2]:
         raise InputError(
             f"attention_importance needs as many queries as keys for 'pagerank', got {query.shape[2]} and "
             f"{key.shape[2]}; 'column_sum' and 'last_query' work here."
         )
-    valid, seen = (None if x is None else x.to(key.device) for x in (valid, seen))
-    kernel = find_kernel("attention_importance", "attention_importance", backend, key)
-    rule = attention_rows.Rule(scale, temperature, causal, window, softcap)
+    kernel = find_kernel(name, name, backend, key)
+    valid = None if valid is None else valid.to(key.device)
+    seen = None if seen is None else seen.to(key.device).expand(n_rows, -1, -1, -1)
+    rule = Rule(scale, temperature, causal, window, softcap)
+    before = torch.full((n_rows,), n_keys - n_queries, dtype=torch.int64, device=key.device)
+    if reduction == "last_query":
+        query, seen, before = _last(query, valid, seen, before)
     if kernel is not None and query.shape[3] <= kernel.WIDEST:
-        return _tell(kernel.launch(query, key, valid, seen, *rule, reduction), valid)
-    if backend == "triton":
+        scores: Tensor = kernel.launch(query, key, valid, seen, before, *rule, pagerank=reduction == "pagerank")
+    elif backend == "triton":
         raise BackendError(
             f"attention_importance was asked for backend='triton' with heads of width {query.shape[3]}; Triton's are "
             f"at most {kernel.WIDEST} wide, 'torch' and 'auto' work here."
         )
-    with uncast(key):
-        single = query.shape[2] == 1 and reduction != "pagerank" and seen is None
-        if single and attention_rows.is_small(query, key):
-            scores = attention_rows.one_query(query, key, valid, rule)
-            return _tell(scores.div_(query.shape[1]) if reduction == "last_query" else scores, valid)
-        scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
-        for i in range(len(key)):
-            mask, row_valid = None if seen is None else seen[i % len(seen), 0], None if valid is None else valid[i]
-            scores[i] = attention_rows.score(query[i], key[i], row_valid, mask, rule, reduction)
-    return _tell(scores, valid)
-
-
-def _tell(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Scores with NaN for all valid tokens of a row where one of them is NaN: which ones were is up to the backend."""
-    broken = scores.isnan().any(1, keepdim=True)
+    else:
+        with uncast(key):
+            scores = _score(query, key, valid, seen, before, rule, pagerank=reduction == "pagerank")
+    if reduction == "last_query":
+        scores.div_(query.shape[1])
+    # Which scores became NaN is up to the backend; all of a row are told.
+    broken: Tensor = scores.isnan().any(1, keepdim=True)
     return scores.masked_fill_(broken if valid is None else broken & valid, torch.nan)
 
 
-def _check_options(scale: float, window: int | None, reduction: str, temperature: float) -> None:
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    if reduction not in REDUCTIONS:
-        raise OptionError(f"attention_importance knows the reductions {', '.join(REDUCTIONS)}; got {reduction!r}.")
-    if not number(scale):
-        raise OptionError(f"attention_importance needs a finite number as scale; got {scale!r}.")
-    if not number(temperature) or temperature <= 0:
-        raise OptionError(f"attention_importance needs a positive, finite temperature; got {temperature!r}.")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise OptionError(f"attention_importance needs an int of at least 1, or None, as window; got {window!r}.")
+def _last(
+    query: Tensor, valid: Tensor | None, seen: Tensor | None, before: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The last valid query of every row, what it sees, and its position; without one, the first, which is not valid."""
+    at = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)
+    at = at[-1:].expand(len(query)) if valid is None else (valid[:, -len(at) :] * at).amax(1)
+    place = at[:, None, None, None]
+    if seen is not None:
+        seen = seen.gather(2, place.expand(-1, -1, -1, seen.shape[3]))
+    return query.gather(2, place.expand(-1, query.shape[1], -1, query.shape[3])), seen, before + at
 
 
-def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None) -> None:
+def _score(
+    query: Tensor, key: Tensor, valid: Tensor | None, seen: Tensor | None, before: Tensor, rule: Rule, *, pagerank: bool
+) -> Tensor:
+    """The torch version: column sums, or page-rank importance, `[B, Lk]`."""
+    if query.shape[2] == 1 and not pagerank:
+        return one_query(query, key, valid, seen, before, rule)
+    scores = key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+    for i in range(len(key)):
+        row = Row(query[i], key[i], None if valid is None else valid[i], None if seen is None else seen[i, 0], rule)
+        scores[i] = row.pagerank() if pagerank else row.column_sum()
+    return scores
+
+
+def _check_tensors(query: Tensor, key: Tensor) -> None:
     fits = query.ndim == key.ndim == 4 and 0 not in (*query.shape[1:], *key.shape[1:])
     fits = fits and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
     fits = fits and query.shape[1] % key.shape[1] == 0 and query.shape[2] <= key.shape[2]
@@ -134,19 +149,4 @@ def _check_tensors(query: Tensor, key: Tensor, valid: Tensor | None, seen: Tenso
             "attention_importance needs query [B, H, Lq, K] and key [B, Hkv, Lk, K] of one float dtype on one device, "
             "with H a multiple of Hkv, 1 <= Lq <= Lk and K >= 1; "
             f"got {query.dtype} {list(query.shape)} on {query.device}, {key.dtype} {list(key.shape)} on {key.device}."
-        )
-    rows, tokens = [key.shape[0], key.shape[2]], query.shape[2]
-    if valid is not None and (valid.dtype != torch.bool or list(valid.shape) != rows):
-        raise InputError(
-            f"attention_importance needs valid as torch.bool {rows}, to go with the key; "
-            f"got {valid.dtype} {list(valid.shape)}."
-        )
-    if seen is None:
-        return
-    right = seen.dtype == torch.bool or seen.is_floating_point()
-    shapes = [[n, 1, tokens, key.shape[2]] for n in (key.shape[0], 1)]
-    if not right or list(seen.shape) not in shapes:
-        raise InputError(
-            f"attention_importance needs seen of torch.bool or a float dtype, {shapes[0]} or {shapes[1]}; "
-            f"got {seen.dtype} {list(seen.shape)}."
         )

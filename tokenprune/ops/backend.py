@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +33,7 @@ def find_kernel(op: str, name: str, backend: str, tensor: Tensor) -> Any:
             return None
         raise BackendError(f"{op} was asked for backend='triton', but Triton is not installed; 'torch' works here.")
     kernel = importlib.import_module(f"tokenprune.kernels.{name}")  # Imports Triton, so not before it is wanted.
-    if not (tensor.is_cuda or kernel.INTERPRETED):
+    if not (tensor.is_cuda or importlib.import_module("tokenprune.kernels.common").INTERPRETED):
         raise BackendError(
             f"{op} was asked for backend='triton' on a {tensor.device.type} tensor: Triton needs a CUDA tensor, or "
             "TRITON_INTERPRET=1 in the environment before it is imported; 'torch' and 'auto' work here."
@@ -56,16 +55,3 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
         return torch.matmul(left, right, out=out)
     found = (left.double() @ right.double()).float()
     return found if out is None else out.copy_(found)
-
-
-def check_count(op: str, name: str, value: int, low: int, high: int) -> None:
-    """Raise `OptionError` unless `value` is an int from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{op} needs an int from {low} to {high} as {name}; got {value!r}.")
-
-
-def check_softcap(op: str, softcap: float | None) -> None:
-    """Raise `OptionError` unless `softcap` is None or a positive, finite number."""
-    number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
-    if softcap is not None and not (number and 0 < softcap < math.inf):
-        raise OptionError(f"{op} needs a positive, finite number, or None, as softcap; got {softcap!r}.")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import BackendError, InputError, OptionError
-from tokenprune.ops.backend import check_count, check_softcap, find_kernel, uncast
+from tokenprune.ops.backend import find_kernel, uncast
+from tokenprune.ops.checks import check_count, check_number, check_softcap, check_tensor
 from tokenprune.ops.planes import Planes, dequantize_planes
 
 
@@ -88,18 +89,24 @@ def decode_attention(
     """
     batch, n_heads, groups = _check_shapes(query, key, value)
     length = key.shape[2]
-    mask = _expand("valid", valid, query, [(batch, length), (batch, groups, length)])
-    kept = _expand("heads", heads, query, [(n_heads,), (batch, n_heads)])
-    if mask is not None:
-        mask = (mask.unsqueeze(1) if mask.ndim == 2 else mask).expand(batch, groups, length)
-    if kept is not None:
-        kept = kept.expand(batch, n_heads)
-    _check_options(query, key, value, n_values, threshold)
-    n_values = n_values.to(query.device) if isinstance(n_values, Tensor) else n_values
-    check_softcap("decode_attention", softcap)
-    kernel = find_kernel("decode_attention", "decode_attention", _backend_for(backend, bias, batch, length), query)
+    name = "decode_attention"
+    check_tensor(name, "valid", valid, "torch.bool", (batch, length), (batch, groups, length))
+    check_tensor(name, "heads", heads, "torch.bool", (n_heads,), (batch, n_heads))
+    check_tensor(name, "bias", bias, "floats", (batch, length))
+    check_softcap(name, softcap)
+    _check_options(batch, key, n_values, threshold)
+    if valid is not None:
+        valid = (valid.unsqueeze(1) if valid.ndim == 2 else valid).expand(batch, groups, length).to(query.device)
+    if heads is not None:
+        heads = heads.expand(batch, n_heads).to(query.device)
+    if isinstance(n_values, Tensor):
+        n_values = n_values.to(query.device)
+    if bias is not None and backend == "triton":
+        raise BackendError("decode_attention takes a bias in its torch version alone; 'torch' and 'auto' work.")
+    kernel = find_kernel(name, name, "torch" if bias is not None and backend == "auto" else backend, query)
     cap = None if softcap is None else float(softcap)
-    given = (query, key, value, float(scale), mask, kept, n_values, threshold, cap)
+    sizes = (*_bytes(key, threshold), *_bytes(value, threshold), 2 * query.shape[3] * query.element_size())
+    given = (query, key, value, float(scale), valid, heads, n_values, threshold, cap, sizes)
     with uncast(query):
         return DecodedStep(*(_decode(*given, bias) if kernel is None else kernel.launch(*given)))
 
@@ -107,7 +114,7 @@ def decode_attention(
 def _decode(
     query: Tensor, key: Tensor | Planes, value: Tensor | Planes, scale: float, valid: Tensor | None,
     heads: Tensor | None, n_values: int | Tensor | None, threshold: float | None, softcap: float | None,
-    bias: Tensor | None,
+    sizes: tuple[int, ...], bias: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The specification: everything at its full length, what is not read filled with 0."""
     batch, n_heads, _, width = query.shape
@@ -124,8 +131,7 @@ def _decode(
     recomputed = torch.zeros_like(kept)
     if threshold is not None:
         recomputed = kept & (_softmax(_cap(logits, softcap, bias)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
-        if isinstance(key, Planes):
-            logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
+        logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
     chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
     capped = _cap(logits, softcap, bias)
     weight = _softmax(capped).masked_fill(~chosen, 0.0)
@@ -138,17 +144,16 @@ def _decode(
     output = output.masked_fill(~chosen.any(-1, keepdim=True), 0.0)
 
     n_valid = mask.sum(-1) * kept.any(-1)
-    key_bytes = n_valid * _row_bytes(key, low) + n_valid * recomputed.any(-1) * _low_bytes(key)
     n_low = (chosen & recomputed.unsqueeze(-1)).any(2).sum(-1)
-    value_bytes = read.sum(-1) * _row_bytes(value, low) + n_low * _low_bytes(value)
+    key_size, low_key_size, value_size, low_value_size, dense_size = sizes
     return (
         output.view(query.shape).to(query.dtype),
         weight.sum((1, 2)),
         output.abs().sum(-1).view(batch, n_heads),
         recomputed.view(batch, n_heads),
-        key_bytes,
-        value_bytes,
-        mask.sum(-1) * (2 * width * query.element_size()),
+        n_valid * key_size + n_valid * recomputed.any(-1) * low_key_size,
+        read.sum(-1) * value_size + n_low * low_value_size,
+        mask.sum(-1) * dense_size,
     )
 
 
@@ -184,15 +189,12 @@ def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, rank) < n_values
 
 
-def _row_bytes(x: Tensor | Planes, low: bool) -> int:
-    """Bytes of one vector: of its high plane, its scale and, where `low`, its low plane."""
-    if isinstance(x, Planes):
-        return x.high.shape[-1] * (2 if low else 1) + x.scale.element_size()
-    return x.shape[-1] * x.element_size()
-
-
-def _low_bytes(x: Tensor | Planes) -> int:
-    return x.low.shape[-1] if isinstance(x, Planes) else 0
+def _bytes(x: Tensor | Planes, threshold: float | None) -> tuple[int, int]:
+    """Bytes of one vector as it is read first, and of the low plane, which a threshold leaves for later."""
+    if isinstance(x, Tensor):
+        return x.shape[-1] * x.element_size(), 0
+    low = x.low.shape[-1]
+    return x.high.shape[-1] + x.scale.element_size() + (low if threshold is None else 0), low
 
 
 def _check_shapes(query: Tensor, key: Tensor | Planes, value: Tensor | Planes) -> tuple[int, int, int]:
@@ -221,44 +223,15 @@ def _check_shapes(query: Tensor, key: Tensor | Planes, value: Tensor | Planes) -
     return batch, n_heads, key.shape[1]
 
 
-def _expand(name: str, x: Tensor | None, query: Tensor, shapes: list[tuple[int, ...]]) -> Tensor | None:
-    """The mask on the device of the query."""
-    if x is None:
-        return None
-    if x.dtype != torch.bool or tuple(x.shape) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise InputError(f"decode_attention needs {name} as torch.bool {wanted}; got {x.dtype} {list(x.shape)}.")
-    return x.to(query.device)
-
-
-def _backend_for(backend: str, bias: Tensor | None, batch: int, length: int) -> str:
-    """The backend to look for: with a bias, the torch version."""
-    if bias is None:
-        return backend
-    if not bias.is_floating_point() or bias.shape != (batch, length):
-        raise InputError(
-            f"decode_attention needs bias as floats [{batch}, {length}]; got {bias.dtype} {list(bias.shape)}."
-        )
-    if backend == "triton":
-        raise BackendError("decode_attention takes a bias in its torch version alone; 'torch' and 'auto' work.")
-    return "torch" if backend == "auto" else backend
-
-
-def _check_options(
-    query: Tensor, key: Tensor | Planes, value: Tensor | Planes, n_values: int | Tensor | None, threshold: float | None
-) -> None:
+def _check_options(batch: int, key: Tensor | Planes, n_values: int | Tensor | None, threshold: float | None) -> None:
+    name = "decode_attention"
     if isinstance(n_values, Tensor):
-        if n_values.dtype != torch.int64 or n_values.shape != query.shape[:1]:
-            raise OptionError(
-                f"decode_attention needs n_values as an int or as torch.int64 [{len(query)}]; "
-                f"got {n_values.dtype} {list(n_values.shape)}."
-            )
+        check_tensor(name, "n_values", n_values, "torch.int64", (batch,), error=OptionError)
     elif n_values is not None:
-        check_count("decode_attention", "n_values", n_values, 1, 2**31 - 1)
+        check_count(name, "n_values", n_values, 1, 2**31 - 1)
     if threshold is None:
         return
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise OptionError(f"decode_attention needs a probability from 0 to 1 as threshold; got {threshold!r}.")
+    check_number(name, "threshold", threshold, "a probability from 0 to 1", 0, 1)
     if not isinstance(key, Planes):
         raise OptionError(
             "decode_attention was given a threshold for progressive quantization, but the keys are not in two planes; "

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError
 from tokenprune.ops import max_min_search
-from tokenprune.ops.backend import check_count, find_kernel
+from tokenprune.ops.backend import find_kernel
+from tokenprune.ops.checks import check_count, check_number, check_tensor
 
 
 class MaxMinSelection(NamedTuple):
@@ -74,9 +75,7 @@ def max_min_select(features: Tensor, *, k: int, valid: Tensor | None = None, bac
     if kernel is not None:
         order, path = kernel.launch(features, valid, k, memory=max_min_search.MEMORY)
     else:
-        rows = [_choose(features, valid, i, k, k) for i in range(len(features))]
-        order = _stack([row[0] for row in rows], k, features.device, fill=-1)
-        path = _stack([row[1] for row in rows], k, features.device, fill=0.0)
+        order, path = max_min_search.choose(features, valid, k, k)
     return MaxMinSelection(order.sort(dim=1).values, order, path[:, -1].contiguous(), path)
 
 
@@ -114,37 +113,18 @@ def max_min_cover(
     _check_features("max_min_cover", features, valid)
     check_count("max_min_cover", "max_k", max_k, 1, features.shape[1])
     check_count("max_min_cover", "min_k", min_k, 1, max_k)
-    if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius <= 2:
-        raise OptionError(f"max_min_cover needs a cosine distance between 0 and 2 as radius; got {radius!r}.")
+    check_number("max_min_cover", "radius", radius, "a cosine distance between 0 and 2", 0, 2)
     _check_enough("max_min_cover", "min_k", min_k, valid)
     radius = torch.tensor(radius, dtype=torch.float32, device="cpu").item()  # What both backends compare in.
     kernel = find_kernel("max_min_cover", "max_min_select", backend, features)
     if kernel is not None:
         order, path = kernel.launch(features, valid, max_k, memory=max_min_search.MEMORY)
-        n_kept = ((path > radius).sum(1) + 1).clamp_min(min_k).minimum((order >= 0).sum(1))
     else:
-        rows = [_choose(features, valid, i, max_k, min_k, radius) for i in range(len(features))]
-        n_kept = torch.tensor([len(row[0]) for row in rows], dtype=torch.int64, device=features.device)
-        order = _stack([row[0] for row in rows], max_k, features.device, fill=-1)
-        path = _stack([row[1] for row in rows], max_k, features.device, fill=0.0)
+        order, path = max_min_search.choose(features, valid, max_k, min_k, radius)
+    n_kept = ((path > radius).sum(1) + 1).clamp_min(min_k).minimum((order >= 0).sum(1))
     width = int(n_kept.max()) if len(n_kept) else 0
     dropped = torch.arange(width, dtype=torch.int64, device=features.device) >= n_kept[:, None]
     return MaxMinCover(order[:, :width].masked_fill(dropped, -1), n_kept, path.gather(1, n_kept[:, None] - 1)[:, 0])
-
-
-def _choose(
-    features: Tensor, valid: Tensor | None, i: int, most: int, least: int, radius: float = -1.0
-) -> tuple[Tensor, Tensor]:
-    return max_min_search.choose(features[i].detach(), None if valid is None else valid[i], most, least, radius)
-
-
-def _stack(rows: list[Tensor], width: int, device: torch.device, *, fill: float) -> Tensor:
-    """Rows of up to `width` entries as one tensor `[B, width]`, filled up at their ends."""
-    dtype = torch.int64 if isinstance(fill, int) else torch.float32
-    out = torch.full((len(rows), width), fill, dtype=dtype, device="cpu")
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out.to(device)
 
 
 def _check_features(op: str, features: Tensor, valid: Tensor | None) -> None:
@@ -153,13 +133,7 @@ def _check_features(op: str, features: Tensor, valid: Tensor | None) -> None:
             f"{op} needs features [B, N, D] of a float dtype with at least one token and one channel; "
             f"got {features.dtype} {list(features.shape)}."
         )
-    if valid is None:
-        return
-    if valid.dtype != torch.bool or valid.shape != features.shape[:2] or valid.device != features.device:
-        raise InputError(
-            f"{op} needs valid as torch.bool {list(features.shape[:2])} on {features.device}, to go with the features; "
-            f"got {valid.dtype} {list(valid.shape)} on {valid.device}."
-        )
+    check_tensor(op, "valid", valid, "torch.bool", tuple(features.shape[:2]), devices=(features.device,))
 
 
 def _check_enough(op: str, name: str, value: int, valid: Tensor | None) -> None:

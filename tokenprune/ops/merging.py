@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError
 from tokenprune.ops.backend import find_kernel, product, uncast
+from tokenprune.ops.checks import check_count, check_number, check_tensor
 from tokenprune.reduction import add_at
 
 _SAME = 1 - 2.0**-20  # Cosines above this differ by fp32 noise only and count as equal.
@@ -73,8 +74,7 @@ def bipartite_match(
         BackendError: the explicit backend cannot run here.
     """
     _check_tokens("bipartite_match", "keys", keys)
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-        raise OptionError(f"bipartite_match needs an int of at least 0 as r; got {r!r}.")
+    check_number("bipartite_match", "r", r, "an int of at least 0", 0, whole=True)
     held = _held_tokens(keys, protected, valid)
     _check_possible(r, keys, held, valid)
     held = None if held is None else held.to(keys.device, non_blocking=True)
@@ -117,7 +117,7 @@ def merge_tokens(
     Raises:
         OptionError: `n_out` or `backend` is out of range.
         InputError: a shape or dtype is wrong; on the CPU also where a group is empty or out of range. On a GPU the
-            groups are not looked at, since that would synchronise.
+            groups are not checked, since that would synchronise.
         BackendError: the explicit backend cannot run here.
     """
     _check_tokens("merge_tokens", "x", x)
@@ -151,7 +151,8 @@ def merge_tokens(
 def _pairs(keys: Tensor, held: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
     """The positions `[B, r]` of the sources that merge, and of what they merge into."""
     if r == 0:
-        return (none := torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)), none
+        none = torch.empty(len(keys), 0, dtype=torch.int64, device=keys.device)
+        return none, none
     best, partner = _best_partners(keys, held)
     top = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
     return top * 2, partner.gather(1, top).mul_(2).add_(1)
@@ -184,7 +185,7 @@ def _best_partners(keys: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
                 cosine.masked_fill_(held[:, None, 1::2], -torch.inf)
             parts.append(cosine.max(dim=2))
             del cosine  # Before the next one is made.
-    best, partner = parts[0] if len(parts) == 1 else (torch.cat(some, 1) for some in zip(*parts, strict=True))
+    best, partner = (torch.cat(some, 1) for some in zip(*parts, strict=True))
     return best if held is None else best.masked_fill_(held[:, ::2], -torch.inf), partner
 
 
@@ -195,24 +196,15 @@ def _check_tokens(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def _check_mask(name: str, mask: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes or mask.device not in (device, torch.device("cpu")):
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise InputError(
-            f"bipartite_match needs {name} as torch.bool {wanted} on {device} or the CPU, to go with the keys; "
-            f"got {mask.dtype} {list(mask.shape)} on {mask.device}."
-        )
-
-
 def _held_tokens(keys: Tensor, protected: Tensor | None, valid: Tensor | None) -> Tensor | None:
     """The tokens that neither merge nor are merged into, `[1 or B, N]` bool; None where there are none."""
-    rows = (keys.shape[0], keys.shape[1])
-    if protected is not None:
-        _check_mask("protected", protected, ((rows[1],), rows), keys.device)
-        protected = protected if protected.ndim == 2 else protected[None]
+    rows, devices = tuple(keys.shape[:2]), (keys.device, torch.device("cpu"))
+    check_tensor("bipartite_match", "protected", protected, "torch.bool", rows[1:], rows, devices=devices)
+    check_tensor("bipartite_match", "valid", valid, "torch.bool", rows, devices=devices)
+    if protected is not None and protected.ndim == 1:
+        protected = protected[None]
     if valid is None:
         return protected
-    _check_mask("valid", valid, (rows,), keys.device)
     return ~valid if protected is None else protected.to(valid.device) | ~valid
 
 
@@ -222,9 +214,6 @@ def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | N
     if held is None:
         possible = [(n + 1) // 2 if n > 1 else 0]
     else:
-        n_held = int(held.sum())
-        if valid is None and r <= (n + 1) // 2 - n_held and n_held < n // 2:  # wherever they stand
-            return
         taking = held.new_ones(1, n) if valid is None else valid.to(held.device)
         odd = taking.cumsum(1) % 2 == 0
         possible = ((~held & ~odd).sum(1) * (~held & odd).any(1)).tolist()
@@ -239,21 +228,10 @@ def _check_possible(r: int, keys: Tensor, held: Tensor | None, valid: Tensor | N
 
 
 def _check_groups(x: Tensor, assign: Tensor, n_out: int, weight: Tensor | None) -> None:
-    rows = list(x.shape[:2])
-    if isinstance(n_out, bool) or not isinstance(n_out, int) or not 1 <= n_out <= rows[1]:
-        raise OptionError(f"merge_tokens needs an int from 1 to {rows[1]} as n_out; got {n_out!r}.")
-    if assign.dtype != torch.int64 or list(assign.shape) != rows or assign.device != x.device:
-        raise InputError(
-            f"merge_tokens needs assign as torch.int64 {rows} on {x.device}, to go with x; "
-            f"got {assign.dtype} {list(assign.shape)} on {assign.device}."
-        )
-    if weight is not None and (
-        not weight.is_floating_point() or list(weight.shape) != rows or weight.device != x.device
-    ):
-        raise InputError(
-            f"merge_tokens needs weight as floats {rows} on {x.device}, to go with x; "
-            f"got {weight.dtype} {list(weight.shape)} on {weight.device}."
-        )
+    rows = tuple(x.shape[:2])
+    check_count("merge_tokens", "n_out", n_out, 1, rows[1])
+    check_tensor("merge_tokens", "assign", assign, "torch.int64", rows, devices=(x.device,))
+    check_tensor("merge_tokens", "weight", weight, "floats", rows, devices=(x.device,))
     if x.device.type == "cpu":
         low, high = (int(bound) for bound in assign.aminmax())
         if low < 0 or high >= n_out:

@@ -75,7 +75,7 @@ def quantize_planes(x: Tensor) -> Planes:
 
 @torch.no_grad()
 def dequantize_planes(planes: Planes, *, low: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The vectors `[..., K]` that planes stand for, computed in fp32 and rounded once to `dtype`.
+    """The vectors `[..., K]` that planes represent, computed in fp32 and rounded once to `dtype`.
 
     Args:
         planes: what to read.

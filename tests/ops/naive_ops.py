@@ -1,4 +1,4 @@
-"""Naive versions of the ops: plain loops that read like pseudo-code, slow, and the oracle of the tests."""
+"""Naive versions of the ops: plain loops that read like pseudo-code, slow, and the oracles of the tests beside."""
 
 import math
 
