@@ -694,6 +694,20 @@ def test_a_quantized_cache_is_used_again_once_it_is_empty(empty):
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_of_which_one_token_is_left_is_no_decoding_step(implementation):
+    """It reads both planes of what it stores, as any prompt does."""
+    model, found = text_model("llama", implementation), []
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    for threshold in (0.0, 1.0):
+        method = spatten(tokens=(1.0, 0.1, 0.1, 0.1), keep_first=0, keep_recent=1, quantize="4+4", threshold=threshold)
+        session = tokenprune.patch(model, method)
+        found.append(generate(model, inputs, 1, suppress_tokens=None).logits[0])
+        assert session.traces[0].n_out == (0,)
+        assert session.traffic.steps == 0
+    assert torch.equal(*found)
+
+
 def test_without_a_cache_there_is_nothing_to_quantize():
     dense = text_model("llama")
     model = copy.deepcopy(dense)

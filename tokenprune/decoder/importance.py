@@ -51,7 +51,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     state, layer = CURRENT.get(), layer_index(module)
     if state is None or state.call is None:
         return real(module, query, key, value, mask, *args, **kwargs)
-    if state.steering and state.attention is not None and query.shape[2] == 1:
+    if state.steering and state.attention is not None and state.call.length == 1:
         stepped, scores = attention.step(
             state, state.call, state.attention, layer, query, key, value, mask=mask, scale=scale_of(query, kwargs),
             softcap=softcap_of(real, kwargs),
