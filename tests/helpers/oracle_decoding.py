@@ -23,7 +23,7 @@ from transformers.masking_utils import eager_mask
 from upstream import EMBEDS, MASK, POSITIONS, USE_CACHE, with_cache
 
 NAME = "written_out"
-MARGIN = 1e-4  # of the scores themselves: what lies closer may be chosen either way
+MARGIN = 2e-5  # of the scores themselves: what lies closer may be chosen either way
 NOTHING = 1e-7  # probabilities that change no logit
 RUNNING: list["Row"] = []
 
@@ -110,7 +110,7 @@ class Row:
         self.n_layers = n = len(layers_of(dense.get_decoder()))
         self.n_heads: int = dense.get_decoder().config.num_attention_heads
         self.rules = Rules.of(session.methods, n)
-        self.past = self.length = 0
+        self.past = self.length = self.n_prompt = 0
         self.scores, self.head_scores = torch.zeros(0), torch.zeros(self.n_heads)
         self.entered, self.alive = (list[Tensor]() for _ in range(2))
         self.seen = [torch.zeros(0, 0, dtype=torch.bool)] * n
@@ -133,6 +133,7 @@ class Row:
         n_new = self.length - self.past
         self.scores = padded(self.scores, (0, n_new))
         if not self.past:
+            self.n_prompt = self.length
             self.alive = alive_by_layer(self.traces, self.row, self.pad, self.length, self.n_layers)
             self.entered = [one.clone() for one in self.alive]
         for layer in range(self.n_layers):
