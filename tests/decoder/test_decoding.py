@@ -2,12 +2,11 @@
 decoder: complete generations of ragged batches against the oracle of decoding."""
 
 import copy
-from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from families import batch, generate, tiny
+from families import alone, batch, generate, tiny
 from oracle_decoding import Row
 from oracle_planes import recorded_planes, stored_by
 from upstream import cache_of
@@ -22,6 +21,7 @@ HEADS = {"heads": (1.0, 1.0, 0.75, 0.5)}
 ROWS = ((3, (3, 4), 4, (2, 2), 7), (5, (3, 4), 9), (6, (2, 2), 1, (2, 2), 5))
 STEPS = 7
 
+
 def check(family, implementation, methods, *, positions="original", n=STEPS, **overrides):
     """Compare the logits of a generation with the oracle's, in each row up to a choice that rounding may turn.
 
@@ -35,10 +35,9 @@ def check(family, implementation, methods, *, positions="original", n=STEPS, **o
     with recorded_planes() as recorded:
         out = generate(model, prompt.inputs, n)
     length = prompt.inputs["input_ids"].shape[1]
-    for row, parts in enumerate(ROWS):
-        alone = partial(lambda extra, parts, row: batch(family, (parts,), seeds=(row,), extra=extra), parts=parts, row=row)
+    for row, pad in enumerate(prompt.pads):
         stored = stored_by(cache_of(out), recorded, row)
-        rows.append(Row(dense, family, alone, session, row, prompt.pads[row], stored=stored))
+        rows.append(Row(dense, family, alone(family, ROWS, row), session, row, pad, stored=stored))
         for step in range(n):
             wanted = rows[row].logits(out.sequences[row : row + 1, length : length + step])
             if not rows[row].sure:
@@ -59,8 +58,8 @@ DECODING = {
     "tokens leave, values": SpAtten(**TEXT, interval=1, values=0.4),
     "tokens are passed over, values, heads": SpAtten(**TEXT, **HEADS, kv="per_step", values=0.4),
     "everything": SpAtten(**TEXT, **HEADS, **PLANES, interval=2, values=0.5),
-    "everything, images pruned before": [DivPrune(keep=0.5), SpAtten(**TEXT, **HEADS, **PLANES, interval=1, values=0.5)],
-    "everything, images merged before": [AIM(merge=0.5, prune=None), SpAtten(**TEXT, **HEADS, **PLANES, interval=1)],
+    "everything, pruned before": [DivPrune(keep=0.5), SpAtten(**TEXT, **HEADS, **PLANES, interval=1, values=0.5)],
+    "everything, merged before": [AIM(merge=0.5, prune=None), SpAtten(**TEXT, **HEADS, **PLANES, interval=1)],
 }
 
 
@@ -112,7 +111,10 @@ def test_positions_without_gaps_go_on_while_the_decoder_is_pruned_inside(family,
     check(family, implementation, PACKED[name], positions="packed", n=4)
 
 
-@pytest.mark.parametrize("method", [FastV(layer=2), PyramidDrop(stages=(2, 3)), AIM(merge=None, prune=(1, 3)), SpAtten()])
+INSIDE = (FastV(layer=2), PyramidDrop(stages=(2, 3)), AIM(merge=None, prune=(1, 3)), SpAtten())
+
+
+@pytest.mark.parametrize("method", INSIDE, ids=lambda method: method.name)
 def test_positions_without_gaps_are_refused_where_tokens_are_pruned_inside_alone(method):
     model = tiny("llava")
     with pytest.raises(tokenprune.OptionError, match=r'positions="packed".*use positions="original"'):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, RAGGED, batch, generate, implementations, tiny
 from oracle_layers import alive_by_layer, layered, layered_logits, layers_of, naive_importance
-from test_state import logits
+from states import logits
 from upstream import HIDDEN, cache_of
 
 import tokenprune

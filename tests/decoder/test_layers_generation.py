@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import DIM, FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, fresh, generate
 from oracle_layers import alive_by_layer, layered_logits
+from states import same_run
 from test_generation import NO_EMBEDS, ONE_IMAGE, ONE_SIZE, collect, conversation, second_turn, spread
 from test_layers import FEW, N_LAYERS, check_layers, first_cut, pair, progressive
-from test_state import same_run
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
 from upstream import FEATURES, cache_of, with_cache, with_features

@@ -1,15 +1,14 @@
-"""O2, O3 in bf16 and fp16: a pruned model is no farther from an fp64 run on the same kept tokens than the unpatched model
+"""O2, O3 in bf16 and fp16: a pruned model is no farther from an fp64 run on the same kept tokens than the unpatched one
 in its dtype is."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, RAGGED, batch, fresh, generate, implementations, tiny
+from families import FAMILIES, RAGGED, alone, batch, fresh, generate, implementations, tiny
 from oracle_precision import Replayed, check_choices, written_down
-from test_state import logits
+from states import logits
 
 import tokenprune
 from tokenprune import AIM, DivPrune, FastV, PyramidDrop, SpAtten
@@ -51,11 +50,9 @@ def check(family: str, method: Any, dtype: torch.dtype, implementation: str) -> 
     with written_down(model, dense.get_decoder().config.num_attention_heads) as choices:
         out = generate(model, inputs, STEPS)
     length, clear, off, costs = prompt.inputs["input_ids"].shape[1], 0, [], []
-    for row, parts in enumerate(RAGGED):
-        alone = partial(lambda extra, parts, row: batch(family, (parts,), seeds=(row,), extra=extra), parts=parts, row=row)
-        rows = [
-            Replayed(one, family, alone, session, row, prompt.pads[row], choices=choices) for one in (dense, exact)
-        ]
+    for row, pad in enumerate(prompt.pads):
+        given = family, alone(family, RAGGED, row), session, row, pad
+        rows = [Replayed(one, *given, choices=choices) for one in (dense, exact)]
         for step in range(STEPS):
             ids = out.sequences[row : row + 1, length : length + step]
             rough, wanted = (one.logits(ids).double() for one in rows)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,6 +144,11 @@ def batch(
         if extra is not None:
             inputs["token_type_ids"][:, length:] = 1
     return Batch(inputs, pads, rows)
+
+
+def alone(family: str, rows: tuple[Row, ...], row: int) -> Callable[[Tensor], Batch]:
+    """Gives one of the `rows` of a batch by itself, with ids `[1, n]` behind it."""
+    return lambda extra: batch(family, (rows[row],), seeds=(row,), extra=extra)
 
 
 def fresh(inputs: dict[str, Any], *, dtype: torch.dtype | None = None) -> dict[str, Any]:

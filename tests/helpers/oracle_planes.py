@@ -1,4 +1,4 @@
-"""What the oracle of decoding needs where a run keeps its keys and values in planes: its own roundings, each one checked.
+"""What the oracle of decoding needs where a run keeps its keys and values in planes: its own roundings, each checked.
 
 Whether a number lies just below or just above the middle of two integers is a matter of rounding, so a computation of
 its own would now and then store another one. The oracle therefore takes over what the run has stored, but only for

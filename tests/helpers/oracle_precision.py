@@ -1,8 +1,8 @@
 """The oracle of decoding for runs in bf16 and fp16, where rounding turns choices: it makes those that the run has made.
 
 What the run chose is discrete, and written down while it runs. The oracle computes twice what follows from that, in the
-run's dtype and in fp64. The difference of the two is what the dtype costs: it bounds how far the run may be from fp64, in
-its logits and in the scores that it chose by.
+run's dtype and in fp64. The difference of the two is what the dtype costs: it bounds how far the run may be from fp64,
+in its logits and in the scores that it chose by.
 """
 
 from collections import defaultdict
