@@ -6,8 +6,9 @@ import dataclasses
 import families
 import pytest
 import torch
-from families import EVEN, RAGGED, batch, fresh, generate
+from families import EVEN, RAGGED, alone, batch, fresh, generate
 from hybrid import CONFIG, FAMILY, N_LAYERS, only_alive
+from oracle import check_tokens, generated
 from oracle_layers import alive_by_layer, spans_of
 from states import logits, same_run
 from test_generation import second_turn
@@ -47,14 +48,11 @@ def alive_of(traces, row, prompt, length):
 
 
 def check(dense, out, traces, prompt, n):
-    length = out.sequences.shape[1] - n
-    for row, parts in enumerate(prompt.rows):
-        for step in range(n):
-            extra = out.sequences[row : row + 1, length : length + step]
-            single = batch(FAMILY, (parts,), seeds=(row,), extra=extra)
-            alive = alive_of(traces, row, prompt, single.inputs["input_ids"].shape[1])
-            wanted = last_logits(dense, single, alive)
-            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+    for row in range(len(prompt.rows)):
+        single = alone(FAMILY, prompt.rows, row)(generated(out, row, n))
+        alive = alive_of(traces, row, prompt, single.inputs["input_ids"].shape[1])
+        with only_alive(dense, alive), torch.no_grad():
+            check_tokens(out, row, n, dense(**fresh(single.inputs), use_cache=False).logits[0])
 
 
 METHODS = {
