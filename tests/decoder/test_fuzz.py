@@ -50,6 +50,8 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "merge": st.sampled_from([None, 0.125, 0.5, 1.0, 3]),
         "prune": st.sampled_from([None, (0.25, 0.75), (0, 3), (1, 2), (0.4, 0.6), (2, 9), (0.8, 0.2)]),
         "importance": st.sampled_from(["pagerank", "column_sum", "last_query"]),
+        "size_weighted": st.booleans(),
+        "size_bias": st.booleans(),
     },
     "spatten": {
         "tokens": st.sampled_from([0.3, 0.6, 0.9, 1.0, 1.0, (1.0, 1.0, 0.5, 0.2)]),
@@ -134,7 +136,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[st.SearchStrategy[Drawn], ...]]] =
     "pyramiddrop": (("mistral3", "paligemma2"), (one_method("pyramiddrop", stages=[(0.5,), (1, 2, 3), (1,)]),)),
     "aim": (("llava_onevision", "smolvlm"), (one_method("aim", prune=[None, (0.25, 0.75), (1, 2)]),)),
     "tome": (("vipllava", "paligemma"), (one_method("tome", r=[1, 3], restore=[True]),)),
-    "two before": (("internvl",), (one_method("divprune"), one_method("aim", merge=[0.5], prune=[None]))),
+    "two before": (
+        ("internvl",),
+        (one_method("divprune"), one_method("aim", merge=[0.5], prune=[None], size_bias=[True])),
+    ),
     "before and inside": (("perception_lm", "qwen2_5_vl"), (one_method("uniform"), one_method("fastv", layer=[1, 3]))),
     "deepstack": (("qwen3_vl",), (one_method("random"), one_method("fastv", layer=[3]))),
     "visual": (("video_llava", "gemma3"), (one_method("spatten", protect_text=[True], tokens=[0.3, 0.6], **KEPT),)),
@@ -253,7 +258,7 @@ def test_any_case_is_refused_or_right(family: str, capsys: pytest.CaptureFixture
         sys.stdout.write(f"\nfuzz {family}: seed {number}, {dict(seen)}\n")
     assert sum(seen[name] for name in ("generate", "forward", "no cache", "refused")) >= CASES
     assert seen["refused"] <= 0.8 * CASES
-    assert seen["open"] <= 0.1 * seen["compared"]
+    assert seen["open"] <= 0.25 * seen["compared"]
 
 
 FOUND = {
