@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, batch, fresh, generate, implementations, tiny
+from families import FAMILIES, batch, fresh, generate, implementations, tiny, twins
 from oracle import check_tokens
 from test_layers import check_layers
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
@@ -169,8 +169,7 @@ def test_text_leaves_prompt_and_cache_as_the_simulation_says(kind, implementatio
 @pytest.mark.parametrize("family", FAMILIES)
 def test_visual_tokens_leave_layer_by_layer(family):
     implementation = implementations(family)[0]
-    dense = tiny(family, implementation)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation)
     kept = (1.0, 1.0, 0.5, 0.25) if family == "qwen3_vl" else KEPT
     session = tokenprune.patch(model, tokenprune.SpAtten(tokens=kept))
     ragged = batch(family)

@@ -1,11 +1,10 @@
 """AIM, FastV and PyramidDrop: what they decide, and AIM's merging against plain means put in place by hand."""
 
-import copy
 from itertools import pairwise
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, MROPE, RAGGED, alone, batch, features_of, generate, tiny
+from families import FAMILIES, IMAGE, MROPE, RAGGED, alone, batch, features_of, generate, tiny, twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check_tokens, generated
@@ -156,8 +155,7 @@ def test_merging_and_pruning_together(family, implementation, importance, bias):
 @pytest.mark.parametrize("name", ["video_llava-video", "qwen2_vl-video", "qwen3_vl-video", "llava_onevision-video"])
 def test_a_video_is_merged_frame_by_frame(name):
     case, method = PIXELS[name], AIM(merge=0.5, prune=None, size_bias=True)
-    dense = tiny(case.family)
-    model = copy.deepcopy(dense)
+    dense, model = twins(case.family)
     session = tokenprune.patch(model, method)
     ragged = pixel_batch(case, (0, 1, 2))
     out = generate(model, ragged.inputs, 2)

@@ -1,12 +1,11 @@
 """What acts while tokens are generated, in all its combinations, and positions without gaps with pruning inside the
 decoder: complete generations of ragged batches against the oracle of decoding."""
 
-import copy
 from itertools import product
 
 import pytest
 import torch
-from families import alone, batch, generate, tiny
+from families import alone, batch, generate, tiny, twins
 from oracle_decoding import Row
 from oracle_planes import recorded_planes, stored_by
 from upstream import cache_of
@@ -28,8 +27,7 @@ def check(family, implementation, methods, *, positions="original", n=STEPS, **o
     Returns:
         The output, and the rows of the oracle.
     """
-    dense = tiny(family, implementation, **overrides)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation, **overrides)
     session = tokenprune.patch(model, methods, positions=positions)
     prompt, rows, compared = batch(family, ROWS), [], 0
     with recorded_planes() as recorded:

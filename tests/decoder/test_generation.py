@@ -17,7 +17,7 @@ from families import (
     fresh,
     generate,
     implementations,
-    tiny,
+    twins,
 )
 from oracle import check_steps, check_tokens, kept_of_row, reference_logits
 from torch.nn import functional
@@ -41,8 +41,7 @@ def spread(families=FAMILIES):
 
 
 def pair(family, **options):
-    dense = tiny(family, implementations(family)[0])
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementations(family)[0])
     return dense, model, tokenprune.patch(model, "divprune", **{"keep": 0.5, **options})
 
 
@@ -59,8 +58,7 @@ def test_static_cache(family):
 
 @pytest.mark.parametrize("family", spread(("gemma3", "aya_vision", "mistral3")))
 def test_static_cache_with_a_short_window(family):
-    dense = tiny(family, implementations(family)[0], text_config={"sliding_window": 9})
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementations(family)[0], text_config={"sliding_window": 9})
     session = tokenprune.patch(model, "divprune", keep=0.5)
     ragged = batch(family)
     out = generate(model, ragged.inputs, 6, cache_implementation="static")

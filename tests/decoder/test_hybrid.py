@@ -1,6 +1,5 @@
 """Decoders with recurrent layers among those of attention: tokens can leave before every layer, in ragged batches."""
 
-import copy
 import dataclasses
 
 import families
@@ -32,8 +31,7 @@ def family():
 
 
 def pair(method, implementation="sdpa"):
-    dense = families.tiny(FAMILY, implementation)
-    model = copy.deepcopy(dense)
+    dense, model = families.twins(FAMILY, implementation)
     return dense, model, tokenprune.patch(model, method)
 
 

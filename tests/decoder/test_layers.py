@@ -1,11 +1,9 @@
 """O1, O3, O5, O7: pruning inside the decoder against an unpatched full-length run with a mask for every layer, over all
 families, in ragged padded batches."""
 
-import copy
-
 import pytest
 import torch
-from families import FAMILIES, RAGGED, alone, batch, generate, implementations, tiny
+from families import FAMILIES, RAGGED, alone, batch, generate, implementations, tiny, twins
 from oracle import check_tokens, generated
 from oracle_layers import alive_by_layer, layered, layered_logits, layers_of, naive_importance
 from states import logits
@@ -47,8 +45,7 @@ def halved(family):
 
 
 def pair(family, implementation=None, method=None, **overrides):
-    dense = tiny(family, implementation or implementations(family)[0], **overrides)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation or implementations(family)[0], **overrides)
     return dense, model, tokenprune.patch(model, method or halved(family))
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
-from families import FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, fresh, generate, implementations, tiny
+from families import FAMILIES, IMAGE, MROPE, RAGGED, batch, features_of, fresh, generate, implementations, tiny, twins
 from oracle import check_tokens, kept_of_row, only_kept
 from oracle_layers import alive_by_layer, hidden_by_layer
 from transformers import (
@@ -39,8 +39,7 @@ def spread(families=FAMILIES):
 
 
 def pair(method, family="llava"):
-    dense = tiny(family, implementations(family)[0])
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementations(family)[0])
     return dense, model, tokenprune.patch(model, method)
 
 

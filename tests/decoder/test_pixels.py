@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, MROPE, PAD, Batch, generate, tiny
+from families import IMAGE, MROPE, PAD, Batch, generate, tiny, twins
 from oracle import check_tokens, generated, kept_of_row, reference_logits
 from torch import Tensor
 
@@ -167,8 +167,7 @@ def pixel_batch(case: Case, rows: tuple[int, ...], *, extra: Tensor | None = Non
 @pytest.mark.parametrize("name", ALL)
 def test_pixels_in_a_ragged_batch_equal_the_dense_run_on_the_kept_tokens(name):
     case = ALL[name]
-    dense = tiny(case.family)
-    model = copy.deepcopy(dense)
+    dense, model = twins(case.family)
     session = tokenprune.patch(model, "divprune", keep=0.5)
     ragged = pixel_batch(case, (0, 1, 2))
     out = generate(model, ragged.inputs, 3)

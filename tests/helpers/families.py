@@ -63,6 +63,16 @@ def tiny(family: str, implementation: str = "sdpa", **overrides: Any) -> nn.Modu
     return copy.deepcopy(_model(family, implementation, json.dumps(overrides)))
 
 
+@cache
+def _dense(family: str, implementation: str, overrides: str) -> nn.Module:
+    return copy.deepcopy(_model(family, implementation, overrides))
+
+
+def twins(family: str, implementation: str = "sdpa", **overrides: Any) -> tuple[nn.Module, nn.Module]:
+    """A tiny model that all tests share, so that none may change it, and a copy of it to be patched."""
+    return _dense(family, implementation, json.dumps(overrides)), tiny(family, implementation, **overrides)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Inputs of a batch and where its rows' tokens stand."""
