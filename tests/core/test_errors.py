@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import EVEN, FAMILIES, MROPE, batch, fresh, generate, implementations, tiny
-from test_state import Same, logits, same_run, snapshot
+from states import Same, logits, same_run, snapshot
 from torch import Tensor, nn
 from transformers import DynamicCache
 from upstream import cache_of, encoder_output, pooled_in, with_cache, with_features

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, batch, fresh, generate, implementations, tiny
+from families import FAMILIES, batch, fresh, generate, implementations, tiny, twins
+from oracle import check_tokens
 from test_layers import check_layers
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
@@ -168,8 +169,7 @@ def test_text_leaves_prompt_and_cache_as_the_simulation_says(kind, implementatio
 @pytest.mark.parametrize("family", FAMILIES)
 def test_visual_tokens_leave_layer_by_layer(family):
     implementation = implementations(family)[0]
-    dense = tiny(family, implementation)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation)
     kept = (1.0, 1.0, 0.5, 0.25) if family == "qwen3_vl" else KEPT
     session = tokenprune.patch(model, tokenprune.SpAtten(tokens=kept))
     ragged = batch(family)
@@ -270,11 +270,9 @@ def test_decoding_reads_only_the_values_with_the_largest_probabilities():
     for row, prompt in enumerate(rows):
         AttentionInterface.register("fewer_values", fewer_values(len(prompt), 0.4))
         dense.set_attn_implementation("fewer_values")
-        for step in range(5):
-            ids = torch.cat([prompt, out.sequences[row, -5 : out.sequences.shape[1] - 5 + step]])
-            with torch.no_grad():
-                wanted = dense(ids[None], use_cache=False).logits[0, -1]
-            torch.testing.assert_close(out.logits[step][row], wanted, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            wanted = dense(torch.cat([prompt, out.sequences[row, -5:-1]])[None], use_cache=False).logits[0]
+        check_tokens(out, row, 5, wanted)
     traffic = session.traffic
     assert traffic.dense == traffic.tokens == traffic.heads > traffic.values == traffic.read
 
@@ -692,6 +690,20 @@ def test_a_quantized_cache_is_used_again_once_it_is_empty(empty):
         runs.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))
         empty(cache)
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_of_which_one_token_is_left_is_no_decoding_step(implementation):
+    """It reads both planes of what it stores, as any prompt does."""
+    model, found = text_model("llama", implementation), []
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    for threshold in (0.0, 1.0):
+        method = spatten(tokens=(1.0, 0.1, 0.1, 0.1), keep_first=0, keep_recent=1, quantize="4+4", threshold=threshold)
+        session = tokenprune.patch(model, method)
+        found.append(generate(model, inputs, 1, suppress_tokens=None).logits[0])
+        assert session.traces[0].n_out == (0,)
+        assert session.traffic.steps == 0
+    assert torch.equal(*found)
 
 
 def test_without_a_cache_there_is_nothing_to_quantize():

@@ -11,8 +11,8 @@ import weakref
 import pytest
 import torch
 from families import batch, fresh, generate, implementations, tiny
+from states import in_threads, logits, replica_of
 from test_spatten import HeadSimulation, ragged_text, spatten, text_model
-from test_state import in_threads, logits, replica_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint

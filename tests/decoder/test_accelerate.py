@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import batch, fresh, generate, tiny
-from test_state import hook_counts, logits, same_run
+from states import hook_counts, logits, same_run
 from torch import nn
 
 import tokenprune

@@ -13,7 +13,7 @@ import pytest
 import torch
 import vits
 from families import EVEN, batch, fresh, tiny
-from test_state import hook_counts
+from states import hook_counts
 from timm.models._features_fx import create_feature_extractor as timm_extractor
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn

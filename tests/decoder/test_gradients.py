@@ -8,8 +8,8 @@ import torch
 import vits
 from families import DIM, FAMILIES, MROPE, Batch, batch, fresh, implementations, tiny
 from oracle_layers import alive_by_layer, hidden_by_layer
+from states import hook_counts
 from test_layers import FEW, N_LAYERS, halved
-from test_state import hook_counts
 from torch import Tensor, nn
 from upstream import MASK, POSITIONS, USE_CACHE, turn_on_checkpointing
 from vits import answer

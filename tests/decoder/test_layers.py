@@ -1,13 +1,12 @@
 """O1, O3, O5, O7: pruning inside the decoder against an unpatched full-length run with a mask for every layer, over all
 families, in ragged padded batches."""
 
-import copy
-
 import pytest
 import torch
-from families import FAMILIES, RAGGED, batch, generate, implementations, tiny
+from families import FAMILIES, RAGGED, alone, batch, generate, implementations, tiny, twins
+from oracle import check_tokens, generated
 from oracle_layers import alive_by_layer, layered, layered_logits, layers_of, naive_importance
-from test_state import logits
+from states import logits
 from upstream import HIDDEN, cache_of
 
 import tokenprune
@@ -46,21 +45,16 @@ def halved(family):
 
 
 def pair(family, implementation=None, method=None, **overrides):
-    dense = tiny(family, implementation or implementations(family)[0], **overrides)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation or implementations(family)[0], **overrides)
     return dense, model, tokenprune.patch(model, method or halved(family))
 
 
 def check_layers(dense, family, out, traces, prompt, n, *, tolerance=1e-4, **options):
-    """Compare the logits of each of `n` generated tokens of each row with a full recomputation."""
-    length = out.sequences.shape[1] - n
-    for row, parts in enumerate(prompt.rows):
-        for step in range(n):
-            extra = out.sequences[row : row + 1, length : length + step]
-            single = batch(family, (parts,), seeds=(row,), extra=extra)
-            alive = alive_by_layer(traces, row, prompt.pads[row], single.inputs["input_ids"].shape[1], N_LAYERS)
-            wanted = layered_logits(dense, family, single, alive, **options)[-1]
-            torch.testing.assert_close(out.logits[step][row], wanted, atol=tolerance, rtol=tolerance)
+    """Compare the logits of each of `n` generated tokens of each row with a full computation."""
+    for row, pad in enumerate(prompt.pads):
+        single = alone(family, prompt.rows, row)(generated(out, row, n))
+        alive = alive_by_layer(traces, row, pad, single.inputs["input_ids"].shape[1], N_LAYERS)
+        check_tokens(out, row, n, layered_logits(dense, family, single, alive, **options), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("importance", ["pagerank", "last_query"])

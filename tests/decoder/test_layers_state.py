@@ -6,9 +6,10 @@ import copy
 import pytest
 import torch
 from families import EVEN, FAMILIES, RAGGED, batch, generate, implementations, tiny
+from states import Interrupt, Same, hook_counts, in_threads, logits, same_run, snapshot
 from test_accelerate import accelerate_hooks, half_on_disk
 from test_layers import N_LAYERS, check_layers, first_cut, pair, progressive
-from test_state import COPIES, LATER, Interrupt, Same, hook_counts, in_threads, logits, same_run, snapshot
+from test_state import COPIES, LATER
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer

@@ -1,11 +1,9 @@
 """O1, O2, O5, O7: pruned generation against an independent dense computation, over all families, in ragged padded
 batches."""
 
-import copy
-
 import pytest
 import torch
-from families import EVEN, FAMILIES, MROPE, RAGGED, batch, fresh, generate, implementations, tiny
+from families import EVEN, FAMILIES, MROPE, RAGGED, batch, generate, implementations, tiny, twins
 from oracle import check_steps
 from upstream import cache_of
 
@@ -22,8 +20,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)
 def test_pruned_generation_equals_a_dense_run_on_the_kept_tokens(family, implementation):
-    dense = tiny(family, implementation)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation)
     session = tokenprune.patch(model, "divprune", keep=0.5)
     ragged = batch(family)
     out = generate(model, ragged.inputs, 4)
@@ -33,8 +30,7 @@ def test_pruned_generation_equals_a_dense_run_on_the_kept_tokens(family, impleme
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_row_alone_is_exact_too(family):
-    dense = tiny(family, implementations(family)[0])
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementations(family)[0])
     session = tokenprune.patch(model, "divprune", keep=3)
     single = batch(family, (RAGGED[0],))
     out = generate(model, single.inputs, 3)
@@ -45,8 +41,7 @@ def test_one_row_alone_is_exact_too(family):
 @pytest.mark.parametrize("family", WINDOWS)
 def test_sliding_windows_go_on_counting_tokens_of_the_unpruned_sequence(family):
     implementation = implementations(family)[0]
-    dense = tiny(family, implementation, text_config=WINDOWS[family])
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation, text_config=WINDOWS[family])
     session = tokenprune.patch(model, "divprune", keep=0.5)
     ragged = batch(family)
     out = generate(model, ragged.inputs, 6)
@@ -55,8 +50,7 @@ def test_sliding_windows_go_on_counting_tokens_of_the_unpruned_sequence(family):
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)
 def test_keeping_everything_is_bit_identical_also_through_the_gathering_code(family, implementation):
-    dense = tiny(family, implementation)
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementation)
     ragged = batch(family)
     wanted = generate(dense, ragged.inputs, 3)
     session = tokenprune.patch(model, "divprune", keep=1.0)
@@ -108,31 +102,16 @@ def test_pruning_changes_the_logits_and_shortens_the_cache(family):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MROPE])
 def test_packed_positions_are_those_of_a_sequence_that_never_had_the_dropped_tokens(family):
-    dense = tiny(family, implementations(family)[0])
-    model = copy.deepcopy(dense)
+    dense, model = twins(family, implementations(family)[0])
     session = tokenprune.patch(model, "divprune", keep=0.5, positions="packed")
     ragged = batch(family)
     out = generate(model, ragged.inputs, 3)
     check_steps(dense, family, out, session.traces, ragged, 3, packed=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_keeps_shapes_and_dtype(family):
-    model = tiny(family, implementations(family)[0]).to(torch.bfloat16)
-    inputs = fresh(batch(family).inputs, dtype=torch.bfloat16)
-    with torch.no_grad():
-        wanted = model(**fresh(inputs)).logits
-        tokenprune.patch(model, "divprune", keep=0.5)
-        logits = model(**fresh(inputs)).logits
-    assert logits.shape == wanted.shape
-    assert logits.dtype == wanted.dtype
-    assert logits.isfinite().all()
-
-
 @pytest.mark.parametrize("method", ["random", "uniform"])
 def test_the_baselines_are_right_in_a_ragged_batch(method):
-    dense = tiny("llava")
-    model = copy.deepcopy(dense)
+    dense, model = twins("llava")
     session = tokenprune.patch(model, method, keep=0.5)
     ragged = batch("llava")
     out = generate(model, ragged.inputs, 3)
@@ -140,8 +119,7 @@ def test_the_baselines_are_right_in_a_ragged_batch(method):
 
 
 def test_keep_auto_makes_ragged_counts_and_stays_right():
-    dense = tiny("llava")
-    model = copy.deepcopy(dense)
+    dense, model = twins("llava")
     session = tokenprune.patch(model, "divprune", keep="auto", radius=0.8, min_keep=1, max_keep=0.9)
     ragged = batch("llava")
     out = generate(model, ragged.inputs, 3)

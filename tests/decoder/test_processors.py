@@ -8,9 +8,9 @@ import copy
 
 import families
 import pytest
-import test_hybrid
 import torch
 from families import Batch, generate
+from hybrid import CONFIG
 from oracle import kept_of_row, reference_logits
 from processors import KINDS, expected, model_of, processed, processor
 from upstream import EMBEDS
@@ -40,7 +40,7 @@ ROWS |= {f"{family}-mixed": (family, MIXED) for family in ("llava_onevision", "q
 @pytest.fixture(autouse=True)
 def hybrid(monkeypatch):
     """The tables of the tests know qwen3_5."""
-    monkeypatch.setitem(families.CONFIGS, "qwen3_5", test_hybrid.CONFIG)
+    monkeypatch.setitem(families.CONFIGS, "qwen3_5", CONFIG)
     monkeypatch.setattr("oracle.MROPE", (*families.MROPE, "qwen3_5"))
 
 

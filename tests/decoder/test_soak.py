@@ -12,7 +12,7 @@ import torch
 from families import EVEN, RAGGED, Batch, batch, generate, tiny
 from soak import Soak, soak
 from soak_calls import FAMILIES, known_hybrid
-from test_state import hook_counts
+from states import hook_counts
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from upstream import with_cache

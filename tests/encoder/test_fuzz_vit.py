@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
-from test_state import hook_counts, snapshot
+from states import hook_counts, snapshot
 from test_vit import Watch, removed
 from test_vit_heads import cascade
 from test_vit_spatten import filled, pruned

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_state import hook_counts, snapshot
+from states import hook_counts, snapshot
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vits import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import hook_counts, in_threads, replica_of, snapshot
+from states import hook_counts, in_threads, replica_of, snapshot
 from test_vit_spatten import Watch, check_exceptions, filled, refused
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention

@@ -9,8 +9,8 @@ from families import Batch, fresh, generate, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference_logits
+from states import hook_counts, snapshot
 from test_pixels import CASES, TEXTS, pixel_batch
-from test_state import hook_counts, snapshot
 from torch import Tensor, nn
 from upstream import encoder_output, with_features
 from vits import DEPTH, HEADS, WIDTH, Row, merged

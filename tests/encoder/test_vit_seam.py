@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import snapshot
+from states import snapshot
 from torch import Tensor, nn
 from vits import HEADS, NAMES, PREFIX, WIDTH, answer, blocks_of, inputs, run, tiny
 

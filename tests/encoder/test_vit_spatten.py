@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_state import hook_counts, snapshot
+from states import hook_counts, snapshot
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from vits import AT_END, DEPTH, HEADS, NAMES, PREFIX, WIDTH, answer, blocks_of, inputs, plain_blocks, run, tiny

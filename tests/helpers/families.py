@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,16 @@ def _model(family: str, implementation: str, overrides: str) -> nn.Module:
 def tiny(family: str, implementation: str = "sdpa", **overrides: Any) -> nn.Module:
     """A tiny random model, a fresh copy for each call. `text_config={...}` and the like override the configuration."""
     return copy.deepcopy(_model(family, implementation, json.dumps(overrides)))
+
+
+@cache
+def _dense(family: str, implementation: str, overrides: str) -> nn.Module:
+    return copy.deepcopy(_model(family, implementation, overrides))
+
+
+def twins(family: str, implementation: str = "sdpa", **overrides: Any) -> tuple[nn.Module, nn.Module]:
+    """A tiny model that all tests share, so that none may change it, and a copy of it to be patched."""
+    return _dense(family, implementation, json.dumps(overrides)), tiny(family, implementation, **overrides)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,11 @@ def batch(
         if extra is not None:
             inputs["token_type_ids"][:, length:] = 1
     return Batch(inputs, pads, rows)
+
+
+def alone(family: str, rows: tuple[Row, ...], row: int) -> Callable[[Tensor], Batch]:
+    """Gives one of the `rows` of a batch by itself, with ids `[1, n]` behind it."""
+    return lambda extra: batch(family, (rows[row],), seeds=(row,), extra=extra)
 
 
 def fresh(inputs: dict[str, Any], *, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""The independent oracle: the unpatched model, without any cache, on the kept tokens of one row, recomputed in full for
-every token.
+"""The independent oracle: the unpatched model, without any cache, on the kept tokens of one row, computed in full.
 
 Nothing here uses the library. What the dense model hands to its decoder is captured; the rows and columns of the kept
 tokens are taken out by plain indexing; masks are explicit; and the row stands alone, without padding.
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families import MROPE, Batch, batch, fresh
+from families import MROPE, Batch, alone, fresh
 from torch import Tensor, nn
 from upstream import DEEPSTACK, EMBEDS, MASK, POSITIONS, USE_CACHE, VISUAL_PLACES, with_cache
 
@@ -98,13 +97,22 @@ def check_steps(
     packed: bool = False,
     tolerance: float = 1e-4,
 ) -> None:
-    """Compare the logits of each of `n` generated tokens of each row with a full recomputation by the unpatched
-    model."""
-    length = out.sequences.shape[1] - n
-    for row, parts in enumerate(prompt.rows):
-        for step in range(n):
-            extra = out.sequences[row : row + 1, length : length + step]
-            single = batch(family, (parts,), seeds=(row,), extra=extra)
-            kept = kept_of_row(traces, row, prompt.pads[row], single.inputs["input_ids"].shape[1])
-            wanted = reference_logits(dense, family, single, kept, packed=packed)[-1]
-            torch.testing.assert_close(out.logits[step][row], wanted, atol=tolerance, rtol=tolerance)
+    """Compare the logits of each of `n` generated tokens of each row with a full computation by the unpatched model."""
+    for row, pad in enumerate(prompt.pads):
+        single = alone(family, prompt.rows, row)(generated(out, row, n))
+        kept = kept_of_row(traces, row, pad, single.inputs["input_ids"].shape[1])
+        wanted = reference_logits(dense, family, single, kept, packed=packed)
+        check_tokens(out, row, n, wanted, tolerance=tolerance)
+
+
+def generated(out: Any, row: int, n: int) -> Tensor:
+    """The ids `[1, n - 1]` of a row that came before the last of `n` generated ones."""
+    ids: Tensor = out.sequences[row : row + 1]
+    return ids[:, ids.shape[1] - n : ids.shape[1] - 1]
+
+
+def check_tokens(out: Any, row: int, n: int, wanted: Tensor, *, tolerance: float = 1e-4) -> None:
+    """Compare the logits of `n` generated tokens of a row with the last ones of `wanted` `[m, V]`: those of a dense run
+    over everything before the last one, in which no token sees a later one."""
+    found = torch.stack([step[row] for step in out.logits[:n]])
+    torch.testing.assert_close(found, wanted[-n:], atol=tolerance, rtol=tolerance)

@@ -40,6 +40,22 @@ def full_masks(decoder: nn.Module, given: Any, length: int) -> list[Tensor]:
     return masks
 
 
+def merged_inputs(given: dict[str, Any], merge: Any) -> dict[str, Any]:
+    """What a decoder is `given`, its embeddings `[1, L, D]` and DeepStack planes changed by `merge` unless it is
+    None."""
+    if merge is None:
+        return given
+    changed = {**given, EMBEDS: merge(given[EMBEDS])}
+    if given.get(DEEPSTACK) is not None:
+        visual, planes = given[VISUAL_PLACES], []
+        for plane in given[DEEPSTACK]:
+            whole = plane.new_zeros(1, visual.shape[1], plane.shape[-1])
+            whole[visual] = plane
+            planes.append(merge(whole)[visual])
+        changed[DEEPSTACK] = planes
+    return changed
+
+
 @contextmanager
 def hidden_by_layer(
     model: nn.Module, alive: list[Tensor], *, merge: Any = None, sizes: Tensor | None = None, collected: Any = None
@@ -62,22 +78,12 @@ def hidden_by_layer(
         length = embeds.shape[1]
         masks.clear()
         masks.extend(full_masks(module, kwargs.get(MASK), length))
-        changed = {**kwargs, **with_cache(None), USE_CACHE: False}
+        changed = {**merged_inputs(kwargs, merge), **with_cache(None), USE_CACHE: False}
         changed[POSITIONS] = torch.arange(length)[None] if positions is None else positions
         changed[MASK] = {} if isinstance(kwargs.get(MASK), dict) else masks[0][None, None]
         kinds = getattr(module.config, "layer_types", None)
         if (kinds and len(set(kinds)) > 1) or isinstance(kwargs.get(MASK), dict):
             changed[MASK] = dict.fromkeys(set(kinds or []), masks[0][None, None])
-        if merge is not None:
-            changed[EMBEDS] = merge(embeds)
-            if kwargs.get(DEEPSTACK) is not None:
-                visual = kwargs[VISUAL_PLACES]
-                planes = []
-                for plane in kwargs[DEEPSTACK]:
-                    whole = torch.zeros(1, length, plane.shape[-1])
-                    whole[visual] = plane
-                    planes.append(merge(whole)[visual])
-                changed[DEEPSTACK] = planes
         return (), changed
 
     def layer_hook(layer: int) -> Any:
@@ -231,3 +237,56 @@ class Merged:
         for place, weights in self.groups.items():
             sizes[place] = len(weights)
         return sizes
+
+
+class MergedByTraces:
+    """What methods merged of the images of one row, by the rule, out of what they left of each image.
+
+    Attributes:
+        weights: for each place that a mean stands at how much of each token is in it.
+        sizes: `[L]`, what each token counts in attention; None where that is 1.
+    """
+
+    def __init__(self, methods: Any, traces: Any, row: int, pad: int, embeds: Tensor) -> None:
+        """Follow the traces.
+
+        Args:
+            methods: of the session, in order.
+            traces: of the prompt.
+            row: which row of the batch it is.
+            pad: padding slots before it.
+            embeds: `[L, D]`, what the unpatched decoder gets.
+        """
+        self.weights: dict[int, dict[int, float]] = {}
+        sizes, biased = torch.ones(len(embeds)), False
+        before = [trace for trace in traces if trace.site == "before_llm"]
+        merging = [one for one in methods if getattr(one, "merge", None) is not None]
+        for trace in before:
+            if trace.method != "aim":
+                continue
+            method, kept = merging.pop(0), []
+            biased = biased or method.size_bias
+            for image in (trace.visual_indices[row] - pad).split(list(trace.images[row])):
+                keep, n_tokens = method.merge, len(image)
+                n_left = min(keep, n_tokens) if isinstance(keep, int) else max(1, int(keep * n_tokens + 0.5))
+                groups = naive_groups(self(embeds[None])[0, image], n_left, weighted=method.size_weighted)
+                means = {int(image[place]): self._mean(image, weights) for place, weights in groups.items()}
+                for place, weights in groups.items():
+                    sizes[image[place]] = sum(float(sizes[image[i]]) for i in weights)
+                self.weights |= means
+                kept += sorted(means)
+            assert kept == (trace.kept_indices[row] - pad).tolist(), "AIM merged other tokens than the rule says"
+        self.sizes = sizes if biased else None
+
+    def _mean(self, image: Tensor, weights: dict[int, float]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for member, weight in weights.items():
+            for token, share in self.weights.get(int(image[member]), {int(image[member]): 1.0}).items():
+                found[token] = found.get(token, 0.0) + weight * share
+        return found
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        for place, weights in self.weights.items():
+            out[0, place] = sum(weight * x[0, i].double() for i, weight in weights.items())
+        return out

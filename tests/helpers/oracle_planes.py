@@ -1,72 +1,73 @@
-"""What the layered oracle needs where a run keeps its keys and values in planes: its own roundings, each one checked.
+"""What the oracle of decoding needs where a run keeps its keys and values in planes: its own roundings, each checked.
 
 Whether a number lies just below or just above the middle of two integers is a matter of rounding, so a computation of
 its own would now and then store another one. The oracle therefore takes over what the run has stored, but only for
-tokens whose own keys and values are within half a step of it.
+tokens whose own keys and values are within half a step of it. What the high plane alone holds follows from that.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
-from oracle_layers import layers_of
-from torch import Tensor, nn
-from upstream import with_cache
+from torch import Tensor
 
-from tokenprune.ops import dequantize_planes
+from tokenprune.upstream.quantized_cache import PlanesLayer
 
-Stored = dict[int, tuple[Tensor, Tensor]]
-
-
-def stored_by(cache: Any, row: int) -> Stored:
-    """Keys and values `[Hkv, M, K]` of a row for each layer of a cache that keeps them in planes."""
-    found = {}
-    for number, layer in enumerate(cache.layers):
-        if hasattr(layer, "planes"):
-            found[number] = tuple(dequantize_planes(one)[row] for one in layer.planes())
-    return found
-
-
-class _Given:
-    """Stands for a cache: hands out what was stored of the tokens that are left, and all others as they come."""
-
-    def __init__(self, stored: Stored, alive: list[Tensor]) -> None:
-        self.stored, self.alive, self.asked = stored, alive, set[int]()
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.asked.add(layer)
-        if layer not in self.stored:
-            return key, value
-        places = self.alive[layer].nonzero()[:, 0]
-        keys, values = self.stored[layer]
-        own = key[0, :, places].transpose(0, 1).flatten(1)
-        slots = torch.cdist(own, keys.transpose(0, 1).flatten(1), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        changed = []
-        for come, there in ((key, keys), (value, values)):
-            mine, theirs = come[0, :, places], there[:, slots]
-            step = mine.abs().amax(-1, keepdim=True) / 127
-            assert bool(((mine - theirs).abs() <= 0.51 * step).all()), "what was stored is not what came"
-            come = come.clone()
-            come[0, :, places] = theirs
-            changed.append(come)
-        return changed[0], changed[1]
+Pair = tuple[Tensor, Tensor]
+Recorded = dict[int, list[Pair]]
 
 
 @contextmanager
-def as_stored(model: nn.Module, stored: Stored, alive: list[Tensor]) -> Iterator[None]:
-    """Within the block the layers of the unpatched `model`, on a single unpadded row, read what was `stored`."""
-    given = _Given(stored, alive)
+def recorded_planes() -> Iterator[Recorded]:
+    """Within the block the keys and values that layers in planes store are written down, by the layer's identity, as
+    whoever reads all of their bits gets them."""
+    found: Recorded = defaultdict(list)
+    update = PlanesLayer.update
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, **with_cache(given)}
+    def noting(layer: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        keys, values = update(layer, key, value, *args, **kwargs)
+        n_new = key.shape[2]
+        found[id(layer)].append((keys[:, :, -n_new:].clone(), values[:, :, -n_new:].clone()))
+        return keys, values
 
-    handles = [
-        layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers_of(model.get_decoder()) if stored
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert set(stored) <= given.asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlanesLayer, "update", noting)
+        yield found
+
+
+def stored_by(cache: Any, recorded: Recorded, row: int) -> dict[int, Pair]:
+    """For each layer of `cache` that is in planes the keys and values `[Hkv, T, K]` that were ever stored of a row."""
+    return {
+        number: tuple(torch.cat([pair[i][row] for pair in recorded[id(layer)]], 1) for i in range(2))
+        for number, layer in enumerate(getattr(cache, "layers", ()))
+        if id(layer) in recorded
+    }
+
+
+def as_stored(key: Tensor, value: Tensor, which: Tensor, stored: Pair) -> tuple[Pair, Pair]:
+    """Keys and values `[Hkv, L, K]` as they are read: by both planes, and by the high one alone.
+
+    Args:
+        key: `[Hkv, L, K]`, the oracle's own.
+        value: likewise.
+        which: `[L]` bool, the tokens that were stored.
+        stored: what the run has stored of this row, tokens in any order.
+    """
+    own = key[:, which].transpose(0, 1).flatten(1)
+    theirs = stored[0].transpose(0, 1).flatten(1).to(own)
+    slots = torch.cdist(own, theirs, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    both, high = [], []
+    for mine, found in zip((key, value), stored, strict=True):
+        found = found[:, slots].to(mine)
+        step = mine[:, which].abs().amax(-1, keepdim=True) / 127
+        assert bool(((mine[:, which] - found).abs() <= 0.51 * step).all()), "what was stored is not what came"
+        step = found.abs().amax(-1, keepdim=True) / 127
+        whole = (found / step.clamp(min=1e-30)).round() + 128
+        upper = (whole.div(16, rounding_mode="floor") * 16 + 7.5 - 128) * step
+        for planes, read in ((both, found), (high, upper)):
+            planes.append(mine.clone())
+            planes[-1][:, which] = read
+    return (both[0], both[1]), (high[0], high[1])

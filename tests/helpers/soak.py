@@ -1,6 +1,6 @@
 """Random sequences of calls on tiny models, patched and patched again: every call against the dense oracle.
 
-PYTHONPATH=tests/decoder python tests/helpers/soak.py --seeds 0:500
+python tests/helpers/soak.py --seeds 0:500
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from families import batch, generate
 from soak_calls import Calls, known_hybrid, length_of
 from soak_talk import HYBRID, NEVER, TOLERANCE, Talk
-from test_state import Interrupt, hook_counts, same_run
+from states import Interrupt, hook_counts, same_run
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from upstream import MASK, cache_of, with_cache

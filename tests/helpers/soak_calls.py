@@ -11,9 +11,9 @@ import families
 import pytest
 import torch
 from families import DIM, IMAGE, fresh, generate
+from hybrid import CONFIG
 from soak_talk import HYBRID, NEVER, Talk
-from test_hybrid import CONFIG
-from test_state import hook_counts
+from states import hook_counts
 from torch import nn
 from upstream import EMBEDS, POSITIONS, cache_of
 

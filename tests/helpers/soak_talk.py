@@ -13,9 +13,9 @@ from typing import Any
 import families
 import torch
 from families import DIM, IMAGE, fresh
+from hybrid import FAMILY as HYBRID
+from hybrid import only_alive
 from oracle_layers import hidden_by_layer, layers_of, naive_groups
-from test_hybrid import FAMILY as HYBRID
-from test_hybrid import only_alive
 from torch import Tensor, nn
 from upstream import POSITIONS, USE_CACHE, with_features
 

@@ -58,10 +58,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     plan = state.attention if state.steering else None
     probes = state.probes.get(layer, ()) if state.scoring or any(map(len, state.visual)) else ()
     stepped: tuple[Tensor, Tensor] | None = None
-    if query.shape[2] == 1 and plan is not None:
+    if call.length == 1 and plan is not None:
         scale, softcap = scale_of(query, kwargs), softcap_of(module, kwargs)
         stepped = attention.step(state, call, plan, layer, query, key, value, mask=mask, scale=scale, softcap=softcap)
-    elif query.shape[2] == 1 and not args and _can_step(state, module, query, kwargs):
+    elif call.length == 1 and not args and _can_step(state, module, query, kwargs):
         stepped = _step(state, call, layer, query, key, value, mask, scale_of(query, kwargs))
     if stepped is not None:
         output, scores = stepped
