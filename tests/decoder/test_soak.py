@@ -137,10 +137,11 @@ FOUND: dict[str, Callable[[], None]] = {
     "merged tokens in steps with fewer heads": lambda: sequence("gemma3", AIM(prune=None, size_bias=True), HEADS),
     "a static cache of recurrent layers behind padding": lambda: sequence("qwen3_5", FastV(layer=3), static=True),
 }
-FAULTS: dict[str, tuple[object, str, object]] = {
+NEVER = property(lambda _: False, lambda *_: None)
+FAULTS: dict[str, tuple[Any, ...]] = {
     "rows in another order": (pruned_cache.Ledger, "take_rows", lambda *_: None),
     "merged tokens in steps with fewer heads": (attention, "_bias", lambda *_: None),
-    "a static cache of recurrent layers behind padding": (DecoderFacts, "recurrent", False),
+    "a static cache of recurrent layers behind padding": (DecoderFacts, "recurrent", NEVER, False),
 }
 
 

@@ -37,6 +37,10 @@ class Choices:
         self.masks, self.held, self.heads, self.values = (dict[tuple[int, int], Tensor]() for _ in range(4))
         self.call, self.layer = -1, 0
 
+    def heads_of(self, layer: int, call: int) -> Tensor:
+        """The heads that a layer kept in a call: those of the layer before it where no others were chosen."""
+        return self.heads[call, max(at for one, at in self.heads if one == call and at <= layer)]
+
 
 @contextmanager
 def written_down(model: nn.Module, n_heads: int) -> Iterator[Choices]:
@@ -52,7 +56,7 @@ def written_down(model: nn.Module, n_heads: int) -> Iterator[Choices]:
             return
         for layer in range(len(layers_of(model.get_decoder()))):
             slots = ledger.at(layer)
-            columns = slots.columns(n_slots=ledger.length - slots.dropped)
+            columns = slots.columns(torch.arange(ledger.length))
             held = torch.zeros(len(columns), ledger.length + 1, dtype=torch.bool)
             held.scatter_(1, columns.where(columns >= 0, ledger.length), True)
             found.held[found.call, layer] = held[:, :-1]
@@ -80,7 +84,7 @@ def written_down(model: nn.Module, n_heads: int) -> Iterator[Choices]:
             if options["valid"] is not None:
                 logits = logits.masked_fill(~options["valid"][:, None], -torch.inf)
             order = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            found.values[found.call, found.layer] = order < n_values.view(-1, 1, 1)
+            found.values[found.call, found.layer] = order < torch.as_tensor(n_values).view(-1, 1, 1)
         return decode(query, key, value, **options)
 
     handles = [
@@ -145,7 +149,7 @@ class Replayed(Row):
         n_keep = max(1, int(self.n_heads * self.rules.heads[layer] + 1e-6))
         if n_keep == self.n_heads:
             return
-        kept = self.choices.heads[self.call, layer][self.row].tolist()
+        kept = self.choices.heads_of(layer, self.call)[self.row].tolist()
         assert len(kept) == n_keep
         assert set(kept) <= set(self.kept_heads)
         self._note("heads", self.head_scores, self.kept_heads, kept)

@@ -70,7 +70,7 @@ class Calls:
     @property
     def inside(self) -> bool:
         """Whether tokens leave inside the decoder."""
-        return self.session is not None and bool(self.session.layer_reducers())
+        return self.session is not None and bool(self.session.methods_at("llm_layer"))
 
     @property
     def evicts(self) -> bool:

@@ -119,53 +119,69 @@ def _decode(
     """The specification: everything at its full length, what is not read filled with 0."""
     batch, n_heads, _, width = query.shape
     groups, length = key.shape[1:3]
-    per_group = n_heads // groups
-    grouped = query.view(batch, groups, per_group, width).float() * scale
-    device = query.device
-    mask = torch.ones(batch, groups, length, dtype=torch.bool, device=device) if valid is None else valid
-    kept = torch.ones(batch, n_heads, dtype=torch.bool, device=device) if heads is None else heads
-    kept = kept.view(batch, groups, per_group)
-
+    grouped = query.view(batch, groups, n_heads // groups, width).float() * scale
+    shown = None if valid is None else valid.unsqueeze(2)
+    kept = None if heads is None else heads.view(batch, groups, -1, 1)
     low = threshold is None
-    logits = _logits(grouped, _read(key, low), mask)
-    recomputed = torch.zeros_like(kept)
+
+    logits = _logits(grouped, _read(key, low), shown)
+    recomputed = torch.zeros(*grouped.shape[:3], 1, dtype=torch.bool, device=query.device)
     if threshold is not None:
-        recomputed = kept & (_softmax(_cap(logits, softcap, bias)).amax(-1) < threshold) & mask.any(-1, keepdim=True)
-        logits = torch.where(recomputed.unsqueeze(-1), _logits(grouped, _read(key, True), mask), logits)
-    chosen = mask.unsqueeze(2) & kept.unsqueeze(-1)
+        flat = _softmax(_cap(logits, softcap, bias), shown).amax(-1, keepdim=True) < threshold
+        some = None if shown is None else shown.any(-1, keepdim=True)
+        recomputed = _both(_both(flat, kept), some)
+        logits = torch.where(recomputed, _logits(grouped, _read(key, True), shown), logits)
     capped = _cap(logits, softcap, bias)
-    weight = _softmax(capped).masked_fill(~chosen, 0.0)
+    used = weight = _hide(_softmax(capped, shown), kept)
+    chosen = None if shown is None else _both(shown, kept)
     if n_values is not None:  # a cap may make equal what was not
-        chosen = chosen & _largest(logits if bias is None else capped, n_values)
-    used, read = weight.masked_fill(~chosen, 0.0), chosen.any(2)
+        chosen = _both(_both(_largest(logits if bias is None else capped, n_values), shown), kept)
+        used = _hide(weight, chosen)
+    read = None if chosen is None else chosen.any(2)
     output = used @ _read(value, low, read)
     if threshold is not None and isinstance(value, Planes):
-        output = torch.where(recomputed.unsqueeze(-1), used @ _read(value, True, read), output)
-    output = output.masked_fill(~chosen.any(-1, keepdim=True), 0.0)
+        output = torch.where(recomputed, used @ _read(value, True, read), output)
+    output = _hide(output, kept if chosen is None else chosen.any(-1, keepdim=True))
 
-    n_valid = mask.sum(-1) * kept.any(-1)
-    n_low = (chosen & recomputed.unsqueeze(-1)).any(2).sum(-1)
+    whole = torch.full((batch, groups), length, dtype=torch.int64, device=query.device)
+    n_valid = whole if valid is None else valid.sum(-1)
+    n_keys = n_valid if kept is None else n_valid * kept.any(2).squeeze(-1)
+    n_read = n_keys if read is None else read.sum(-1)
     key_size, low_key_size, value_size, low_value_size, dense_size = sizes
+    key_bytes, value_bytes = n_keys * key_size, n_read * value_size
+    if threshold is not None:
+        key_bytes = key_bytes + n_keys * recomputed.any(2).squeeze(-1) * low_key_size
+        n_low = n_keys * recomputed.any(2).squeeze(-1) if chosen is None else (chosen & recomputed).any(2).sum(-1)
+        value_bytes = value_bytes + n_low * low_value_size
     return (
         output.view(query.shape).to(query.dtype),
         weight.sum((1, 2)),
         output.abs().sum(-1).view(batch, n_heads),
         recomputed.view(batch, n_heads),
-        n_valid * key_size + n_valid * recomputed.any(-1) * low_key_size,
-        read.sum(-1) * value_size + n_low * low_value_size,
-        mask.sum(-1) * dense_size,
+        key_bytes,
+        value_bytes,
+        n_valid * dense_size,
     )
+
+
+def _both(one: Tensor, other: Tensor | None) -> Tensor:
+    return one if other is None else one & other
+
+
+def _hide(x: Tensor, shown: Tensor | None, value: float = 0.0) -> Tensor:
+    """`x` with `value` where it is not `shown` (None: all of it is)."""
+    return x if shown is None else x.masked_fill(~shown, value)
 
 
 def _read(x: Tensor | Planes, low: bool, mask: Tensor | None = None) -> Tensor:
     wide = dequantize_planes(x, low=low) if isinstance(x, Planes) else x.float()
-    return wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return wide if mask is None else _hide(wide, mask.unsqueeze(-1))
 
 
-def _logits(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+def _logits(query: Tensor, key: Tensor, shown: Tensor | None) -> Tensor:
     """Products, NaN for those that are not finite, which a cap or a softmax might hide; -inf for keys not valid."""
     logits = query @ key.transpose(-1, -2)
-    return logits.add_(logits, alpha=0).masked_fill_(~mask.unsqueeze(2), -torch.inf)
+    return _hide(logits.add_(logits, alpha=0), shown, -torch.inf)
 
 
 def _cap(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
@@ -176,9 +192,9 @@ def _cap(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
     return capped if bias is None else capped + bias[:, None, None].to(capped)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Along the last axis, 0 where no key is valid."""
-    return logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+def _softmax(logits: Tensor, shown: Tensor | None) -> Tensor:
+    """Along the last axis, 0 for keys that are not valid."""
+    return _hide(logits.softmax(-1), shown)
 
 
 def _largest(logits: Tensor, n_values: int | Tensor) -> Tensor:

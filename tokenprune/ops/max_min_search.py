@@ -137,7 +137,9 @@ def choose(
         for i, tokens in enumerate(features.detach()):
             position = None if valid is None else valid[i].nonzero()[:, 0]
             chosen, reach = _choose(_Cosines(tokens, position), most, least, radius)
-            order[i, : len(chosen)] = torch.tensor(chosen) if position is None else position.cpu()[chosen]
+            order[i, : len(chosen)] = (
+                torch.tensor(chosen, dtype=torch.int64, device="cpu") if position is None else position.cpu()[chosen]
+            )
             path[i, : len(reach)] = torch.tensor(reach, dtype=torch.float32, device="cpu")
     return order.to(features.device), path.to(features.device)
 
