@@ -281,13 +281,15 @@ class Row:
         weights = weights[self.kept_heads]
         self.scores = self.scores.to(weights) + weights[:, new].sum((0, 1))
         self.head_scores = self.head_scores.to(weights) + wide(output)[:, new].abs().sum((1, 2))
-        for trace in self.traces if not self.past else ():
-            if trace.site == "llm_layer" and trace.layer == layer:
-                self._check_choice(trace, weights, self.alive[layer].nonzero()[:, 0])
+        traces = [trace for trace in self.traces if trace.site == "llm_layer" and trace.layer == layer]
+        if not self.past and traces:
+            here = [one for one in self.session.methods if "llm_layer" in one.sites()]
+            here = [one for one in here if any(stage.layer == layer for stage in one.schedule(self.n_layers))]
+            for trace, method in zip(traces, here, strict=True):
+                self._check_choice(trace, method.probe, weights, self.alive[layer].nonzero()[:, 0])
 
-    def _check_choice(self, trace: Any, weights: Tensor, left: Tensor) -> None:
+    def _check_choice(self, trace: Any, probe: Any, weights: Tensor, left: Tensor) -> None:
         """Whether the tokens that a trace says were kept are those with the highest scores, where margins allow."""
-        probe = next(one for one in self.session.methods if one.name == trace.method).probe
         seen, kept = ((which[self.row] - self.pad).tolist() for which in (trace.visual_indices, trace.kept_indices))
         dropped = sorted(set(seen) - set(kept))
         if not kept or not dropped:
