@@ -111,8 +111,10 @@ def heads_of(state: Scored, plan: AttentionPlan, *, layer: int) -> Heads | None:
         return None
     known = state.heads
     if known is None or (state.heads_at != layer and known.index.shape[1] != n_keep):
-        alive = None if known is None else known.mask.to(state.head_scores.device)
-        state.heads = Heads(ops.top_k_select(state.head_scores, k=n_keep, valid=alive), n_heads)
+        scores = state.head_scores
+        if known is not None:
+            scores = scores.masked_fill(~known.mask.to(scores.device), -torch.inf)
+        state.heads = Heads(ops.top_k_select(scores, k=n_keep), n_heads)
     state.heads_at = layer
     return state.heads
 

@@ -22,6 +22,8 @@ def check_number(
 
 def check_count(op: str, name: str, value: object, low: int, high: int) -> None:
     """Raise `OptionError` unless `value` is an int from `low` to `high`."""
+    if type(value) is int and low <= value <= high:
+        return
     check_number(op, name, value, f"an int from {low} to {high}", low, high, whole=True)
 
 
