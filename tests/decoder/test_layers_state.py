@@ -59,7 +59,7 @@ def test_only_layers_and_probed_attentions_are_touched():
     changed = {key for key in after if key not in before or after[key] != before[key]}
     decoder = "model.language_model"
     hooked = {key[0] for key in changed if "hooks" in key[1]}
-    assert hooked == {"", "model", decoder, *(f"{decoder}.layers.{i}" for i in range(1, N_LAYERS))}
+    assert hooked == {"", "model", decoder, *(f"{decoder}.layers.{i}" for i in range(2, N_LAYERS))}
     rest = {key[:2] for key in changed if "hooks" not in key[1]}
     assert rest == {(f"{decoder}.layers.1.self_attn", "config")}
     assert model.get_decoder().config is config
@@ -391,3 +391,20 @@ def test_right_answers_survive_all_of_this_in_one_session():
     check_layers(dense, "llava", out, session.traces, prompt, 3)
     text = str(session.report())
     assert "aim" in text
+
+
+def test_a_cache_pruned_before_early_layers_is_continued_by_a_method_that_prunes_later():
+    model, prompt = tiny("llava"), batch("llava")
+    token = torch.full((len(prompt.inputs["attention_mask"]), 1), 7)
+    mask = torch.cat([prompt.inputs["attention_mask"], torch.ones_like(token)], dim=1)
+
+    def step(cache):
+        with torch.no_grad():
+            return model(input_ids=token, attention_mask=mask, **with_cache(copy.deepcopy(cache))).logits
+
+    tokenprune.patch(model, FastV(layer=1, keep=1))
+    with torch.no_grad():
+        cache = cache_of(model(**prompt.inputs))
+    wanted = step(cache)
+    tokenprune.patch(model, FastV(layer=3))
+    assert torch.equal(step(cache), wanted)

@@ -19,8 +19,7 @@ from upstream import with_cache
 
 import tokenprune
 from tokenprune import AIM, FastV, SpAtten
-from tokenprune.decode import attention
-from tokenprune.decoder import pruned_cache
+from tokenprune.decoder import masks, pruned_cache
 from tokenprune.parsing import parse_methods
 from tokenprune.upstream.facts import DecoderFacts
 
@@ -140,7 +139,7 @@ FOUND: dict[str, Callable[[], None]] = {
 NEVER = property(lambda _: False, lambda *_: None)
 FAULTS: dict[str, tuple[Any, ...]] = {
     "rows in another order": (pruned_cache.Ledger, "take_rows", lambda *_: None),
-    "merged tokens in steps with fewer heads": (attention, "_bias", lambda *_: None),
+    "merged tokens in steps with fewer heads": (masks, "_biased", lambda block, *_: block),
     "a static cache of recurrent layers behind padding": (DecoderFacts, "recurrent", NEVER, False),
 }
 

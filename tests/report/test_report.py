@@ -124,7 +124,7 @@ def test_flops_of_the_selection_are_counted_apart(measured: tuple[nn.Module, Any
     model, _, result = measured
     similarities = 2 * 2 * 64 * 64 * 32
     assert result.cost("selection_flops_g").dense == 0
-    assert result.cost("selection_flops_g").pruned * 1e9 > 0.9 * similarities
+    assert result.cost("selection_flops_g").pruned * 1e9 > 0.5 * similarities  # each pair of tokens once
     assert result.cost("prefill_flops_g").pruned * 1e9 == pytest.approx(_decoder_flops(model, 23), rel=0.02)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokenprune import ops
 from tokenprune.decode.heads import Heads, heads_of, note_magnitude
-from tokenprune.decode.traffic import Read
+from tokenprune.decode.traffic import Read, WholeRead
 from tokenprune.decoder.call import Call
 from tokenprune.decoder.masks import valid_slots
 from tokenprune.decoder.state import Forward
-from tokenprune.reduction import gather
+from tokenprune.reduction import Keep, gather
 from tokenprune.signals import AttentionPlan
 from tokenprune.upstream.attention import RegroupedAttention, check_grouping, layer_index
 from tokenprune.upstream.caches import layers_of, window_of
@@ -92,7 +92,16 @@ def _n_dense(call: Call, layer: int) -> int | Tensor:
     return (mask[:, :total] != 0)[:, -(window or total) :].sum()
 
 
-def prompt(
+def needs_probabilities(state: Forward, plan: AttentionPlan, layer: int, query: Tensor) -> bool:
+    """Whether a decoding step of `layer` has to run through :func:`step`.
+
+    On a CPU, where all heads are read whole anyway, the attention of the model is faster where heads are all that is
+    pruned and nobody ranks tokens.
+    """
+    return state.scoring or plan.values[layer] < 1.0 or plan.threshold is not None or query.device.type != "cpu"
+
+
+def with_kept_heads(
     state: Forward,
     call: Call,
     real: Any,
@@ -101,32 +110,67 @@ def prompt(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """What the attention function `real` gives for a prompt, with the kept heads computed alone; notes magnitudes.
+    """What the attention function `real` gives, in a prompt with the kept heads computed alone; notes magnitudes.
 
     The output `[B, M, H, K]` has zeros for the other heads, unless `query` came without them.
     """
-    if heads is None or any(True for _ in module.parameters(recurse=False)):  # parameters by head, such as sinks
-        output, *rest = real(module, query, key, value, *args, **kwargs)
+    step, total = call.length == 1, query.shape[1] if heads is None else heads.total
+    if heads is None or step or any(True for _ in module.parameters(recurse=False)):  # parameters by head (sinks)
+        # In a step, copying the keys of the kept heads would cost more than it saves.
+        output, *rest = real(module, query if heads is None else heads.widen(query), key, value, mask, *args, **kwargs)
     else:
         check_grouping(module, heads.total // key.shape[1])
         few = heads.take(query)
-        key, value = heads.serving(key, value)
-        output, *rest = real(RegroupedAttention(module, few.shape[1] // key.shape[1]), few, key, value, *args, **kwargs)
+        keys, values = heads.serving(key, value)
+        alone = RegroupedAttention(module, few.shape[1] // keys.shape[1])
+        output, *rest = real(alone, few, keys, values, mask, *args, **kwargs)
         rest = [heads.widen(x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in rest]
     output = output if heads is None else heads.take(output, dim=2)
-    keep = state.segment_of(layer_index(module)).keep
-    real_tokens = call.real_tokens
-    if keep is not None:
-        real_tokens = gather(real_tokens, keep.index.cpu())
-        real_tokens = real_tokens if keep.valid is None else real_tokens & keep.valid.cpu()
-    magnitude = (output.float().abs().sum(dim=-1) * real_tokens.to(output.device)[:, :, None]).sum(dim=1)
-    note_magnitude(state, magnitude if heads is None else heads.widen(magnitude))
+    segment = state.segment_of(layer_index(module))
+    magnitude = output.float().abs().sum(dim=-1)
+    if call.padding is not None or segment.keep is not None:
+        magnitude = magnitude * _real_tokens(call, segment.keep).to(output.device)[:, :, None]
+    magnitude = magnitude.sum(dim=1)
+    note_magnitude(state, magnitude, heads)
+    if step:
+        state.reads.whole.append(_whole_read(state, call, layer_index(module), heads, mask, key, total=total))
     if heads is not None and query.shape[1] == heads.total:
         output = heads.widen(output, dim=2)
     return (output, *rest)
+
+
+def _real_tokens(call: Call, keep: Keep | None) -> Tensor:
+    """Which of the kept tokens of a call are no padding, `[B, M]` bool on the CPU."""
+    if keep is None:
+        return call.real_tokens
+    real_tokens = gather(call.real_tokens, keep.index.cpu())
+    return real_tokens if keep.valid is None else real_tokens & keep.valid.cpu()
+
+
+def _whole_read(
+    state: Forward, call: Call, layer: int, heads: Heads | None, mask: Any, key: Tensor, *, total: int
+) -> WholeRead:
+    """What a decoding step reads that reads whole keys and values; `total`: query heads of the layer."""
+    n_keys, n_kv = state.segment_of(layer).n_keys(call), key.shape[1]
+    valid = _valid(state, call, layer, mask, n_keys)
+    n_valid = n_keys if valid is None else valid.sum(dim=1)
+    n_used: int | Tensor = n_kv
+    if heads is not None and heads.common is not None:
+        n_used = len({head // (total // n_kv) for head in heads.common})
+    elif heads is not None:
+        n_used = heads.mask.view(len(heads.mask), n_kv, -1).any(dim=2).sum(dim=1)
+    size = 2 * key.shape[-1] * key.element_size()
+
+    def over_rows(count: int | Tensor) -> int | Tensor:
+        return count.sum() * size if isinstance(count, Tensor) else count * call.n_rows * size
+
+    return WholeRead(
+        _n_dense(call, layer) * n_kv * size, over_rows(n_valid * n_kv), over_rows(n_valid * n_used), call.n_rows
+    )
 
 
 def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Tensor | None:

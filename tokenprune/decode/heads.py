@@ -119,7 +119,19 @@ def heads_of(state: Scored, plan: AttentionPlan, *, layer: int) -> Heads | None:
     return state.heads
 
 
-def note_magnitude(state: Scored, magnitude: Tensor) -> None:
-    """Add the magnitudes `[B, H]` of a layer's heads to their scores."""
-    earlier = state.head_scores
-    state.head_scores = magnitude if earlier is None else earlier.to(magnitude.device) + magnitude
+def note_magnitude(state: Scored, magnitude: Tensor, heads: Heads | None = None) -> None:
+    """Add the magnitudes of a layer's heads to their scores.
+
+    Args:
+        state: what a forward knows of heads.
+        magnitude: `[B, n]` fp32.
+        heads: the heads that these are of; None for all.
+    """
+    if state.head_scores is None:
+        state.head_scores = magnitude if heads is None else heads.widen(magnitude)
+        return
+    earlier = state.head_scores.to(magnitude.device)
+    if heads is None or magnitude.shape[1] == heads.total:
+        state.head_scores = earlier + magnitude
+    else:
+        state.head_scores = earlier.scatter_add(1, heads.index.to(magnitude.device), magnitude)

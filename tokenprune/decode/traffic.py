@@ -25,6 +25,22 @@ class Read(NamedTuple):
     n_heads: int
 
 
+class WholeRead(NamedTuple):
+    """One layer of one decoding step that read whole keys and values of some KV heads.
+
+    Attributes:
+        dense: bytes that the unpruned model would have read, over all rows.
+        tokens: without the dropped tokens.
+        heads: without the KV heads that no kept head uses, too: what was read.
+        n_rows: rows of the batch.
+    """
+
+    dense: int | Tensor
+    tokens: int | Tensor
+    heads: int | Tensor
+    n_rows: int
+
+
 @dataclass
 class Reads:
     """Sums over layers, rows and steps.
@@ -33,17 +49,32 @@ class Reads:
         sums: fp64 sums of bytes (dense, tokens, heads, values, read, as in :class:`tokenprune.signals.Traffic`) and of
             shares of heads that read the low bits, on the device that counted them.
         steps: attentions of one row that were counted.
-        open: what was read in the forward that runs.
+        open: what was read in part in the forward that runs.
+        whole: what was read whole in the forward that runs.
     """
 
     sums: Tensor | None = None
     steps: int = 0
     open: list[Read] = field(default_factory=list)
+    whole: list[WholeRead] = field(default_factory=list)
 
     def close(self) -> "Reads":
         """The sums with what was read in the forward that ends."""
-        if not self.open:
-            return self
+        sums, steps = self.sums, self.steps
+        if self.open:
+            found = self._sums_in_part()
+            sums = found if sums is None else sums.to(found.device) + found
+            steps += sum(len(read.step.output) for read in self.open)
+        if self.whole:
+            dense, tokens, heads, n_rows = map(sum, zip(*self.whole, strict=True))
+            counts = (dense, tokens, heads, heads, heads, 0)
+            found = torch.stack([torch.as_tensor(count, dtype=torch.float64, device="cpu") for count in counts])
+            sums = found if sums is None else sums.to(found.device) + found
+            steps += n_rows
+        return Reads(sums, steps)
+
+    def _sums_in_part(self) -> Tensor:
+        """The sums of what was read in part, `[6]` fp64."""
         steps = [read.step for read in self.open]
         device = steps[0].output.device
 
@@ -63,10 +94,9 @@ class Reads:
             joined(step.recomputed for step in steps) * torch.tensor(shares, dtype=torch.float64, device=device),
         )
         dense = sum(read.n_dense * _bytes_per_key(read.step) for read in self.open)
-        dense = torch.as_tensor(dense, dtype=torch.float64, device=device)
-        sums = torch.stack([dense, *(count.sum() for count in counted)])
-        earlier = 0.0 if self.sums is None else self.sums.to(device)
-        return Reads(earlier + sums, self.steps + sum(len(step.output) for step in steps))
+        return torch.stack(
+            [torch.as_tensor(dense, dtype=torch.float64, device=device), *(count.sum() for count in counted)]
+        )
 
     def traffic(self) -> Traffic:
         """The sums so far. On a GPU this waits for them."""

@@ -26,7 +26,7 @@ from tokenprune.decoder import around, between_layers, output
 from tokenprune.decoder.call import check_call, shape_of
 from tokenprune.decoder.entrance import Host, enter, note_time, positions_of
 from tokenprune.decoder.masks import decoder_mask
-from tokenprune.decoder.plan import plan_inside
+from tokenprune.decoder.plan import DecoderPlan, plan_inside
 from tokenprune.decoder.pruned_cache import ledger_of
 from tokenprune.decoder.segments import first_segments
 from tokenprune.decoder.select import SITE
@@ -68,6 +68,7 @@ class DecoderAdapter:
         check_forward(decoder, "embeds", "mask", "positions", "cache", *planes)
         self.facts = DecoderFacts(decoder)
         self._unpacks = self.facts.flash
+        self._inside, self._early = DecoderPlan(), False  # whether the hooks of early layers are in place
         self._records = False  # whether the hooks for hidden states are in place
         check_classes()
         check_builder()
@@ -108,8 +109,8 @@ class DecoderAdapter:
         Raises:
             OptionError: the decoder cannot be pruned where the methods want it.
         """
-        self._records = False
-        inside = plan_inside(session, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
+        self._records = self._early = False
+        inside = self._inside = plan_inside(session, self.root, self.decoder, self.facts, has_images=bool(self.row.ids))
         if session.methods_at("llm_layer") and not self.callers and not tells_logits(self.root):
             session.remark(
                 f"{type(self.root).__name__} does not receive the number of wanted logits: with drafts of an assistant "
@@ -174,6 +175,9 @@ class DecoderAdapter:
         layered = bool(session.methods_at("llm_layer"))
         if ledger is not None and ledger.layered and (state is None or not layered):
             raise InputError(LAYERED)
+        if ledger is not None and ledger.layered and not self._early and ledger.starts[1] <= len(self._inside.early):
+            session.add(list(self._inside.early))
+            self._early = True
         check_call(given, self.facts, ledger, unpacks=self._unpacks)
         started = time.perf_counter()
         state = Forward(session, None, Prompt()) if state is None else state

@@ -58,10 +58,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     plan = state.attention if state.steering else None
     probes = state.probes.get(layer, ()) if state.scoring or any(map(len, state.visual)) else ()
     stepped: tuple[Tensor, Tensor] | None = None
-    if call.length == 1 and plan is not None:
+    if call.length == 1 and plan is not None and attention.needs_probabilities(state, plan, layer, query):
         scale, softcap = scale_of(query, kwargs), softcap_of(module, kwargs)
         stepped = attention.step(state, call, plan, layer, query, key, value, mask=mask, scale=scale, softcap=softcap)
-    elif call.length == 1 and not args and _can_step(state, module, query, kwargs):
+    elif call.length == 1 and plan is None and not args and _can_step(state, module, query, kwargs):
         stepped = _step(state, call, layer, query, key, value, mask, scale_of(query, kwargs))
     if stepped is not None:
         output, scores = stepped
@@ -71,7 +71,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     real, heads = real_function(module), None
     if plan is not None:
         heads = heads_of(state, plan, layer=layer)
-        output = attention.prompt(state, call, real, module, heads, query, key, value, mask, *args, **kwargs)
+        output = attention.with_kept_heads(state, call, real, module, heads, query, key, value, mask, *args, **kwargs)
     else:
         output = real(module, query, key, value, mask, *args, **kwargs)
     started, softcap = time.perf_counter(), softcap_of(module, kwargs)

@@ -38,6 +38,8 @@ class DecoderPlan:
 
     Attributes:
         hooks: what is to be installed on its layers.
+        early: the hooks of layers before the first one that tokens are dropped before, which only a cache needs that
+            was pruned there by an earlier patch.
         probes: for each layer that is to be probed what is wanted of its attention.
         guard: which text is kept where text is pruned too.
         plan: what is dropped from the cache while tokens are generated.
@@ -45,6 +47,7 @@ class DecoderPlan:
     """
 
     hooks: tuple[Hook | Swap, ...] = ()
+    early: tuple[Hook, ...] = ()
     probes: dict[int, tuple[Probe, ...]] = field(default_factory=dict)
     guard: TextGuard | None = None
     plan: CachePlan | None = None
@@ -87,11 +90,9 @@ def plan_inside(
     probes = plan_probes(cuts, modules, plan)
     check_decoder(root, facts, cuts)
     hooks: list[Hook | Swap] = [Hook(decoder, "pre", _checking_hook(session, facts, modules))]
-    hooks += [
-        Hook(module, "pre", between.layer_hook(session, i, cuts.get(i, ())))
-        for i, module in enumerate(modules)
-        if i > 0
-    ]
+    inner = [Hook(module, "pre", between.layer_hook(session, i, cuts.get(i, ()))) for i, module in enumerate(modules)]
+    first = min(cuts, default=len(modules)) if plan is None else 1
+    hooks += inner[first:]
     if is_text(root):
         hooks.append(Hook(modules[-1], "post", between.restoring_hook(session)))
     attention = plan_attention(methods, modules)
@@ -102,7 +103,7 @@ def plan_inside(
         hooks += plan_projections(session, attention, modules)
         if attention.threshold is not None:
             check_planes(facts)
-    return DecoderPlan((*hooks, *last), probes, guard, plan, attention)
+    return DecoderPlan((*hooks, *last), tuple(inner[1:first]), probes, guard, plan, attention)
 
 
 def plan_attention(methods: tuple[Method, ...], modules: list[nn.Module]) -> AttentionPlan | None:

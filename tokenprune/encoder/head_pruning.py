@@ -65,7 +65,7 @@ class FewerHeads:
         run.due.discard("attention")
         heads = heads_of(run, self.plan, layer=number)
         output, run.seen, magnitude = self.compute(args, kwargs, heads)
-        note_magnitude(run, magnitude if heads is None else heads.widen(magnitude))
+        note_magnitude(run, magnitude, heads)
         return output
 
     def compute(
