@@ -4,12 +4,12 @@ Six launches at most and no synchronisation with the host, each split over the K
 fills the device. Logits are kept, `[B, H, L]` in fp32: as many bytes as one channel in 64 of the keys, and with them
 values can be chosen, probabilities summed over heads and flat rows computed again without reading a key twice.
 
-1. `_logits_kernel`: logits, and per split their maximum and their sum of exponentials.
-2. `_settle_kernel`: one program per head brings the splits together, finds out whether the distribution is flat, and
+1. `logits_kernel`: logits, and per split their maximum and their sum of exponentials.
+2. `settle_kernel`: one program per head brings the splits together, finds out whether the distribution is flat, and
    searches the threshold of the values to read.
 3. Where a threshold of progressive quantization is given, both once more: the low plane of the keys is added to the
    logits of flat heads. Programs of other heads end at once.
-4. `_values_kernel`: probabilities times values per split; of what no head of the group asks for, nothing is loaded.
+4. `values_kernel`: probabilities times values per split; of what no head of the group asks for, nothing is loaded.
 5. `_combine_kernel`: the sum over the splits.
 
 The heads of a group share their loads; they are padded to 16 rows, the least that the tensor cores take, which costs
@@ -123,11 +123,11 @@ def launch(
 
     def softmax(planes: int, *, again: bool) -> None:
         decide = progressive and not again
-        decode_logits._logits_kernel[grid](
+        decode_logits.logits_kernel[grid](
             query, *keys, mask, kept, flat, logits, top, total,
             n_heads, length, scale, split_length, *key_strides, *mask_strides, **tile, PLANES=planes, AGAIN=again,
         )  # fmt: skip
-        decode_logits._settle_kernel[of_heads](
+        decode_logits.settle_kernel[of_heads](
             top, total, logits, kept, flat, anchor, norm, image, cut, row_counts, n_rows, length, threshold or 0.0,
             n_splits, HAS_HEADS=heads is not None, DECIDE=decide, SELECT=n_values is not None and not decide,
             HAS_COUNTS=row_counts is n_values, SPLITS=splits, BLOCK=min(max(triton.next_power_of_2(length), 256), 8192),
@@ -138,7 +138,7 @@ def launch(
         softmax((1 if threshold is not None else 2) if key_planes else 0, again=False)
         if progressive:
             softmax(1, again=True)
-        decode_values._values_kernel[grid](
+        decode_values.values_kernel[grid](
             logits, *values, mask, kept, flat, anchor, norm, image, cut,
             partial, scores, counts, n_heads, length, split_length, *value_strides, *mask_strides,
             **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if value_planes else 0,

@@ -64,7 +64,7 @@ def load_plane(x, row, token, inside, channel, x_n, WIDTH: tl.constexpr, STEP: t
 
 
 @triton.jit
-def _logits_kernel(
+def logits_kernel(
     query, key, low, key_scale, valid, heads, again, logits, top, total, n_heads, length, scale, split_length,
     key_b, key_g, key_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def _logits_kernel(
 
 
 @triton.jit
-def _settle_kernel(
+def settle_kernel(
     top, total, logits, heads, flat, anchor, norm, image, cut, counts, n_values, length, threshold, n_splits,
     HAS_HEADS: tl.constexpr, DECIDE: tl.constexpr, SELECT: tl.constexpr, HAS_COUNTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,

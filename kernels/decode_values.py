@@ -37,14 +37,14 @@ def _exponential(logit, peak, chosen, CAP: tl.constexpr):
 
 @triton.jit
 def _largest(logit, token, least, last):
-    """Which logits are among those that `_settle_kernel` found to be the largest."""
+    """Which logits are among those that `settle_kernel` found to be the largest."""
     image = image_of(logit)
     tied = (image == least[:, None]) & (token[None, :] <= last[:, None])
     return (image > least[:, None]) | tied
 
 
 @triton.jit
-def _values_kernel(
+def values_kernel(
     logits, value, low, value_scale, valid, heads, flat, anchor, norm, image, cut, partial, scores, counts,
     n_heads, length, split_length, value_b, value_g, value_n, scale_b, scale_g, scale_n, valid_b, valid_g, valid_n,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,

@@ -177,6 +177,43 @@ def test_third_parties_are_imported_where_they_may_be(module: str) -> None:
 
 
 @MODULES
+def test_private_names_stay_in_their_file(module: str) -> None:
+    """A name with an underscore is imported by nobody, and read of things that its own file makes (or that belong to
+    others) alone."""
+    tree = tree_of(module)
+    nodes = list(ast.walk(tree))
+    own = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    everywhere = {name for names in private_names().values() for name in names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tokenprune"):
+            assert not [alias.name for alias in node.names if is_private(alias.name)], f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own | UPSTREAM:
+            assert node.attr not in everywhere, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+UPSTREAM = {"_attn_implementation", "_replicate_for_data_parallel"}  # private there, and overridden here
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@cache
+def private_names() -> dict[str, set[str]]:
+    """For each file the private names that it gives to functions, classes, fields and attributes."""
+    found: dict[str, set[str]] = {}
+    for module in FILES:
+        nodes = list(ast.walk(tree_of(module)))
+        names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found[module] = {name for name in names if is_private(name)}
+    return found
+
+
+@MODULES
 def test_library_prints_nothing(module: str) -> None:
     if inner(module) == "cli":  # it is there to print
         return

@@ -116,7 +116,7 @@ class ModuleCall:
     names: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
-    def _sorted(cls, module: nn.Module, given: Mapping[str, Any], **known: Any) -> Self:
+    def from_roles(cls, module: nn.Module, given: Mapping[str, Any], **known: Any) -> Self:
         """A call with the arguments `given` by name and with values `known` already."""
         roles = _roles_by_name(cls.roles)
         values: dict[str, Any] = {}
@@ -129,7 +129,7 @@ class ModuleCall:
                 values[roles[name]], names[roles[name]] = value, name
         return cls(module, **known, **values, others=others, names=names)
 
-    def _written(self) -> dict[str, Any]:
+    def as_given(self) -> dict[str, Any]:
         """The same as keyword arguments, under the names that they came by or, where they were not given, by those that
         the forward has for them."""
         given, parameters = dict(self.others), parameters_of(self.module)

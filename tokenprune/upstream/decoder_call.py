@@ -42,11 +42,11 @@ class DecoderCall(ModuleCall):
     @classmethod
     def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
         """What `module` is being called with."""
-        return cls._sorted(module, bind(parameters_of(module), args, kwargs))
+        return cls.from_roles(module, bind(parameters_of(module), args, kwargs))
 
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments."""
-        return self._written()
+        return self.as_given()
 
     @property
     def records(self) -> bool:
@@ -128,13 +128,13 @@ class LayerCall(ModuleCall):
         given = bind(parameters, args, kwargs)
         first = next(name for name in parameters if name in given)  # hidden states, whatever they are called
         hidden = given.pop(first)
-        return cls._sorted(module, given, hidden=hidden, first=None if args else first)
+        return cls.from_roles(module, given, hidden=hidden, first=None if args else first)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same as positional and keyword arguments."""
         if self.first is not None:
-            return (), {self.first: self.hidden, **self._written()}
-        return (self.hidden,), self._written()
+            return (), {self.first: self.hidden, **self.as_given()}
+        return (self.hidden,), self.as_given()
 
     def shorten(self, local: Tensor, *, n_tokens: int) -> None:
         """Shorten what the decoder made for `n_tokens` tokens of each row, but for hidden states and mask.
