@@ -10,7 +10,7 @@ values can be chosen, probabilities summed over heads and flat rows computed aga
 3. Where a threshold of progressive quantization is given, both once more: the low plane of the keys is added to the
    logits of flat heads. Programs of other heads end at once.
 4. `values_kernel`: probabilities times values per split; of what no head of the group asks for, nothing is loaded.
-5. `_combine_kernel`: the sum over the splits.
+5. `combine_kernel`: the sum over the splits.
 
 The heads of a group share their loads; they are padded to 16 rows, the least that the tensor cores take, which costs
 nothing where memory bounds the time. A vector is worked on in two halves, since that is how nibbles are packed; an
@@ -144,7 +144,7 @@ def launch(
             **tile, PLANES=(3 if progressive else 1 if threshold is not None else 2) if value_planes else 0,
             WIDE=query.dtype == torch.float32, SELECT=n_values is not None,
         )  # fmt: skip
-        decode_values._combine_kernel[of_heads](
+        decode_values.combine_kernel[of_heads](
             partial, kept, flat, counts, valid_counts, output, magnitude, read, length, n_splits, *sizes,
             GROUP=group, WIDTH=width, PADDED=triton.next_power_of_2(width), SPLITS=splits,
             HAS_VALID=valid is not None, HAS_HEADS=heads is not None, enable_fp_fusion=True,

@@ -112,7 +112,7 @@ def values_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     partial, heads, flat, counts, valid_counts, output, magnitude, read, length, n_splits,
     key_row, key_low, value_row, value_low, dense_row,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, HAS_VALID: tl.constexpr,

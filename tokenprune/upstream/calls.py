@@ -140,7 +140,7 @@ class ModuleCall:
                 given[name] = value
         return given
 
-    def _shorten_others(self, per_token: tuple[int, ...], shorten: Callable[[Tensor], Tensor]) -> None:
+    def shorten_others(self, per_token: tuple[int, ...], shorten: Callable[[Tensor], Tensor]) -> None:
         """Shorten what has no role and a row for each of the tokens `per_token` `(B, L)`.
 
         Raises:

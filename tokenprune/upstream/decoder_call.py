@@ -63,7 +63,7 @@ class DecoderCall(ModuleCall):
             UnsupportedModelError: an argument holds tensors, and it is not known for which tokens.
         """
         assert self.embeds is not None
-        self._shorten_others(self.embeds.shape[:2], keep.apply)
+        self.shorten_others(self.embeds.shape[:2], keep.apply)
         if self.plane_tokens is not None and self.planes is not None:
             self._shorten_planes(keep)
         elif self.planes is not None:
@@ -155,7 +155,7 @@ class LayerCall(ModuleCall):
             refuse_unknown(self.names["rope"], self.rope, of=type(self.module).__name__)
         if isinstance(self.positions, Tensor):
             self.positions = gather(self.positions, local, dim=self.positions.ndim - 1)
-        self._shorten_others((local.shape[0], n_tokens), partial(gather, index=local))
+        self.shorten_others((local.shape[0], n_tokens), partial(gather, index=local))
 
 
 def call_decoder(decoder: nn.Module, *, embeds: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
