@@ -54,7 +54,7 @@ class Forward(Running):
         lowered: `[B, length]` how many it has taken out within this call before each token, likewise.
         probes: for each layer that is to be probed, what is wanted of its attention.
         scores: importance of the tokens of the unpruned sequence `[B, past + length]` fp32, by what asked for it; 0 for
-            those that left.
+            dropped ones.
         probe_ms: time that probing took since the last trace.
         guard: which text stays where a method prunes text too.
         plan: what is dropped from the cache while tokens are generated, if anything.

@@ -1,7 +1,7 @@
 """Attention modules of text decoders: how they are found, how their function is replaced, what it is called with.
 
 transformers keeps a table of attention functions. A probed attention module sees a name of ours as its implementation
-through a proxy config; everyone else (the masks above all) goes on seeing the configuration itself.
+through a proxy config; everyone else (the masks above all) sees the configuration itself.
 """
 
 import inspect

@@ -25,7 +25,7 @@ LAYERED = (
 )
 _UNPATCHED = (
     "this cache was pruned, and the model is not patched: it counts tokens that the cache does not hold; patch it "
-    "again with any method, and go on within session.pause() if nothing more is to be pruned"
+    "again with any method, and continue within session.pause() if nothing more is to be pruned"
 )
 _MODULE = "transformers.cache_utils"
 _LENGTH = "get_seq_length"
@@ -263,7 +263,7 @@ def new_cache(config: Any) -> Any:
 
 
 def check_cache(cache: Any, *, layered: bool = False) -> None:
-    """Check that a cache can go on after pruning.
+    """Check that a cache can be continued after pruning.
 
     Args:
         cache: the cache, or None.

@@ -107,7 +107,7 @@ class DecoderFacts:
 
     @property
     def positional_caches(self) -> list[str]:
-        """Kinds of layers whose caches count by position, so that no entry can leave them by index."""
+        """Kinds of layers whose caches count by position, so that no entry can be dropped by index."""
         other = sorted({kind for kind in self.kinds or () if kind != _FULL})
         return other or (["sliding_attention"] if self.window is not None else [])
 
