@@ -72,13 +72,14 @@ def check_removal(r: object) -> None:
 
 
 def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
-    """How many tokens each of `n_layers` blocks removes of an image of `n_tokens` patches, at most half of them.
+    """How many tokens each of `n_layers` blocks removes of an image of `n_tokens` patches, at most half of those that
+    reach it, so that one is left in any case.
 
     With an inflection i the numbers run on a line from r (1 - i) in the first block to r (1 + i) in the last one,
     rounded down: -1 removes most at the beginning, 1 at the end.
 
     Raises:
-        OptionError: `r` has more entries than there are blocks, or would remove every token.
+        OptionError: `r` has more entries than there are blocks.
     """
     if isinstance(r, list):
         if len(r) > n_layers:
@@ -87,11 +88,6 @@ def removals(r: Removal, *, n_layers: int, n_tokens: int) -> tuple[int, ...]:
     else:
         mean, inflection = r if isinstance(r, tuple) else (r, 0.0)
         wanted = [math.floor(mean * (1 + inflection * step) + 1e-9) for step in _line(n_layers)]
-    if sum(wanted) >= n_tokens:
-        raise OptionError(
-            f"r={r!r} over {n_layers} blocks would remove {sum(wanted)} of {n_tokens} patches, and at least one has to "
-            f"be left; r={(n_tokens - 1) // n_layers} is the largest equal number, keep=0.5 works for every size"
-        )
     found = []
     for one in wanted:
         found.append(min(one, n_tokens // 2))

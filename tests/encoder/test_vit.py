@@ -517,6 +517,7 @@ def test_schedules_follow_their_definitions():
     assert removals((8, 0), n_layers=12, n_tokens=196) == (8,) * 12
     assert removals([5, 0, 7], n_layers=4, n_tokens=20) == (5, 0, 7, 0)
     assert removals(6, n_layers=3, n_tokens=20) == (6, 6, 4)  # at most half of the eight that are left
+    assert removals(500, n_layers=10, n_tokens=196) == (98, 49, 24, 12, 6, 3, 2, 1, 0, 0)
     assert removals_for(0.5, n_layers=12, n_tokens=196) == (9, 9, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8)
 
 
@@ -631,7 +632,6 @@ def refused(model: nn.Module, error: type[Exception], *parts: str, method: Any =
     ({"keep": 0.0}, ("(0, 1]",)),
     ({"r": 1, "proportional": 1}, ("proportional must be True or False",)),
     ({"r": 1, "backend": "cuda"}, ("'auto', 'torch' or 'triton'",)),
-    ({"r": 4}, ("would remove 16 of 16 patches", "r=3", "keep=0.5")),
     ({"r": [1, 1, 1, 1, 1]}, ("names 5 blocks", "has 4")),
     ({"r": 1, "positions": "packed"}, ("positions", "original")),
     ({"keep": 1, "method": DivPrune(keep=0.5)}, ("DivPrune",)),

@@ -324,7 +324,7 @@ def test_patches_of_a_vision_transformer(run: Run, tmp_path: Path) -> None:
     [
         (("--vit", "no_such_model"), "timm cannot load 'no_such_model'"),
         (("--vit", "--method", "divprune"), "a vision encoder takes"),
-        (("--vit", "--method", "tome:r=200"), "would remove"),
+        (("--vit", "--method", "tome:r=-1"), "r must be an int of at least 0"),
     ],
 )
 def test_what_is_wrong_with_a_vision_transformer_is_told(run: Run, options: tuple[str, ...], found: str) -> None:

@@ -36,8 +36,7 @@ class ToMe(Method):
         keep: float in (0, 1] = fraction of the patches that is left after the last block, int >= 1 = patches left; or
         r: patches removed per block: an int, a pair of an int and an inflection in [-1, 1] (-1: from twice as many
             down to none), or a list with a number for each block. No block removes more than half of the patches that
-            reach it, as in the paper's release. Numbers that add up to all patches are refused; the release, which caps
-            them block by block, keeps what is left.
+            reach it, as in the paper's release, so that one is left however large the numbers are.
         proportional: add the logarithm of a token's size to its attention logits, so that a merged token counts as
             much as those it represents.
         restore: give what leaves the encoder all patches back, each with the value of its merged token. Where an
