@@ -23,7 +23,7 @@ from tokenprune.running import current
 from tokenprune.session import Session
 from tokenprune.signals import Budget, LayerSignals, Stage, Trace
 from tokenprune.upstream.caches import layer_mask_sizes
-from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, is_unmasked
+from tokenprune.upstream.decoder_call import LayerCall, first_of_kwargs, with_mask
 from tokenprune.validate import ask
 
 SITE = "llm_layer"
@@ -38,19 +38,19 @@ def layer_hook(session: Session, layer: int, cuts: tuple[tuple[Method, Stage], .
         if state is None or state.call is None:
             return None
         if state.passes_over:
-            given = LayerCall.read(module, args, kwargs)
-            given.mask = _passing_mask(state, state.call, layer, given.hidden)
-            return given.arguments()
+            mask = _passing_mask(state, state.call, layer, first_of_kwargs(args, kwargs))
+            return with_mask(module, args, kwargs, mask)
         shortened = None
         if cuts and state.visual:
             shortened = _cut(state, state.call, layer, cuts, first_of_kwargs(args, kwargs))
         segment = state.segment_of(layer)
-        if segment is state.segments[0] or (segment.is_plain_step(state.call, layer) and is_unmasked(args, kwargs)):
+        if segment is state.segments[0]:
             return None
-        given = LayerCall.read(module, args, kwargs)
-        if segment.local is not None:
-            first = state.segments[0].keep
-            given.shorten(segment.local, n_tokens=state.call.length if first is None else first.index.shape[1])
+        if segment.local is None:  # other slots alone
+            mask = segment.mask(state.call, layer=layer, like=first_of_kwargs(args, kwargs))
+            return with_mask(module, args, kwargs, mask)
+        given, first = LayerCall.read(module, args, kwargs), state.segments[0].keep
+        given.shorten(segment.local, n_tokens=state.call.length if first is None else first.index.shape[1])
         given.hidden = given.hidden if shortened is None else shortened.apply(given.hidden)
         given.mask = segment.mask(state.call, layer=layer, like=given.hidden)
         return given.arguments()

@@ -200,6 +200,11 @@ def first_of_kwargs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def is_unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a layer is called by keywords, without an attention mask."""
-    return len(args) <= 1 and all(kwargs.get(name) is None for name in ROLES["mask"])
+def with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Any:
+    """The arguments of a call of a layer with another attention mask; None where it has that one already."""
+    name = next((name for name in ROLES["mask"] if name in kwargs), None)
+    if name is None or len(args) > 1:
+        given = LayerCall.read(module, args, kwargs)
+        given.mask = mask
+        return given.arguments()
+    return None if kwargs[name] is mask else (args, {**kwargs, name: mask})
