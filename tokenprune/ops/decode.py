@@ -59,7 +59,7 @@ def decode_attention(
       softmax, those of both planes as those of the high ones. It keeps the order of the logits: the values that a head
       reads are chosen by the logits before it.
     - A bias is added to the logits under their cap: probabilities, and the values that are read, follow the sum.
-    - A NaN or an infinity is told: where a kept head's product with a valid key is not finite, whatever the cap, the
+    - A NaN or an infinity shows: where a kept head's product with a valid key is not finite, whatever the cap, the
       head's output and magnitude and the scores of all valid keys of that row are NaN. A value that is read and is not
       finite makes the outputs of all kept heads of its group that read any value not finite. What stands in keys that
       are not valid, in pruned heads and in values that no head of the group reads changes nothing.

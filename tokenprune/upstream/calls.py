@@ -195,7 +195,7 @@ def embedding_of(root: nn.Module, token_id: int, *, like: Tensor) -> Tensor:
     """The embedding `[D]` of a token, as `root` embeds its text.
 
     Raises:
-        UnsupportedModelError: it has no embeddings that could be told.
+        UnsupportedModelError: it has no embeddings that are found.
     """
     embed = look_up(root, "get_input_embeddings", role="text embeddings")()
     wanted: Tensor = embed(torch.tensor(token_id, device=like.device, dtype=torch.int64))

@@ -115,7 +115,7 @@ class DecoderFacts:
         """Check that the layers are what the configuration says.
 
         Raises:
-            UnsupportedModelError: some have no attention that can be told, and no kind says why.
+            UnsupportedModelError: some have no attention that is recognised, and no kind says why.
         """
         bare = [i for i, layer in enumerate(layers) if attention_of(layer) is None]
         if bare and len(bare) < len(layers) and self.kinds is None:

@@ -32,7 +32,7 @@ class Family:
         ids: fields of the config that hold placeholder ids.
         rows_are_images: encoder output stacked as `[n, N, D]` has a row for each image (else for each tile of one).
         joins: an image's placeholders may be broken into lines by other tokens.
-        tiles: how the tiles of an image, which other tokens stand between, are told from images: one of :data:`TILES`;
+        tiles: how the tiles of an image, which other tokens stand between, differ from images: one of :data:`TILES`;
             "": its tiles follow each other without anything between.
         tiles_stacked: pixels stacked as `[n, tiles, ...]` have a row for each image.
         apart: its processor always puts something between two images.

@@ -97,7 +97,7 @@ def prompt_counts(model: Any, inputs: Mapping[str, Any]) -> tuple[int, int]:
     """Length L of a prompt of ids, and placeholders of visual tokens in it, all rows together.
 
     Raises:
-        UnsupportedModelError: the prompt or the id of the placeholders cannot be told.
+        UnsupportedModelError: the prompt or the id of the placeholders cannot be found.
     """
     prompt = prompt_of(inputs)
     if prompt is None or prompt.is_floating_point():

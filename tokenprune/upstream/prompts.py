@@ -90,8 +90,8 @@ class Prompt:
     @property
     def uncut_images(self) -> list[bool] | None:
         """For each image, whether it is not cut into tiles because its row holds several; None where it is not told."""
-        told = self.given.get(_ROW_IMAGES)
-        counts = told.tolist() if isinstance(told, Tensor) else told
+        counts = self.given.get(_ROW_IMAGES)
+        counts = counts.tolist() if isinstance(counts, Tensor) else counts
         return None if counts is None else [n != 1 for n in counts for _ in range(n)]
 
     def grids(self, *, video: bool) -> tuple[Tensor | None, bool]:

@@ -28,8 +28,8 @@ class Item:
 
     Attributes:
         tokens: its visual tokens, all frames together.
-        frames: how many frames share them evenly (what is left over goes with the last one); None where it is not told.
-        grid: rows and columns of the tokens of a frame, where they are told.
+        frames: how many frames share them evenly (the rest goes with the last one); None where it is not known.
+        grid: rows and columns of the tokens of a frame, where they are known.
         whole: whether it is known to be one: what ``generate`` cuts out of encoded features for a chunk of the prompt
             is not.
     """
@@ -174,7 +174,7 @@ def _ends(mode: str, gaps: list[list[int]], mark: int) -> list[bool]:
     """Whether each run is the last of its image, as the last run of the row is; empty where that cannot be told.
 
     Args:
-        mode: how it is told.
+        mode: how it is recognised.
         gaps: labels of the tokens that stand before each run, back to the run before it.
         mark: label of the token that opens an image where one does, and else of the one behind the last run.
     """
