@@ -2,8 +2,9 @@
 
 Pruned heads are not computed in a prompt and give zeros where the output projection still takes them, which is what
 leaving out their part of its input does (:mod:`tokenprune.decode.sliced_linear` does so). A decoding step runs
-through :func:`tokenprune.ops.decode_attention`, which reads no keys and values of pruned heads, and of the
-values only the ones with the largest probabilities.
+through :func:`tokenprune.ops.decode_attention`, which reads no keys and values of pruned heads, and of the values only
+the ones with the largest probabilities; on a CPU, where heads are all that is pruned, through the model's own
+attention.
 """
 
 from typing import Any
@@ -180,8 +181,7 @@ def _valid(state: Forward, call: Call, layer: int, mask: Any, n_keys: int) -> Te
     segment = state.segment_of(layer)
     if segment.is_whole(call):
         return None
-    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
-    valid = valid_slots(call, segment.layout(call), padding)
+    valid = valid_slots(call, segment.layout(call), call.padding_mask)
     return None if bool(valid.all()) else valid
 
 

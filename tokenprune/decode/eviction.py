@@ -56,7 +56,7 @@ def begin(state: Forward, call: Call, ledger: Ledger | None, *, prompt: bool) ->
         return
     may = text_candidates(call.ranking, state.guard, past=call.past)
     keep = state.segments[0].keep
-    if keep is not None:  # what left before the decoder
+    if keep is not None:  # what was dropped before the decoder
         here = torch.zeros_like(may)
         index = keep.index.cpu()
         real = torch.ones_like(index, dtype=torch.bool) if keep.valid is None else keep.valid.cpu()
@@ -68,8 +68,8 @@ def _earlier(call: Call, ledger: Ledger | None) -> Tensor:
     """Which tokens before a call are no padding, `[B, past]` bool on the CPU: as was written down and, of tokens that
     came without being watched, as the mask says."""
     known = torch.ones(call.n_rows, call.past, dtype=torch.bool, device="cpu")
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        known = call.mask[:, : call.past].bool().cpu()
+    if call.padding_mask is not None:
+        known = call.padding_mask[:, : call.past].bool().cpu()
     if ledger is None or ledger.padding is None:
         return known
     return torch.cat([ledger.padding, known[:, ledger.padding.shape[1] :]], dim=1)
@@ -83,7 +83,7 @@ def end(state: Forward, call: Call, cache: Any, ledger: Ledger) -> None:
         evict(cache, ledger, state.plan, past=call.past)
 
 
-def _movable(padding: Tensor, guard: TextGuard) -> Tensor:
+def _prunable(padding: Tensor, guard: TextGuard) -> Tensor:
     """Which tokens of the sequence so far are prunable, `[B, n]` bool."""
     return text_candidates(padding, guard, past=0)
 
@@ -102,23 +102,23 @@ def evict(cache: Any, ledger: Ledger, plan: CachePlan, *, past: int) -> None:
     due = lengths // plan.interval > before // plan.interval
     if not bool(due.any()):
         return
-    movable = _movable(ledger.padding, plan.guard) & due[:, None]
-    n_movable = movable.sum(dim=1).tolist()
+    prunable = _prunable(ledger.padding, plan.guard) & due[:, None]
+    n_prunable = prunable.sum(dim=1).tolist()
     sequence = torch.arange(ledger.padding.shape[1], dtype=torch.int64, device="cpu")
     parts = []
     for layer, fraction in enumerate(plan.keep):
-        n_keep = [int(n * fraction + 1e-6) for n in n_movable]
-        parts.append(_shrink(layers_of(cache)[layer], ledger.at(layer), ledger, plan, movable, n_keep, sequence))
+        n_keep = [int(n * fraction + 1e-6) for n in n_prunable]
+        parts.append(_shrink(layers_of(cache)[layer], ledger.at(layer), ledger, plan, prunable, n_keep, sequence))
     ledger.starts, ledger.parts = tuple(range(len(parts))), tuple(parts)
 
 
 def _shrink(
-    layer: Any, slots: Slots, ledger: Ledger, plan: CachePlan, movable: Tensor, n_keep: list[int], sequence: Tensor
+    layer: Any, slots: Slots, ledger: Ledger, plan: CachePlan, prunable: Tensor, n_keep: list[int], sequence: Tensor
 ) -> Slots:
     """One layer's cache without the entries that are dropped, and its slots."""
     columns = slots.columns(sequence)
     tokens, device = columns.clamp(min=0), columns.device
-    may = gather(movable.to(device), tokens) & (columns >= 0)
+    may = gather(prunable.to(device), tokens) & (columns >= 0)
     n_may = may.sum(dim=1).tolist()
     counts = [min(wanted, n) for wanted, n in zip(n_keep, n_may, strict=True)]
     if counts == n_may:
@@ -153,18 +153,18 @@ def pass_over(state: Forward, call: Call, *, layer: int) -> Tensor:
     assert plan is not None
     assert state.padding is not None
     if state.alive is None:
-        movable = _movable(state.padding, plan.guard)
-        n_movable = tuple(movable.sum(dim=1).tolist())
-        state.alive = Alive(torch.ones_like(movable, device=device), movable.to(device), n_movable, n_movable)
+        prunable = _prunable(state.padding, plan.guard)
+        n_prunable = tuple(prunable.sum(dim=1).tolist())
+        state.alive = Alive(torch.ones_like(prunable, device=device), prunable.to(device), n_prunable, n_prunable)
     alive = state.alive
     counts = tuple(
-        min(int(n * plan.keep[layer] + 1e-6), left) for n, left in zip(alive.n_movable, alive.n_left, strict=True)
+        min(int(n * plan.keep[layer] + 1e-6), left) for n, left in zip(alive.n_prunable, alive.n_left, strict=True)
     )
     if counts != alive.n_left:
         scores = state.scores.get(plan.probe)
         scores = torch.zeros_like(alive.seen, dtype=torch.float32) if scores is None else scores.to(device)
         if scores.shape[1] < alive.seen.shape[1]:
             scores = pad(scores, (0, alive.seen.shape[1] - scores.shape[1]))
-        seen = _with_largest(alive.seen & ~alive.movable, scores, counts, alive.seen & alive.movable)
-        state.alive = Alive(seen, alive.movable, alive.n_movable, counts)
+        seen = _with_largest(alive.seen & ~alive.prunable, scores, counts, alive.seen & alive.prunable)
+        state.alive = Alive(seen, alive.prunable, alive.n_prunable, counts)
     return state.alive.seen

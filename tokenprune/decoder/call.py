@@ -92,6 +92,11 @@ class Call:
         return own.cpu() if own.dtype == torch.bool else own.eq(0).cpu()
 
     @property
+    def padding_mask(self) -> Tensor | None:
+        """`mask` where it is a 2-D one, else None."""
+        return self.mask if isinstance(self.mask, Tensor) and self.mask.ndim == 2 else None
+
+    @property
     def real_tokens(self) -> Tensor:
         """`padding`, all True where it is None."""
         if self.padding is not None:
@@ -110,9 +115,9 @@ class Call:
     @cached_property
     def effective_mask(self) -> Any:
         """`mask`, None where it is a padding mask without padding. On a GPU, the first look waits for it."""
-        total = self.past + self.length
-        flat = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.mask.shape[1] >= total
-        return None if flat and bool(self.mask[:, :total].all()) else self.mask
+        total, padding = self.past + self.length, self.padding_mask
+        whole = padding is not None and padding.shape[1] >= total and bool(padding[:, :total].all())
+        return None if whole else self.mask
 
     @cached_property
     def grows(self) -> bool:

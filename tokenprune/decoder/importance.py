@@ -152,7 +152,7 @@ def _scores(
     if heads is not None:
         query, (key,) = heads.take(query), heads.serving(key)
     seen = None
-    flat = call.mask is None or (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
+    flat = call.mask is None or call.padding_mask is not None
     given = not flat or segment.bias is not None or state.alive is not None
     if given and isinstance(mask, Tensor) and mask.ndim == 4:  # it says more than padding and causality
         seen = mask[..., : n_past + n_new][..., -n_keys:]
@@ -179,7 +179,6 @@ def _valid(call: Call, segment: Segment, n_new: int, n_keys: int, *, behind: boo
         new = new & segment.keep.valid.cpu()
     if bool(new.all()) and n_keys == n_new:
         return None
-    padding = call.mask if isinstance(call.mask, Tensor) and call.mask.ndim == 2 else None
-    valid = valid_slots(call, layout, padding)
+    valid = valid_slots(call, layout, call.padding_mask)
     valid[:, -n_new:] &= new.to(valid.device)
     return valid[:, -n_keys:]

@@ -22,14 +22,14 @@ class Alive(NamedTuple):
 
     Attributes:
         seen: `[B, past + 1]` bool, those that the last layer attended to.
-        movable: `[B, past + 1]` bool, those that may be passed over.
-        n_movable: how many these are, per row.
+        prunable: `[B, past + 1]` bool, those that may be passed over.
+        n_prunable: how many these are, per row.
         n_left: how many of these the last layer attended to, per row.
     """
 
     seen: Tensor
-    movable: Tensor
-    n_movable: tuple[int, ...]
+    prunable: Tensor
+    n_prunable: tuple[int, ...]
     n_left: tuple[int, ...]
 
 
